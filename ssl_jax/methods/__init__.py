@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file per method; each has `from_config(config) -> Method`.
+
+A Method is a frozen dataclass of pure functions (B is the global batch):
+
+  views()                               the crops the host cuts, see data.pipeline.View
+  init(rng)                             -> params, extra (teacher, centres; {} if none)
+  loss(params, extra, batch, rng, step) -> loss, (extra, metrics); batch[view.name] is uint8
+                                           (B, count, size, size, 3), batch['row'] int32 (B,) the
+                                           position in the global batch: randomness is
+                                           augment.sample_keys(rng, batch['row'])
+  after_update(params, extra, step)     -> extra, e.g. the EMA teacher
+  backbone(params, extra)               -> (ViT, its params), what evaluation and export see
+  flops(batch_size)                     -> useful FLOPs of one step, recomputation not counted
+
+A method that reconstructs pixels also has `reconstruct(params, images, keys)`, which the loop
+turns into pictures.
+"""
+
+import difflib
+import importlib
+import pkgutil
+
+
+def names():
+    """The methods there are: the modules of this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def from_config(config):
+    """The Method that `config.method.name` names."""
+    name = config.method.name
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(names())}.'
+        raise ValueError(f'method.name={name!r} is unknown; {hint}')
+    return importlib.import_module(f'ssl_jax.methods.{name}').from_config(config)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device mesh (data, fsdp, tensor) and where every array lives on it.
+
+Programs are written for the global batch; XLA inserts the collectives from these shardings.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))
+
+# (regex on the parameter path, dimension counted from the end that the tensor axis splits).
+TENSOR_RULES = (
+    (r'(qkv|fc1|w12)/(kernel|bias)$', -1),  # columns: each device owns some heads or hidden units
+    (r'(attn/proj|fc2|w3)/kernel$', -2),  # rows: partial sums are added up
+    (r'prototypes/kernel$', -1),
+)
+# Paths whose leading axis is the scan over blocks; splitting it would gather every iteration.
+STACKED = re.compile(r'(^|/)\w*blocks/')
+
+
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+    """A mesh over all devices (of all processes); one axis may be -1 and takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    shape = f'data={data},fsdp={fsdp},tensor={tensor}'
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ValueError(f'mesh {shape}: sizes are positive, and at most one is -1 (the rest).')
+    if -1 in sizes:
+        if len(devices) % known:
+            raise ValueError(
+                f'mesh {shape} does not divide {len(devices)} devices; '
+                f'choose sizes whose product divides it.'
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f'mesh {shape} needs {math.prod(sizes)} devices, there are {len(devices)}; '
+            f'set one axis to -1 to use them all.'
+        )
+    # Auto is said explicitly: make_mesh defaults to Explicit, under which a patchify reshape raises.
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def constrain(x, spec=BATCH):
+    """Constrains an activation to `spec` on the current mesh.
+
+    Nothing happens where there is no mesh, or where the leading dimension does not divide (the
+    single dummy image that parameters are initialised with).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape['data'] * mesh.shape['fsdp']):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def path_str(path):
+    """A tree path as 'encoder/blocks/attn/qkv/kernel'."""
+    return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+
+
+def spec_for(path, shape, mesh_shape):
+    """The PartitionSpec of one array: a function of its path and shape only.
+
+    The tensor axis by TENSOR_RULES; then the largest remaining dimension that `fsdp` divides goes
+    to fsdp.  Arrays of one dimension (biases, norms, scalars) stay whole: their bytes do not count.
+    """
+    spec = [None] * len(shape)
+    first = 1 if STACKED.search(path) else 0
+    tensor, fsdp = mesh_shape['tensor'], mesh_shape['fsdp']
+    if tensor > 1:
+        for pattern, dim in TENSOR_RULES:
+            if re.search(pattern, path) and shape and shape[dim] % tensor == 0:
+                spec[dim] = 'tensor'
+    if fsdp > 1 and len(shape) - first >= 2:
+        free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
+        free = [d for d in free if shape[d] > 1]
+        if free:
+            spec[max(free, key=lambda d: shape[d])] = 'fsdp'
+    return P(*spec)
+
+
+def infer(tree, mesh):
+    """NamedShardings for a tree of arrays or ShapeDtypeStructs (parameters, moments, EMA alike)."""
+    shape = dict(mesh.shape)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec_for(path_str(path), x.shape, shape)), tree
+    )
+
+
+def replicated_fraction(tree, shardings, mesh):
+    """Share of the bytes of `tree` that no axis splits although fsdp could, 0..1."""
+    if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
+        return 0.0
+    whole = total = 0
+    for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings)):
+        size = math.prod(x.shape) * np.dtype(x.dtype).itemsize if x.shape else 0
+        total += size
+        whole += size if s.is_fully_replicated else 0
+    return whole / max(total, 1)
+
+
+def check_replication(tree, shardings, mesh, limit=0.05, min_bytes=2**26):
+    """Raises where more than `limit` of a large state stays whole on every device."""
+    total = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    fraction = replicated_fraction(tree, shardings, mesh)
+    if total > min_bytes and fraction > limit:
+        raise ValueError(
+            f'{fraction:.0%} of the training state ({total / 2**30:.2f} GiB) stays replicated on '
+            f'mesh {dict(mesh.shape)}; choose an fsdp size that divides the widths.'
+        )
+
+
+def replicated(mesh):
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh):
+    return NamedSharding(mesh, BATCH)
+
+
+def check_batch(batch_size, accum_steps, mesh):
+    """The global batch must split evenly over micro-batches and over the batch axes."""
+    ways = mesh.shape['data'] * mesh.shape['fsdp'] * accum_steps
+    if batch_size % ways:
+        raise ValueError(
+            f'batch_size={batch_size} does not split over data x fsdp x accum_steps = '
+            f'{mesh.shape["data"]} x {mesh.shape["fsdp"]} x {accum_steps}; '
+            f'use a multiple of {ways}.'
+        )
+
+
+def process_rows(mesh, batch_size):
+    """Sorted rows of the global batch that this process's devices hold.
+
+    Taken from the sharding itself: `rows[process::n]` would be wrong as soon as the tensor axis
+    spans hosts, when several processes hold the same rows.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = [np.arange(batch_size)[index] for index in indices.values()]
+    return np.unique(np.concatenate(rows))
+
+
+def to_global(batch, mesh, rows, batch_size):
+    """Host arrays holding `rows` of the global batch -> global jax.Arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+
+    def put(x):
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(
+            (batch_size, *x.shape[1:]),
+            sharding,
+            lambda index: x[np.searchsorted(rows, np.arange(batch_size)[index[0]])],
+        )
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight simulated devices, full-precision matmuls, and where the reference data lies."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    flags = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'.strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import golden as golden_lib  # noqa: E402
+
+jax.config.update('jax_default_matmul_precision', 'float32')
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def golden():
+    """golden('mae_forward') -> golden.File, or a skip with the reason."""
+
+    def load(stem):
+        for folder in golden_lib.folders():
+            if (folder / f'{stem}.npz').exists():
+                return golden_lib.File(folder / f'{stem}.npz')
+        pytest.skip(f'{stem}.npz is in none of {[str(f) for f in golden_lib.folders()]}')
+
+    return load
+
+
+@pytest.fixture
+def data_dir():
+    """The folder that holds cifar10/ and camvid/, or a skip with the reason."""
+    folder = pathlib.Path(os.environ.get('SSL_JAX_DATA', REPO.parent / 'shared' / 'data'))
+    if not (folder / 'cifar10').exists():
+        pytest.skip(f'no cifar10/ in {folder}; set SSL_JAX_DATA')
+    return folder
