@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ssl_jax import optim
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TrainState:
         return cls(zero, params, tx.init(params), extra, jnp.zeros((2,), jnp.int32))
 
 
-def init(method, make_tx, seed):
+def init(method, tx, seed):
     """A function () -> TrainState for `jax.jit(..., out_shardings=...)` or `jax.eval_shape`.
 
     Weights depend on the seed alone: not on the mesh, the devices or the processes.
@@ -42,7 +44,7 @@ def init(method, make_tx, seed):
 
     def create():
         params, extra = method.init(jax.random.key(seed))
-        return TrainState.create(params, extra, make_tx(params))
+        return TrainState.create(params, extra, tx)
 
     return create
 
@@ -66,7 +68,7 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
 
     Args:
       method: see `ssl_jax.methods`.
-      tx: optax transformation whose updates are directions for a learning rate of 1.
+      tx: optax transformation that takes the learning rate, see `optim.make`.
       schedule: step -> learning rate.
       accum_steps: micro-batches per step; gradients are averaged over them.
     """
@@ -98,10 +100,10 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
             grads = jax.tree.map(lambda g: g / accum_steps, grads)
             loss, metrics = jax.tree.map(lambda x: x.mean(axis=0), (loss, metrics))
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optim.grad_norm(grads)
         lr = schedule(state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, lr=lr)
+        params = optax.apply_updates(state.params, updates)
         extra = method.after_update(params, extra, state.step)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

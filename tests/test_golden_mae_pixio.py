@@ -140,9 +140,9 @@ def check_training(f):
     )
     params = load(method, f.under('w'))
     schedule = optim.lr_schedule(
-        h['lr'], h['min_lr'], h['warmup_epochs'] * per_epoch, h['epochs'] * per_epoch
+        h['lr'], h['epochs'] * per_epoch, h['warmup_epochs'] * per_epoch, h['min_lr']
     )
-    tx = optim.make(c.optim, params, depth=h['depth'])
+    tx, _ = optim.make(c.optim, params)
 
     # The step's own method, except that images and noise come from the file.
     def loss(params, extra, batch, rng, step):

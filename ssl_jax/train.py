@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop: `train(config, workdir)`.
+
+    python -m ssl_jax.train --config=configs/mae_vitb16.py --workdir=gs://bucket/run \\
+        --config.batch_size=4096
+
+It knows no method by name.  What it promises: the same config gives the same bits, also after any
+interruption; batches, keys and learning rate are functions of the step; SIGTERM saves and exits 0.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ssl_jax import checkpoint, config as config_lib, methods, metrics, optim, preempt, rundir
+from ssl_jax import sharding, state as state_lib, version
+from ssl_jax.data import pipeline, sources
+from ssl_jax.evals import online
+
+
+def log(*lines):
+    """Prints on process 0."""
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled-to-be program of a run: one function makes it for training, tests and plans."""
+
+    mesh: jax.sharding.Mesh
+    abstract: state_lib.TrainState  # with shardings
+    batch: dict  # abstract batch, with shardings
+    init: object  # () -> TrainState, jitted
+    step: object  # (state, batch) -> (state, metrics), jitted, state donated
+    groups: str  # table of the optimizer's parameter groups
+
+
+def make_program(config, method, total_steps, warmup_steps, mesh=None):
+    """Builds mesh, shardings, and the jitted init and step of `config`."""
+    mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
+    sharding.check_batch(config.batch_size, config.accum_steps, mesh)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0))
+    tx, groups = optim.make(config.optim, params)
+    schedule = optim.schedule(config, total_steps, warmup_steps)
+    init = state_lib.init(method, tx, config.seed)
+    abstract = jax.eval_shape(init)
+    shardings = sharding.infer(abstract, mesh)
+    sharding.check_replication(abstract, shardings, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        v.name: jax.ShapeDtypeStruct(
+            (config.batch_size, v.count, v.size, v.size, 3), jnp.uint8, sharding=rows
+        )
+        for v in method.views()
+    }
+    step = state_lib.make_step(
+        method, tx, schedule, seed=config.seed, accum_steps=config.accum_steps
+    )
+    return Program(
+        mesh=mesh,
+        abstract=abstract,
+        batch=batch,
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        ),
+        groups=groups,
+    )
+
+
+def restore(config, program, saved):
+    """The state to start from: (state, sentence).
+
+    In order of precedence: 1 the workdir's own checkpoint, 2 the full state of `resume_from`,
+    3 the weights of `init_from`, 4 fresh weights.  Setting both 2 and 3 is an error of the config.
+    """
+    if saved.latest() is not None:
+        state, _ = saved.restore(program.abstract)
+        return state, f'continuing this run at step {int(state.step)}'
+    if config.resume_from:
+        other = checkpoint.Checkpointer(_checkpoint_dir(config.resume_from))
+        if other.latest() is None:
+            raise ValueError(
+                f'resume_from={config.resume_from} holds no checkpoint; give the workdir of a run '
+                f'that has saved one.'
+            )
+        state, _ = other.restore(program.abstract)
+        other.close()
+        return state, f'continuing {config.resume_from} at step {int(state.step)}'
+    state = program.init()
+    if config.init_from:
+        target = {'params': program.abstract.params, 'extra': program.abstract.extra}
+        model, meta = checkpoint.restore_model(config.init_from, target)
+        state = dataclasses.replace(state, params=model['params'], extra=model['extra'])
+        return state, f'weights of {config.init_from} (its step {meta["step"]}), step 0'
+    return state, 'fresh weights'
+
+
+def _checkpoint_dir(path):
+    path = epath.Path(path)
+    return path / 'checkpoints' if (path / 'checkpoints').exists() else path
+
+
+class Clock:
+    """Whether a save is due, agreed by all processes."""
+
+    def __init__(self, every_steps, every_minutes):
+        self.every_steps = every_steps
+        self.seconds = every_minutes * 60 if every_minutes else None
+        self.last = time.monotonic()
+
+    def due(self, step, at_log):
+        """By steps at any step; by minutes at logged steps, where hosts can agree cheaply."""
+        if self.every_steps and step % self.every_steps == 0:
+            return True
+        if not self.seconds or not at_log:
+            return False
+        late = time.monotonic() - self.last > self.seconds
+        if jax.process_count() > 1:
+            late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
+        return late
+
+    def reset(self):
+        self.last = time.monotonic()
+
+
+def train(config, workdir):
+    """Trains `config` in `workdir`, from where an earlier call left off.
+
+    Args:
+      config: see `ssl_jax.config.default`.
+      workdir: local folder or gs:// path; checkpoints/, metrics.jsonl, pictures/, config.json.
+
+    Returns:
+      A dict of the last metrics and evaluations (floats), with 'step'; 'preempted' is True where
+      SIGTERM ended the run early (everything is saved then).
+    """
+    workdir = epath.Path(workdir)
+    started = time.monotonic()
+    if config.compile_cache:
+        enable_compile_cache()
+    with rundir.lock(workdir), preempt.Preemption() as stop:
+        source = sources.open_source(config.data.train)
+        if config.infer:
+            config, decisions = _infer(config, source)
+            log(*decisions)
+        config_lib.validate(config)
+        method = methods.from_config(config)
+        units = dict(num_examples=len(source), batch_size=config.batch_size)
+        total = config_lib.steps('total', config, **units)
+        warmup = config_lib.steps('warmup', config, **units, default=0)
+        eval_every = config_lib.steps('every', config.eval, **units, default=0)
+        program = make_program(config, method, total, warmup)
+        _banner(config, method, source, program, total, warmup, workdir)
+        if jax.process_index() == 0:
+            for field, (old, new) in rundir.save_config(workdir, config).items():
+                log(f'config changed since this run began: {field} was {old}, is {new}')
+
+        with jax.set_mesh(program.mesh):
+            saved = checkpoint.Checkpointer(
+                workdir / 'checkpoints',
+                keep=config.checkpoint.keep,
+                keep_every=config.checkpoint.keep_every,
+            )
+            try:
+                return _run(
+                    config, workdir, method, source, program, saved, stop, total, eval_every, started
+                )
+            finally:
+                saved.close()
+
+
+def _run(config, workdir, method, source, program, saved, stop, total, eval_every, started):
+    """The loop proper, with the mesh set and the checkpointer open."""
+    mesh, batch_size = program.mesh, config.batch_size
+    meta = {'config': config.to_dict(), 'data': source.fingerprint}
+    state, how = restore(config, program, saved)
+    first = int(state.step)
+    log(f'start: {how}, {total} steps in all')
+    if first >= total:
+        log(f'this run is finished: step {first} of {total}; raise total_steps to go on.')
+
+    def save(state):
+        with timers('save'):
+            if saved.save(int(state.step), state, meta):
+                clock.reset()
+
+    rows = sharding.process_rows(mesh, batch_size)
+    views = method.views()
+    evaluate = online.Evaluator(config, method, mesh, workdir, should_stop=lambda: stop.requested)
+    writer = metrics.Writer(
+        workdir,
+        total_steps=total,
+        batch_size=batch_size,
+        flops_per_step=method.flops(batch_size),
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        start_step=first,
+        is_main=jax.process_index() == 0,
+    )
+    timers, clock = writer.timers, Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
+    bad = pipeline.BadImages(source, workdir / 'bad_images.jsonl', config.data.bad_budget)
+    budget = metrics.NonFinite(config.nonfinite.in_a_row, config.nonfinite.total)
+    pending = collections.deque()  # counters of the last two steps, read when surely ready
+    stream = pipeline.train_stream(
+        source,
+        views,
+        batch_size=batch_size,
+        seed=config.seed,
+        start_step=first,
+        rows=rows,
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+    )
+    result = {'step': first, 'preempted': False}
+    try:
+        with timers('compile'):
+            lowered = program.step.lower(program.abstract, program.batch)
+            step_fn = preempt.run_interruptible(lowered.compile, stop)
+        log(f'compiled; first step {time.monotonic() - started:.0f} s after the start')
+        for step in range(first, total):
+            if stop.agreed(step):
+                raise preempt.Stopped
+            with timers('data'):
+                batch = next(stream)
+            bad.update(batch)
+            arrays = sharding.to_global({v.name: batch[v.name] for v in views}, mesh, rows, batch_size)
+            state, step_metrics = step_fn(state, arrays)
+            saved.check()
+
+            pending.append((step_metrics['skipped_in_a_row'], step_metrics['skipped_total']))
+            if len(pending) > 2:
+                budget.update(*map(int, pending.popleft()))
+            done = step + 1
+            at_log = done % config.log.every_steps == 0 or done == total
+            if at_log:
+                writer.log(done, step_metrics)
+            if clock.due(done, at_log) and done < total:
+                save(state)
+            if eval_every and done % eval_every == 0 and done < total:
+                with timers('eval'):
+                    writer.eval(done, evaluate(state, done))
+        while pending:
+            budget.update(*map(int, pending.popleft()))
+        save(state)
+        with timers('eval'):
+            if first < total:
+                writer.eval(total, evaluate(state, total))
+        if stop.requested:
+            raise preempt.Stopped
+    except preempt.Stopped:
+        save(state)
+        saved.wait()
+        result['preempted'] = True
+        log(f'stopped on request at step {int(state.step)}; the same command continues from there.')
+    except metrics.NonFiniteError:
+        save(state)  # nothing non-finite is in it
+        raise
+    finally:
+        stream.close()
+        result.update(writer.close())
+    result['step'] = int(state.step)
+    saved.wait()
+    if not result['preempted']:
+        _farewell(workdir, result, bad)
+    return result
+
+
+def _infer(config, source):
+    """Fills what the config leaves open from the images and the devices."""
+    image = source[0]['image']
+    from ssl_jax.data import ops
+
+    hw = ops.decode(image).shape[:2]
+    device = jax.devices()[0]
+    return config_lib.infer(config, len(source), hw, device.platform, jax.device_count())
+
+
+def _banner(config, method, source, program, total, warmup, workdir):
+    """What runs, on what, with which learning rate."""
+    count = sum(x.size for x in jax.tree.leaves(program.abstract.params))
+    device = jax.devices()[0]
+    where = {k: v for k, v in program.mesh.shape.items() if v > 1} or 'one device'
+    per_epoch = len(source) / config.batch_size
+    log(
+        f'ssl_jax {version.__version__}, jax {jax.__version__}: {config.name or config.method.name}',
+        f'devices   {jax.device_count()} x {device.device_kind}, mesh {where}, '
+        f'process {jax.process_index() + 1} of {jax.process_count()}',
+        f'data      {len(source):,} images, {source.fingerprint}',
+        f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
+        f'schedule  {total:,} steps of {config.batch_size} ({total / per_epoch:.1f} epochs), '
+        f'warm-up {warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
+        program.groups,
+        f'workdir   {workdir}',
+    )
+
+
+def _farewell(workdir, result, bad):
+    shown = {k: v for k, v in result.items() if k not in ('step', 'preempted')}
+    log(f'done: step {result["step"]:,}')
+    log(*(f'  {k:<28} {v:.4g}' for k, v in sorted(shown.items()) if isinstance(v, float)))
+    if bad.count:
+        log(f'  {bad.count} images could not be decoded, see {workdir / "bad_images.jsonl"}')
+    log(f'pictures and curves: {workdir / "pictures"}')
+
+
+def enable_compile_cache():
+    """Keeps compiled programs on disk, so that a restart does not compile again."""
+    if jax.config.jax_compilation_cache_dir is None:
+        default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
+        jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+
+
+def initialize_distributed():
+    """Joins the other hosts of a pod: nothing to do on one host, no arguments on Cloud TPU.
+
+    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who takes part.
+    """
+    env = os.environ
+    if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
+        jax.distributed.initialize(
+            env['JAX_COORDINATOR_ADDRESS'],
+            int(env['JAX_NUM_PROCESSES']),
+            int(env['JAX_PROCESS_ID']),
+            initialization_timeout=int(env.get('SSL_JAX_INIT_TIMEOUT', 300)),
+        )
+    elif len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1:
+        jax.distributed.initialize()
+
+
+def main(argv=None):
+    """Flags: --config=FILE[:arg], --workdir=DIR, --config.FIELD=VALUE."""
+    parser = argparse.ArgumentParser(prog='ssl_jax.train', description=main.__doc__)
+    parser.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
+    parser.add_argument('--workdir', required=True, help='local folder or gs:// path')
+    args, rest = parser.parse_known_args(argv)
+    overrides = [flag.removeprefix('--config.') for flag in rest if flag.startswith('--config.')]
+    unknown = [flag for flag in rest if not flag.startswith('--config.')]
+    if unknown:
+        parser.error(f'unknown flag {unknown[0]}; fields are set as --config.batch_size=256.')
+    initialize_distributed()
+    run(functools.partial(config_lib.load, args.config, overrides), args.workdir)
+
+
+def run(make_config, workdir):
+    """Trains as a command does: errors of the user in one sentence, exit code 0 after SIGTERM."""
+    try:
+        result = train(make_config(), workdir)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get('SSL_JAX_TRACEBACK'):
+            raise
+        print(f'ssl_jax: {error}', file=sys.stderr, flush=True)
+        sys.exit(1)
+    if result['preempted']:
+        preempt.exit_now(0)
+
+
+if __name__ == '__main__':
+    main()
