@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources, host operations, and a stream of uint8 batches that is a function of the step."""

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream of training batches, as a pure function of the step.
+
+Row r of step t is sample g = t * batch_size + r of one endless sequence.  Its epoch and position
+are divmod(g, len(source)); the image is a permutation of the position keyed by (seed, epoch); its
+crops are drawn from a counter-based generator keyed by (seed, g).  So the batches are the same for
+any number of threads, worker processes and hosts, a restart needs no iterator state, and every
+image appears exactly once per epoch, also where a batch crosses from one epoch into the next.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+import time
+
+import grain
+import numpy as np
+
+from ssl_jax.data import ops
+
+MAX_TRIES = 8  # Images tried for one place in a batch, the first included, before giving up.
+_IO_PAUSES = (0.1, 0.5, 2.0)  # Seconds before each repetition of a failed read.
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Crops that the host cuts from each image: `batch[name]`, uint8 (B, count, size, size, 3).
+
+    Attributes:
+      name: key in the batch.
+      size: side of the square crop in pixels.
+      count: how many crops per image, drawn independently.
+      scale: range of the crop's share of the image area.
+      ratio: range of its aspect ratio, width / height.
+      interpolation: 'nearest', 'bilinear' or 'bicubic'.
+      flip: probability of mirroring; not applied here but on the device, with the photometry.
+    """
+
+    name: str
+    size: int
+    count: int = 1
+    scale: tuple = (0.2, 1.0)
+    ratio: tuple = (3 / 4, 4 / 3)
+    interpolation: str = 'bicubic'
+    flip: float = 0.0
+
+
+def sample_index(g, n, seed):
+    """Dataset index of sample `g`: position g % n of the permutation keyed by (seed, g // n)."""
+    epoch, position = divmod(g, n)
+    if n == 1:
+        return 0
+    return grain.experimental.index_shuffle(
+        position, max_index=n - 1, seed=_hash(seed, epoch), rounds=4
+    )
+
+
+def train_stream(
+    source,
+    views,
+    *,
+    batch_size,
+    seed,
+    start_step=0,
+    rows=None,
+    num_threads=None,
+    num_workers=0,
+    prefetch=None,
+):
+    """Endless iterator over training batches of numpy arrays; close it, or use it in a `with`.
+
+    A batch is {view.name: uint8 (B, count, size, size, 3), 'id': int64 (B,) the index used,
+    'bad': int64 (B, MAX_TRIES) indices that could not be decoded, padded with -1, and 'label':
+    int32 (B,) if the source has labels}, where B = len(rows).
+
+    An image that cannot be decoded is replaced by one chosen by a hash of (seed, g, attempt), so
+    that the replacement, too, does not depend on who loads it.
+
+    Args:
+      source: see `ssl_jax.data.sources`.
+      views: sequence of `View`.
+      batch_size: the global one.
+      seed: int; with `source`, `views` and `batch_size` it determines every batch.
+      start_step: the step of the first batch.
+      rows: sorted rows of the global batch to load here; default all.
+      num_threads: per process; default one per core.  Each builds a whole batch at a time.
+      num_workers: processes; 0 loads in threads of this one, which is faster as long as the GIL is
+        not the limit, since decoding and resizing release it.
+      prefetch: batches held ready or in work (per process); default num_threads + 1.
+
+    Raises:
+      ValueError: if there are fewer images than rows in a batch.
+      RuntimeError: from next(), if MAX_TRIES images in a row could not be decoded.
+    """
+    n = len(source)
+    if n < batch_size:
+        raise ValueError(
+            f'{n} images are fewer than one batch of {batch_size}: add images or set '
+            f'batch_size to {n} or less.'
+        )
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    num_threads = num_threads or max(1, min(64, _cores()) // max(1, num_workers))
+    prefetch = prefetch or num_threads + 1
+    samples = _TrainSamples(source, tuple(views), batch_size, seed, start_step, rows)
+    dataset = grain.MapDataset.source(samples).batch(len(rows), drop_remainder=True)
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    )
+    if num_workers:
+        _mark_flags_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        start = functools.partial(_start_worker, os.getpid())
+        dataset = dataset.mp_prefetch(options, worker_init_fn=start)
+    return Stream(dataset, samples)
+
+
+def eval_stream(source, size, batch_size, resize=None, rows=None):
+    """Iterator once over the source, in order: the central crop of every image.
+
+    A batch is {'image': uint8 (B, size, size, 3), 'id': int64 (B,), 'mask': bool (B,)}, and
+    'label': int32 (B,), 'segmentation': uint8 (B, size, size), 'depth': float32 (B, size, size) as
+    the source has them.  The last batch is padded to the same shape; `mask` is False there and
+    where an image could not be decoded (then the image is black).
+
+    Args:
+      source: see `ssl_jax.data.sources`.
+      size: side of the crop in pixels.
+      batch_size: the global one.
+      resize: short side before the crop; default `size`.
+      rows: sorted rows of each global batch to load here; default all.
+    """
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    samples = _EvalSamples(source, size, resize, batch_size, rows)
+    dataset = grain.MapDataset.source(samples).batch(len(rows))
+    threads = min(16, _cores())
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    )
+    return Stream(dataset, samples)
+
+
+class Stream:
+    """Iterator over the batches of a Grain dataset that can be closed promptly."""
+
+    def __init__(self, dataset, samples):
+        self._samples = samples
+        self._iterator = iter(dataset)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._iterator)
+
+    def close(self):
+        """Stops threads and worker processes; batches in work are abandoned."""
+        self._samples.closed = True
+        self._iterator.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        # At interpreter exit the threads would first finish all that was prefetched.
+        if '_iterator' in self.__dict__ and not sys.is_finalizing():
+            self.close()
+
+
+class _TrainSamples:
+    """Random access to (step, row): element e is row rows[e % B] of step start_step + e // B."""
+
+    closed = False
+
+    def __init__(self, source, views, batch_size, seed, start_step, rows):
+        self._source = source
+        self._views = views
+        self._batch_size = batch_size
+        self._seed = seed
+        self._start = start_step
+        self._rows = rows.astype(int).tolist()
+        # No crop covers less than scale[0] of the area, so a JPEG decoded with its short side at
+        # `size / sqrt(scale[0])` loses no detail that a (square) crop of the full image would keep.
+        self._min_size = max(math.ceil(v.size / math.sqrt(v.scale[0])) for v in views)
+
+    def __len__(self):
+        return (sys.maxsize // self._batch_size - self._start) // 2 * len(self._rows)
+
+    def __getitem__(self, e):
+        if self.closed:
+            raise RuntimeError('The stream is closed.')
+        step, row = divmod(int(e), len(self._rows))
+        g = (self._start + step) * self._batch_size + self._rows[row]
+        i, item, image, bad = self._first_good(g)
+        rng = np.random.Generator(np.random.Philox(key=_key(self._seed, g)))
+        sample = {v.name: _cut(image, v, rng) for v in self._views}
+        sample['id'] = np.int64(i)
+        sample['bad'] = bad
+        if 'label' in item:
+            sample['label'] = np.int32(item['label'])
+        return sample
+
+    def _first_good(self, g):
+        n = len(self._source)
+        bad = np.full(MAX_TRIES, -1, np.int64)
+        reason = ''
+        for attempt in range(MAX_TRIES):
+            if attempt == 0:
+                i = sample_index(g, n, self._seed)
+            else:
+                i = _hash(self._seed, g, attempt) % n
+            try:
+                item = read(self._source, i)
+                return i, item, ops.decode(item['image'], self._min_size), bad
+            except (ops.DecodeError, OSError) as e:
+                bad[attempt] = i
+                reason = str(e)
+        raise RuntimeError(
+            f'{MAX_TRIES} images in a row could not be decoded, the last being '
+            f'{self._source.describe(i)} ({reason}): check the data set.'
+        )
+
+
+class _EvalSamples:
+    """Random access to the central crops; beyond the end, padding."""
+
+    closed = False
+
+    def __init__(self, source, size, resize, batch_size, rows):
+        self._source = source
+        self._size = size
+        self._resize = resize
+        self._batch_size = batch_size
+        self._rows = rows.astype(int).tolist()
+
+    def __len__(self):
+        return -(-len(self._source) // self._batch_size) * len(self._rows)
+
+    def __getitem__(self, e):
+        if self.closed:
+            raise RuntimeError('The stream is closed.')
+        step, row = divmod(int(e), len(self._rows))
+        i = step * self._batch_size + self._rows[row]
+        size = self._size
+        real = i < len(self._source)
+        i = i if real else 0
+        item = read(self._source, i)  # For padding, too: it tells the keys.
+        try:
+            image = ops.decode(item['image'], self._resize or size)
+            image = ops.resize_center_crop(image, size, self._resize)
+        except ops.DecodeError:
+            image, real = np.zeros((size, size, 3), np.uint8), False
+        sample = {'image': image, 'id': np.int64(i), 'mask': np.bool_(real)}
+        if 'label' in item:
+            sample['label'] = np.int32(item['label'])
+        for key, dtype in (('segmentation', np.uint8), ('depth', np.float32)):
+            if key in item:
+                cut = ops.resize_center_crop(item[key], size, self._resize, 'nearest')
+                sample[key] = cut.astype(dtype)
+        return sample
+
+
+def read(source, i):
+    """source[i], read again after a pause if the read fails in a way that may pass.
+
+    A file that is missing or forbidden will be so in a second, too; that fails at once.
+    """
+    for pause in _IO_PAUSES:
+        try:
+            return source[i]
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return source[i]
+
+
+def _cut(image, view, rng):
+    """uint8 (count, size, size, 3)."""
+    return np.stack([
+        ops.random_resized_crop(image, rng, view.size, view.scale, view.ratio, view.interpolation)
+        for _ in range(view.count)
+    ])
+
+
+def _key(seed, g):
+    return np.array([seed & (2**64 - 1), g], np.uint64)
+
+
+def _hash(*numbers):
+    """32 bits from integers by splitmix64: the same on every machine and in every version."""
+    h = 0
+    for x in numbers:
+        h = (h + x + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        h ^= h >> 31
+    return h >> 32
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def _mark_flags_as_parsed():
+    """Grain reads absl flags; outside of an absl app (notebooks, pytest) they count as unparsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(parent, *_):
+    """Runs first in a worker process: die with the trainer, and keep off its accelerator."""
+    if sys.platform == 'linux':
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # The trainer died before the line above.
+        os._exit(1)
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    if 'jax' in sys.modules:
+        sys.modules['jax'].config.update('jax_platforms', 'cpu')
