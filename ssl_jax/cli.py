@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `ssl_jax`: pretrain | eval | show | demo.
+
+    ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
+    ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
+    ssl_jax show --workdir W --data DIR                      # reconstructions and curves as pictures
+"""
+
+import argparse
+import os
+import sys
+
+
+def main(argv=None):
+    """Parses and runs one command; a user's error is one sentence and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog='ssl_jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    p = commands.add_parser('pretrain', help='train an encoder on your images')
+    p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
+    p.add_argument('--method', default='mae', help='mae or pixio')
+    p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
+    p.add_argument('--workdir', required=True, help='where the run lives; start again to continue')
+    p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
+
+    p = commands.add_parser('eval', help='kNN and linear probe of a run, beside two baselines')
+    p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
+    p.add_argument('--data', help="labelled images to learn from; default: the run's own eval set")
+    p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
+    p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
+    p.add_argument('--limit', type=int, help='at most so many images of each set')
+    p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
+
+    p = commands.add_parser('show', help='pictures of a run')
+    p.add_argument('--workdir', required=True)
+    p.add_argument('--data', help="images to reconstruct; default: the run's own training set")
+    p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
+    p.add_argument('--num', type=int, default=8, help='number of images')
+
+    p = commands.add_parser('demo', help='train on rendered scenes for some minutes, then evaluate')
+    p.add_argument('--workdir', default='runs/demo')
+
+    args = parser.parse_args(argv)
+    try:
+        {'pretrain': pretrain, 'eval': evaluate, 'show': show, 'demo': demo}[args.command](args)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get('SSL_JAX_TRACEBACK'):
+            raise
+        print(f'ssl_jax {args.command}: {error}', file=sys.stderr)
+        sys.exit(1)
+
+
+def pretrain(args):
+    """`ssl_jax pretrain`."""
+    from ssl_jax import config as config_lib
+    from ssl_jax import train
+
+    if not args.config and not args.data:
+        raise ValueError('give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).')
+    recipe = args.config or f'images_{args.method}'
+    if recipe.startswith('images_') and recipe not in config_lib.recipes():
+        known = [r.removeprefix('images_') for r in config_lib.recipes() if r.startswith('images_')]
+        raise ValueError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
+    fields = [f'data.train={args.data}'] if args.data else []
+    train.initialize_distributed()
+    train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
+
+
+def evaluate(args):
+    """`ssl_jax eval`."""
+    from ssl_jax.evals import run
+
+    run.evaluate_run(
+        args.workdir,
+        data=args.data,
+        test=args.test,
+        step=args.step,
+        limit=args.limit,
+        out=args.out,
+    )
+
+
+def show(args):
+    """`ssl_jax show`."""
+    from ssl_jax import show as show_lib
+
+    for path in show_lib.show(args.workdir, data=args.data, out=args.out, num=args.num):
+        print(path)
+
+
+def demo(args):
+    """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
+    from ssl_jax import config as config_lib
+    from ssl_jax import train
+    from ssl_jax.evals import run
+
+    train.run(lambda: config_lib.load('scenes_mae'), args.workdir)
+    run.evaluate_run(args.workdir)
+    print(f'pictures: {os.path.join(args.workdir, "pictures")}')
+
+
+if __name__ == '__main__':
+    main()
