@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers that show a collapse of the features before an accuracy does."""
+
+import jax
+import jax.numpy as jnp
+
+EPS = 1e-7  # of RankMe
+
+
+@jax.jit
+def monitors(features):
+    """Spread of a batch of features, in float32.
+
+    With z the L2-normalised rows:
+      std:     sqrt(d) * mean over dimensions of the standard deviation of z over the batch;
+               1 for directions spread evenly over the sphere, 0 if all are the same.
+      rankme:  exp(-sum p log p), p = sigma / |sigma|_1 + eps, sigma the singular values of the
+               features as they are (not centred); between 1 and min(B, d).
+      cosine:  mean cosine of two different rows; 1 if all point the same way.
+
+    Args:
+      features: (B, d), B at least 2; a few hundred rows or more, as rankme is bounded by B.
+
+    Returns:
+      dict of float32 scalars: std, rankme, rankme_max = min(B, d), cosine.
+
+    Reference: RankMe, Garrido et al., arXiv 2210.02885, eq. 1; std as in Chen and He,
+    arXiv 2011.10566, figure 2.
+    """
+    b, d = features.shape
+    if b < 2:
+        raise ValueError(f'Monitors compare images with each other: pass 2 or more, not {b}.')
+    x = features.astype(jnp.float32)
+    z = x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    sigma = jnp.linalg.svd(x, compute_uv=False)
+    p = sigma / jnp.maximum(sigma.sum(), 1e-30) + EPS
+    # |sum z|^2 holds every pair twice and every row with itself.
+    cosine = (jnp.square(z.sum(axis=0)).sum() - jnp.square(z).sum()) / (b * (b - 1))
+    return {
+        'std': jnp.sqrt(d) * z.std(axis=0).mean(),
+        'rankme': jnp.exp(-(p * jnp.log(p)).sum()),
+        'rankme_max': jnp.float32(min(b, d)),
+        'cosine': cosine,
+    }
+
+
+def suspect(values):
+    """One sentence that names the number which shows a collapse and what to try; None if healthy.
+
+    The limits are far out on purpose: healthy class tokens share a large common direction, which
+    alone drives the cosine above 0.9.  Early in training all of them can be crossed for a while.
+
+    Args:
+      values: what `monitors` returned, as numbers.
+    """
+    v = {name: float(x) for name, x in values.items()}
+    advice = (
+        'halve the learning rate, lengthen the warm-up, and look at kNN before you trust the loss'
+    )
+    bad = [name for name, x in v.items() if not abs(x) < float('inf')]
+    if bad:
+        return (
+            f'Collapse suspected: {bad[0]} of the features is {v[bad[0]]}; '
+            f'resume from an earlier checkpoint with half the learning rate.'
+        )
+    if v['std'] < 0.03:
+        return (
+            f'Collapse suspected: feature std is {v["std"]:.3f} (1 = spread evenly, 0 = all images '
+            f'alike), mean cosine {v["cosine"]:.4f}; {advice}.'
+        )
+    if v['cosine'] > 0.999:
+        return (
+            f'Collapse suspected: the mean cosine between two images is {v["cosine"]:.4f} '
+            f'(1 = all alike); {advice}.'
+        )
+    if v['rankme'] < max(1.5, 0.01 * v['rankme_max']):
+        return (
+            f'Dimensional collapse suspected: RankMe is {v["rankme"]:.1f} of at most '
+            f'{v["rankme_max"]:.0f}; {advice}.'
+        )
+    return None
