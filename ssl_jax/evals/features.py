@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen features of a labelled source: images in, numpy arrays out, once, in order.
+
+A `forward` is any function of uint8 images (B, H, W, 3) that returns {name: float32 (B, d)}; two
+are made here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ssl_jax import augment, sharding
+from ssl_jax.data import pipeline
+
+
+class Stopped(Exception):
+    """`should_stop` became true in the middle of an extraction; nothing is returned."""
+
+
+def make_forward(vit, params, *, dtype=None):
+    """The forward of an encoder; images are normalised with the ImageNet statistics.
+
+    Its features, in float32:
+      cls:        mean of the class tokens after the final norm (MAE, DINOv2: one token)
+      cls_pre:    mean of the class tokens before it (what Pixio's kNN takes)
+      patch:      mean of the patch tokens after the norm
+      cls_patch:  cls and patch side by side
+    An encoder without class tokens has only `patch`.
+
+    Args:
+      vit: `models.vit.ViT`.
+      params: its parameters.
+      dtype: of the layers; default the one that the ViT was made with.
+    """
+    if dtype is not None:
+        vit = vit.clone(dtype=dtype)
+    return lambda images: _features(vit, params, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one compilation per ViT, however many forwards
+def _features(vit, params, images):
+    tokens = vit.apply({'params': params}, augment.normalize(images))
+    c = vit.num_cls_tokens
+    patch = tokens['patch_tokens'].astype(jnp.float32).mean(axis=1)
+    if not c:
+        return {'patch': patch}
+    cls = tokens['cls_tokens'].astype(jnp.float32).mean(axis=1)
+    return {
+        'cls': cls,
+        'cls_pre': tokens['pre_norm'][:, :c].astype(jnp.float32).mean(axis=1),
+        'patch': patch,
+        'cls_patch': jnp.concatenate([cls, patch], axis=1),
+    }
+
+
+def raw_pixels(size=32):
+    """The forward that learns nothing, {'pixels': (B, 3 size^2)}: a baseline for every encoder.
+
+    Images are resized (bilinear, antialiased) to size x size, or kept if they are smaller,
+    normalised and flattened.
+    """
+
+    @jax.jit
+    def forward(images):
+        b, h, w, c = images.shape
+        small = (b, min(size, h), min(size, w), c)
+        x = jax.image.resize(images.astype(jnp.float32), small, 'linear', antialias=True)
+        return {'pixels': augment.normalize(x).reshape(b, -1)}
+
+    return forward
+
+
+def together(forwards):
+    """One forward of {model: forward}, to decode images once; its names are 'model/feature'."""
+
+    def forward(images):
+        return {f'{m}/{k}': x for m, f in forwards.items() for k, x in f(images).items()}
+
+    return forward
+
+
+def extract(
+    forward,
+    source,
+    *,
+    size,
+    resize=None,
+    batch_size=256,
+    mesh=None,
+    limit=None,
+    should_stop=None,
+):
+    """Features and labels of a source, in its order.
+
+    Every batch has the same shape (the last is padded), so `forward` is compiled once.  With a
+    mesh, images are split over its data and fsdp axes; with several processes each decodes its own
+    rows and all of them return everything.  Images that cannot be decoded are left out.
+
+    Args:
+      forward: see the top of this file.
+      source: see `data.sources`.
+      size, resize: pixels; the central crop of side `size` after the short side was resized
+        (Pillow's bicubic) to `resize`, by default `size`.
+      batch_size: rounded up to a multiple of the devices that share a batch.
+      limit: at most so many images, chosen by a hash of the index (sources are often sorted by
+        class, the first images would be of few classes).
+      should_stop: asked before every batch; if true on any process, all raise `Stopped`.
+
+    Returns:
+      {name: float32 (n, d)} and int32 labels (n,), or None where the source has none.
+
+    Raises:
+      ValueError: if no image could be decoded.
+    """
+    if limit is not None and limit < len(source):
+        source = Subset(source, pick(len(source), limit))
+    shards = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
+    batch_size = -(-min(batch_size, len(source)) // shards) * shards
+    rows = sharding.process_rows(mesh, batch_size) if mesh is not None else None
+    collected, pending = [], None
+    with pipeline.eval_stream(source, size, batch_size, resize=resize, rows=rows) as stream:
+        for batch in stream:
+            if should_stop is not None and _any_process(should_stop()):
+                raise Stopped
+            kept = {k: batch[k] for k in ('mask', 'label') if k in batch}
+            images = batch['image']
+            if mesh is not None:
+                images = sharding.to_global(images, mesh, rows, batch_size)
+                if jax.process_count() > 1:
+                    kept = sharding.to_global(kept, mesh, rows, batch_size)
+                with jax.set_mesh(mesh):
+                    out = forward(images)
+            else:
+                out = forward(images)
+            # Fetched one batch late: the device computes while the host decodes.
+            if pending is not None:
+                collected.append(_fetch(pending))
+            pending = {'features': out, **kept}
+        if pending is not None:
+            collected.append(_fetch(pending))
+    if not collected:
+        raise ValueError(f'None of the {len(source)} images of {source.describe(0)} ... decodes.')
+    features = {
+        k: np.concatenate([c['features'][k] for c in collected]) for k in collected[0]['features']
+    }
+    labels = None
+    if 'label' in collected[0]:
+        labels = np.concatenate([c['label'] for c in collected])
+    return features, labels
+
+
+def _fetch(tree):
+    """Numpy arrays of the whole batch, without the rows that are padding or did not decode."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    tree = jax.tree.map(np.asarray, tree)
+    mask = tree.pop('mask')
+    return jax.tree.map(lambda x: x[mask], tree)
+
+
+def _any_process(flag):
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(multihost_utils.process_allgather(np.asarray(bool(flag))).any())
+
+
+class Subset:
+    """The images `indices` of another source."""
+
+    def __init__(self, source, indices):
+        self._source = source
+        self._indices = np.asarray(indices)
+        self.classes = getattr(source, 'classes', None)
+        self.fingerprint = f'{getattr(source, "fingerprint", "?")}[{len(self._indices)}]'
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, i):
+        return self._source[int(self._indices[i])]
+
+    def describe(self, i):
+        return self._source.describe(int(self._indices[i]))
+
+
+def pick(n, count, seed=0):
+    """`count` of 0..n-1, ascending: those whose hash with `seed` is smallest."""
+    return np.sort(np.argsort(_hash(n, seed), kind='stable')[:count])
+
+
+def split(source, fraction=0.2, seed=0):
+    """A labelled source in two without a list: (train, test), by a hash of the image's index.
+
+    The same image falls on the same side on every machine and in every version.
+    """
+    n = len(source)
+    if n < 2:
+        raise ValueError(f'{n} image cannot be split in train and test; give at least two.')
+    test = pick(n, min(n - 1, max(1, round(n * fraction))), seed)
+    return Subset(source, np.setdiff1d(np.arange(n), test)), Subset(source, test)
+
+
+def _hash(n, seed):
+    """uint64 (n,): splitmix64 of the index, not numpy's generator, whose streams may change."""
+    with np.errstate(over='ignore'):
+        h = np.arange(n, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+        h += np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return h ^ (h >> np.uint64(31))
