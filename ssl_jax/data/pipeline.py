@@ -11,6 +11,7 @@ image appears exactly once per epoch, also where a batch crosses from one epoch 
 import ctypes
 import dataclasses
 import functools
+import json
 import math
 import os
 import signal
@@ -19,6 +20,8 @@ import time
 
 import grain
 import numpy as np
+from absl import logging
+from etils import epath
 
 from ssl_jax.data import ops
 
@@ -171,6 +174,85 @@ class Stream:
         # At interpreter exit the threads would first finish all that was prefetched.
         if '_iterator' in self.__dict__ and not sys.is_finalizing():
             self.close()
+
+
+class BadImages:
+    """Counts the images that could not be decoded, lists them, and stops the run beyond a budget.
+
+    The list is a file with one JSON object per distinct image, {"id", "path", "reason"}.  It
+    outlives a restart; entries that no longer name the same image are dropped from the count.
+
+    Args:
+      source: the one the stream reads.
+      path: of the list, or None for no file.
+      budget: share of the source that may be bad; one image is always allowed.
+    """
+
+    def __init__(self, source, path, budget=0.01):
+        self._source = source
+        self._path = epath.Path(path) if path else None
+        self._allowed = max(1, int(budget * len(source)))
+        self._seen = set()
+        if self._path and self._path.exists():
+            self._seen = set(map(self._known, self._path.read_text().splitlines())) - {None}
+
+    def __len__(self):
+        return len(self._seen)
+
+    def update(self, batch):
+        """Takes a batch of `train_stream`; returns how many distinct images are bad so far.
+
+        Raises:
+          RuntimeError: beyond the budget.
+        """
+        bad = batch['bad']
+        if bad[:, 0].max() < 0:  # The usual case: a first try never fails after a second one.
+            return len(self._seen)
+        for i in sorted(set(bad[bad >= 0].tolist()) - self._seen):
+            self._seen.add(i)
+            entry = {'id': i, 'path': self._source.describe(i), 'reason': _reason(self._source, i)}
+            self._write(json.dumps(entry, ensure_ascii=False) + '\n')
+            logging.warning('Skipped %s: %s', entry['path'], entry['reason'])
+        if len(self._seen) > self._allowed:
+            listed = f', listed in {self._path}' if self._path else f', the last is {entry["path"]}'
+            raise RuntimeError(
+                f'{len(self._seen)} of {len(self._source)} images cannot be decoded, more than the '
+                f'{self._allowed} allowed{listed}: repair them, or raise data.bad_budget.'
+            )
+        return len(self._seen)
+
+    def _known(self, line):
+        """The id of a line of the list, or None if it is cut off or means another image now."""
+        try:
+            entry = json.loads(line)
+            i = entry['id']
+            same = 0 <= i < len(self._source) and self._source.describe(i) == entry['path']
+        except (ValueError, KeyError, TypeError):
+            return None
+        return i if same else None
+
+    def _write(self, line):
+        if self._path is None:
+            return
+        text = os.fspath(self._path)
+        if '://' in text:  # Object stores cannot append; the list is short.
+            old = self._path.read_text() if self._path.exists() else ''
+            self._path.write_text(old + line)
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(text, 'a+b') as f:
+            # After a kill in the middle of a line, start a new one.
+            if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b'\n':
+                f.write(b'\n')
+            f.write(line.encode())
+
+
+def _reason(source, i):
+    try:
+        ops.decode(read(source, i)['image'])
+    except (ops.DecodeError, OSError) as e:
+        return str(e)
+    return 'could not be read at first, but can be now'
 
 
 class _TrainSamples:
