@@ -16,27 +16,8 @@ import pathlib
 
 import ml_collections
 
-UNITS = ('steps', 'epochs', 'examples')
-DTYPES = ('float32', 'bfloat16')
-REMATS = ('none', 'dots', 'full')
-# (field, lowest, highest), both allowed.
-RANGES = (
-    ('seed', 0, 2**31 - 1),
-    ('method.mask_ratio', 0.0, 0.999),
-    ('method.drop_path', 0.0, 0.999),
-    ('method.flip', 0.0, 1.0),
-    ('method.num_cls_tokens', 0, 64),
-    ('data.num_threads', 1, 1024),
-    ('data.num_workers', 0, 1024),
-    ('data.bad_budget', 0.0, 1.0),
-    ('optim.b1', 0.0, 0.99999),
-    ('optim.b2', 0.0, 0.99999),
-    ('optim.base_lr', 0.0, 100.0),
-    ('optim.weight_decay', 0.0, 10.0),
-    ('optim.layer_decay', 0.01, 1.0),
-    ('checkpoint.keep', 1, 10**6),
-    ('log.every_steps', 1, 10**9),
-)
+from ssl_jax import config_rules
+
 SOURCES = ('data.train', 'data.eval_train', 'data.eval_test')  # free-form: sources own their keys
 
 # Fields that may be None, with the type they have otherwise.
@@ -155,6 +136,22 @@ def default():
     return c
 
 
+def imagenet(root=''):
+    """(train, eval_train, eval_test) sources of ImageNet-1k, for recipes.
+
+    Args:
+        root: folder (local or gs://) with train/ and val/, a subfolder per class in each; without
+          it TFDS' imagenet2012, prepared in TFDS_DATA_DIR.
+    """
+    if root:
+        train = dict(source='folder', path=root, split='train')
+        test = dict(source='folder', path=root, split='val')
+    else:
+        train = dict(source='tfds', name='imagenet2012', split='train')
+        test = dict(source='tfds', name='imagenet2012', split='validation')
+    return tuple(ml_collections.ConfigDict(source) for source in (train, train, test))
+
+
 def folder():
     """Folder of the recipes: `configs/` of a clone, or `ssl_jax/configs` of an installed wheel."""
     package = pathlib.Path(__file__).resolve().parent
@@ -165,6 +162,11 @@ def folder():
 def recipes():
     """Sorted names that `load` accepts."""
     return sorted(p.stem for p in folder().glob('*.py') if not p.stem.startswith('_'))
+
+
+# Cross-field checks and the choices for an unknown data set have a file of their own.
+validate = config_rules.validate
+infer = config_rules.infer
 
 
 def load(spec, overrides=()):
@@ -195,7 +197,7 @@ def load(spec, overrides=()):
     config = module.get_config(arg)
     for override in overrides:
         set_value(config, override)
-    _fill_size(config)
+    config_rules.fill_size(config.method)
     if not config.infer:
         validate(config)
     return lock(config)
@@ -239,14 +241,13 @@ def set_value(config, override):
 
 def _set_source(config, keys, text):
     """data.train=PATH or data.train.key=value, where any key goes."""
-    value = _literal(text)
     with config.ignore_type():
-        if len(keys) == 2:
-            config.data[keys[1]] = value
+        if len(keys) == 2:  # a path, whatever it looks like
+            config.data[keys[1]] = None if text.strip().lower() == 'none' else text.strip()
         else:
             if not isinstance(config.data[keys[1]], ml_collections.ConfigDict):
                 config.data[keys[1]] = ml_collections.ConfigDict()
-            config.data[keys[1]]['.'.join(keys[2:])] = value
+            config.data[keys[1]]['.'.join(keys[2:])] = _literal(text)
 
 
 def _has(parent, key):
@@ -258,9 +259,9 @@ def _siblings(key, parent):
     if key == 'size' and 'embed_dim' in parent:
         return [k for k in ('embed_dim', 'depth', 'num_heads') if k in parent]
     prefix, _, unit = key.rpartition('_')
-    if unit not in UNITS:
+    if unit not in config_rules.UNITS:
         return []
-    return [f'{prefix}_{u}' for u in UNITS if u != unit and f'{prefix}_{u}' in parent]
+    return [f'{prefix}_{u}' for u in config_rules.UNITS if u != unit and f'{prefix}_{u}' in parent]
 
 
 def _nearest(name, names):
@@ -350,19 +351,12 @@ def steps(prefix, config, num_examples=None, batch_size=None, default=None):
     Returns:
         int, at least 1 for a positive duration.
     """
-    found = {u: config.get(f'{prefix}_{u}') for u in UNITS}
-    found = {u: v for u, v in found.items() if v is not None}
-    names = ', '.join(f'{prefix}_{u}' for u in UNITS)
-    if len(found) > 1:
-        both = ' and '.join(f'{prefix}_{u}={v}' for u, v in found.items())
-        raise ValueError(f'{both} contradict each other: set one of {names}, the rest to None.')
-    if not found:
+    unit, value = config_rules.duration(prefix, config)
+    if unit is None:
         if default is None:
-            raise ValueError(f'None of {names} is set: set one, for example {prefix}_steps=1000.')
+            names = ', '.join(f'{prefix}_{u}' for u in config_rules.UNITS)
+            raise ValueError(f'None of {names} is set: set one, such as {prefix}_steps=1000.')
         return default
-    (unit, value), = found.items()
-    if value < 0:
-        raise ValueError(f'{prefix}_{unit}={value} is negative: durations start at 0.')
     if unit == 'steps':
         return int(value)
     if not batch_size:
@@ -375,124 +369,3 @@ def steps(prefix, config, num_examples=None, batch_size=None, default=None):
             )
         value = value * num_examples
     return max(round(value / batch_size), int(value > 0))
-
-
-def _fill_size(config):
-    """Sets method.embed_dim, depth and num_heads from method.size where they are None."""
-    m = config.method
-    if m.get('size') is None:
-        return
-    from ssl_jax.models import vit  # here, for it imports jax and flax
-
-    if m.size not in vit.SIZES:
-        raise ValueError(f"method.size='{m.size}' is unknown: use one of {', '.join(vit.SIZES)}.")
-    for key, value in zip(('embed_dim', 'depth', 'num_heads'), vit.SIZES[m.size]):
-        if key in m and m[key] is None:
-            m[key] = value
-
-
-def validate(config):
-    """Checks fields against each other; raises ValueError with one sentence for the first error.
-
-    Method fields are checked where the method has them.
-    """
-    for message in _errors(config):
-        raise ValueError(message)
-
-
-def _errors(c):
-    """Yields a sentence for each violated rule; later rules may rely on earlier ones."""
-    m = c.method
-    if c.batch_size is None or c.batch_size < 1 or c.accum_steps < 1:
-        yield (
-            f'batch_size={c.batch_size} and accum_steps={c.accum_steps} must be positive integers: '
-            'set batch_size=256.'
-        )
-    if c.batch_size % c.accum_steps:
-        yield (
-            f'batch_size={c.batch_size} is not divisible by accum_steps={c.accum_steps}: '
-            f'use batch_size={_near_multiple(c.batch_size, c.accum_steps)}.'
-        )
-    if c.dtype not in DTYPES:
-        yield f"dtype='{c.dtype}' is unknown: use one of {', '.join(DTYPES)}."
-    if c.remat not in REMATS:
-        yield f"remat='{c.remat}' is unknown: use one of {', '.join(REMATS)}."
-    if c.init_from and c.resume_from:
-        yield (
-            'init_from (weights only) and resume_from (weights, moments and step) are both set: '
-            'set one of them to None.'
-        )
-    if sum(size == -1 for size in c.mesh.values()) > 1 or any(
-        size != -1 and size < 1 for size in c.mesh.values()
-    ):
-        yield f'mesh={c.mesh.to_dict()} must have positive sizes and at most one -1 (the rest).'
-    for prefix, sub, default in (('total', c, None), ('warmup', c, 0), ('every', c.eval, 0)):
-        try:  # only units and signs matter here, the number of images does not
-            steps(prefix, sub, num_examples=1, batch_size=1, default=default)
-        except ValueError as error:
-            yield str(error)
-    for unit in UNITS:
-        total, warmup = c[f'total_{unit}'], c[f'warmup_{unit}']
-        if total and warmup and warmup >= total:
-            yield f'warmup_{unit}={warmup} does not end before total_{unit}={total}: lower it.'
-    for name in ('eval.knn_k', 'optim.no_decay', 'optim.freeze', 'optim.lr_mult'):
-        group, key = name.split('.')
-        if not isinstance(c[group][key], tuple):
-            yield f"{name}={c[group][key]!r} must be a tuple, with a comma: ({c[group][key]!r},)."
-    for name, low, high in RANGES:
-        group, _, key = name.rpartition('.')
-        parent = c[group] if group else c
-        value = parent.get(key)
-        if value is not None and not low <= value <= high:
-            yield f'{name}={value} is out of range: use a value from {low} to {high}.'
-    for key in ('crop_scale', 'crop_ratio'):
-        if key in m and not (len(m[key]) == 2 and 0 < m[key][0] <= m[key][1]):
-            yield f'method.{key}={m[key]} must be (low, high) with 0 < low <= high.'
-    if m.get('crop_scale') and m.crop_scale[1] > 1:
-        yield f'method.crop_scale={m.crop_scale} are fractions of the area: at most (.., 1.0).'
-    yield from _shape_errors(m)
-
-
-def _shape_errors(m):
-    """Rules of the token grid and of the widths."""
-    for key in ('size', 'embed_dim', 'depth', 'num_heads', 'patch_size', 'img_size'):
-        if key in m and key != 'size' and m[key] is None:
-            hint = "method.size='S'" if key in ('embed_dim', 'depth', 'num_heads') else 'a number'
-            yield f'method.{key} is None: set it, or use {hint}.'
-    if 'patch_size' in m and 'img_size' in m:
-        if m.img_size % m.patch_size:
-            yield (
-                f'method.img_size={m.img_size} is not a multiple of method.patch_size='
-                f'{m.patch_size}: use img_size={_near_multiple(m.img_size, m.patch_size)}.'
-            )
-        side = m.img_size // m.patch_size
-        grid = m.get('mask_grid') or 1
-        if side % grid:
-            divisors = [g for g in range(1, side + 1) if side % g == 0]
-            yield (
-                f'method.mask_grid={grid} does not divide the {side}x{side} token grid of '
-                f'img_size={m.img_size} and patch_size={m.patch_size}: use one of {divisors}.'
-            )
-        if 'mask_ratio' in m and int((side // grid) ** 2 * (1 - m.mask_ratio)) < 1:
-            yield (
-                f'method.mask_ratio={m.mask_ratio} leaves none of the {(side // grid) ** 2} mask '
-                'cells visible: lower mask_ratio, mask_grid or patch_size.'
-            )
-    for prefix in ('', 'decoder_'):
-        dim, heads = m.get(f'{prefix}embed_dim'), m.get(f'{prefix}num_heads')
-        if dim and heads and dim % heads:
-            yield (
-                f'method.{prefix}embed_dim={dim} is not divisible by method.{prefix}num_heads='
-                f'{heads}: use {prefix}embed_dim={_near_multiple(dim, heads)}.'
-            )
-        if dim and m.get('pos_embed') == 'sincos' and dim % 4:
-            yield (
-                f'method.{prefix}embed_dim={dim} is not divisible by 4, which '
-                f"pos_embed='sincos' needs: use {_near_multiple(dim, 4)} or pos_embed='learned'."
-            )
-    if m.get('pos_embed') not in (None, 'sincos', 'learned'):
-        yield f"method.pos_embed='{m.pos_embed}' is unknown: use 'sincos' or 'learned'."
-
-
-def _near_multiple(value, of):
-    return max(round(value / of), 1) * of

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MAE on CIFAR-10, 32 px: the smallest real data set.
+
+The images are Parquet files in Hugging Face layout, $SSL_JAX_DATA/cifar10/{train,test}.parquet with
+columns `image` (struct with `bytes`) and `label`.
+
+Command:
+  SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_mae --workdir runs/cifar10_mae
+
+Expected: loss falling from 1.0; k-NN accuracy far above the 10 % of chance.
+Cost: a few hours on 2 CPU cores, minutes on a GPU.
+"""
+
+import os
+
+import ml_collections
+
+from ssl_jax import config
+
+
+def get_config(arg=''):
+    del arg
+    c = config.default()
+    c.name = 'cifar10_mae'
+
+    c.total_epochs = 100.0
+    c.warmup_epochs = 5.0
+    c.batch_size = 256
+
+    c.method.size = None
+    c.method.embed_dim = 192
+    c.method.depth = 6
+    c.method.num_heads = 3
+    c.method.patch_size = 4
+    c.method.img_size = 32
+    c.method.decoder_embed_dim = 96
+    c.method.decoder_depth = 2
+    c.method.decoder_num_heads = 3
+    c.method.crop_scale = (0.4, 1.0)
+
+    c.optim.lr = 1.5e-3
+    c.optim.weight_decay = 0.05
+
+    cifar = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'cifar10')
+    train = dict(source='parquet', path=f'{cifar}/train.parquet')
+    test = dict(source='parquet', path=f'{cifar}/test.parquet')
+    c.data.train = ml_collections.ConfigDict(train)
+    c.data.eval_train = ml_collections.ConfigDict(train)
+    c.data.eval_test = ml_collections.ConfigDict(test)
+    c.eval.every_epochs = 10.0
+    c.eval.knn_k = (10, 20)
+
+    return c

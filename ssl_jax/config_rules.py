@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fits together in a config: checks across fields, and choices where fields are left open.
+
+Use them as `config.validate` and `config.infer`.
+"""
+
+import copy
+import math
+import os
+
+UNITS = ('steps', 'epochs', 'examples')
+DTYPES = ('float32', 'bfloat16')
+REMATS = ('none', 'dots', 'full')
+# What small models reach in training on one CPU core, FLOP/s, and how long such a run should take.
+CPU_FLOPS, CPU_SECONDS = 15e9, 240
+# (field, lowest, highest), both allowed.
+RANGES = (
+    ('seed', 0, 2**31 - 1),
+    ('method.mask_ratio', 0.0, 0.999),
+    ('method.drop_path', 0.0, 0.999),
+    ('method.flip', 0.0, 1.0),
+    ('method.num_cls_tokens', 0, 64),
+    ('data.num_threads', 1, 1024),
+    ('data.num_workers', 0, 1024),
+    ('data.bad_budget', 0.0, 1.0),
+    ('optim.b1', 0.0, 0.99999),
+    ('optim.b2', 0.0, 0.99999),
+    ('optim.base_lr', 0.0, 100.0),
+    ('optim.weight_decay', 0.0, 10.0),
+    ('optim.layer_decay', 0.01, 1.0),
+    ('checkpoint.keep', 1, 10**6),
+    ('log.every_steps', 1, 10**9),
+)
+
+
+def duration(prefix, config):
+    """(unit, value) of the one field of `{prefix}_{steps,epochs,examples}` that is set.
+
+    (None, None) if none is; ValueError if several are, or if the value is negative.
+    """
+    found = [(u, config.get(f'{prefix}_{u}')) for u in UNITS]
+    found = [(u, v) for u, v in found if v is not None]
+    if len(found) > 1:
+        both = ' and '.join(f'{prefix}_{u}={v}' for u, v in found)
+        raise ValueError(f'{both} contradict each other: keep one and set the other to None.')
+    if found and found[0][1] < 0:
+        raise ValueError(f'{prefix}_{found[0][0]}={found[0][1]} is negative: durations start at 0.')
+    return found[0] if found else (None, None)
+
+
+def validate(config):
+    """Checks fields against each other; raises ValueError with one sentence for the first error.
+
+    Method fields are checked where the method has them.
+    """
+    for message in _errors(config):
+        raise ValueError(message)
+
+
+def _errors(c):
+    """Yields a sentence for each violated rule; later rules may rely on earlier ones."""
+    m = c.method
+    if c.batch_size is None or c.batch_size < 1 or c.accum_steps < 1:
+        yield (
+            f'batch_size={c.batch_size} and accum_steps={c.accum_steps} must be positive integers: '
+            'set batch_size=256.'
+        )
+    if c.batch_size % c.accum_steps:
+        yield (
+            f'batch_size={c.batch_size} is not divisible by accum_steps={c.accum_steps}: '
+            f'use batch_size={_near_multiple(c.batch_size, c.accum_steps)}.'
+        )
+    if c.dtype not in DTYPES:
+        yield f"dtype='{c.dtype}' is unknown: use one of {', '.join(DTYPES)}."
+    if c.remat not in REMATS:
+        yield f"remat='{c.remat}' is unknown: use one of {', '.join(REMATS)}."
+    if c.init_from and c.resume_from:
+        yield (
+            'init_from (weights only) and resume_from (weights, moments and step) are both set: '
+            'set one of them to None.'
+        )
+    if sum(size == -1 for size in c.mesh.values()) > 1 or any(
+        size != -1 and size < 1 for size in c.mesh.values()
+    ):
+        yield f'mesh={c.mesh.to_dict()} must have positive sizes and at most one -1 (the rest).'
+    for prefix, sub in (('total', c), ('warmup', c), ('every', c.eval)):
+        duration(prefix, sub)
+    if duration('total', c) == (None, None):
+        yield 'None of total_steps, total_epochs, total_examples is set: set total_epochs=100.'
+    for unit in UNITS:
+        total, warmup = c[f'total_{unit}'], c[f'warmup_{unit}']
+        if total and warmup and warmup >= total:
+            yield f'warmup_{unit}={warmup} does not end before total_{unit}={total}: lower it.'
+    for name in ('eval.knn_k', 'optim.no_decay', 'optim.freeze', 'optim.lr_mult'):
+        group, key = name.split('.')
+        if not isinstance(c[group][key], tuple):
+            yield f"{name}={c[group][key]!r} must be a tuple, with a comma: ({c[group][key]!r},)."
+    for name, low, high in RANGES:
+        group, _, key = name.rpartition('.')
+        parent = c[group] if group else c
+        value = parent.get(key)
+        if value is not None and not low <= value <= high:
+            yield f'{name}={value} is out of range: use a value from {low} to {high}.'
+    for key in ('crop_scale', 'crop_ratio'):
+        if key in m and not (len(m[key]) == 2 and 0 < m[key][0] <= m[key][1]):
+            yield f'method.{key}={m[key]} must be (low, high) with 0 < low <= high.'
+    if m.get('crop_scale') and m.crop_scale[1] > 1:
+        yield f'method.crop_scale={m.crop_scale} are fractions of the area: at most (.., 1.0).'
+    yield from _shape_errors(m)
+
+
+def _shape_errors(m):
+    """Rules of the token grid and of the widths."""
+    for key in ('size', 'embed_dim', 'depth', 'num_heads', 'patch_size', 'img_size'):
+        if key in m and key != 'size' and m[key] is None:
+            hint = "method.size='S'" if key in ('embed_dim', 'depth', 'num_heads') else 'a number'
+            yield f'method.{key} is None: set it, or use {hint}.'
+    if 'patch_size' in m and 'img_size' in m:
+        if m.img_size % m.patch_size:
+            yield (
+                f'method.img_size={m.img_size} is not a multiple of method.patch_size='
+                f'{m.patch_size}: use img_size={_near_multiple(m.img_size, m.patch_size)}.'
+            )
+        side = m.img_size // m.patch_size
+        grid = m.get('mask_grid') or 1
+        if side % grid:
+            divisors = [g for g in range(1, side + 1) if side % g == 0]
+            yield (
+                f'method.mask_grid={grid} does not divide the {side}x{side} token grid of '
+                f'img_size={m.img_size} and patch_size={m.patch_size}: use one of {divisors}.'
+            )
+        if 'mask_ratio' in m and int((side // grid) ** 2 * (1 - m.mask_ratio)) < 1:
+            yield (
+                f'method.mask_ratio={m.mask_ratio} leaves none of the {(side // grid) ** 2} mask '
+                'cells visible: lower mask_ratio, mask_grid or patch_size.'
+            )
+    for prefix in ('', 'decoder_'):
+        dim, heads = m.get(f'{prefix}embed_dim'), m.get(f'{prefix}num_heads')
+        if dim and heads and dim % heads:
+            yield (
+                f'method.{prefix}embed_dim={dim} is not divisible by method.{prefix}num_heads='
+                f'{heads}: use {prefix}embed_dim={_near_multiple(dim, heads)}.'
+            )
+        if dim and m.get('pos_embed') == 'sincos' and dim % 4:
+            yield (
+                f'method.{prefix}embed_dim={dim} is not divisible by 4, which '
+                f"pos_embed='sincos' needs: use {_near_multiple(dim, 4)} or pos_embed='learned'."
+            )
+    if m.get('pos_embed') not in (None, 'sincos', 'learned'):
+        yield f"method.pos_embed='{m.pos_embed}' is unknown: use 'sincos' or 'learned'."
+
+
+def _near_multiple(value, of):
+    return max(round(value / of), 1) * of
+
+
+def infer(config, num_images, image_hw, platform, device_count, cores=None):
+    """Chooses every field left None for the images and devices at hand; keeps all that is set.
+
+    On a CPU the run is made to last about four minutes, on accelerators to be worth its while: 400
+    epochs, for few images up to 1600.
+
+    Args:
+      config: a config with `infer=True` (recipes `images_mae`, `images_pixio`).
+      num_images: size of the training set.
+      image_hw: (height, width) in pixels of a typical image.
+      platform: 'cpu', 'gpu' or 'tpu'.
+      device_count: devices of all processes.
+      cores: CPU cores of this machine; asked of the system if None.
+
+    Returns:
+      (config, decisions): a valid config, locked as the given one, and a sentence per decision.
+    """
+    from ssl_jax import methods  # here, for it imports jax and flax
+
+    config, decisions = copy.deepcopy(config), []
+    cpu, m = platform == 'cpu', config.method
+    cores = cores or os.cpu_count() or 1
+    if num_images < 1:
+        raise ValueError('The training set has no images: give a folder that holds some.')
+
+    def choose(name, value, why):
+        group, _, key = name.rpartition('.')
+        parent = config[group] if group else config
+        if parent[key] is None:
+            parent[key] = value
+            decisions.append(f'{name} = {value}: {why}.')
+        return parent[key]
+
+    with config.unlocked():
+        config.infer = False
+        _infer_images(choose, m, min(image_hw), cpu)
+        _infer_widths(choose, m, num_images, cpu)
+        choose('dtype', 'float32' if cpu else 'bfloat16', f'the fast type on {platform}')
+
+        limit = 64 if cpu else 128 * device_count
+        batch = 2 ** math.floor(math.log2(max(min(limit, 4096, num_images / 4), 1)))
+        ways = device_count * config.accum_steps
+        batch = max(batch // ways, 1) * ways
+        choose('batch_size', batch, f'{num_images:,} images, {device_count} device(s)')
+        if config.optim.lr is None:
+            # Square root instead of MAE's linear rule, which would starve small batches.
+            lr = float(f'{1.5e-3 * math.sqrt(config.batch_size / 1024):.2g}')
+            choose('optim.lr', lr, '1.5e-3 at batch 1024, with the root of the batch')
+
+        if duration('total', config)[0] is None:
+            if cpu:
+                flops = methods.from_config(config).flops(1)
+                examples = CPU_SECONDS * cores * CPU_FLOPS / flops
+                why = f'about {CPU_SECONDS // 60} minutes on {cores} cores'
+            else:
+                examples = min(max(16e6, 400 * num_images), 1e9)
+                why = 'small sets need many passes, large ones 400'
+            examples = min(examples, 1600 * num_images)
+            epochs = float(f'{max(examples, config.batch_size) / num_images:.3g}')
+            choose('total_epochs', epochs, why)
+        total = _total_steps(config, num_images)
+        if duration('warmup', config)[0] is None:
+            choose('warmup_steps', total // 20, 'a twentieth of the run')
+        if duration('every', config.eval)[0] is None:
+            choose('eval.every_steps', max(total // 5, 1), 'five rounds of pictures and scores')
+        validate(config)
+    return config, decisions
+
+
+def _infer_images(choose, m, short_side, cpu):
+    """Crop, patch and mask size from the short side of the images."""
+    size = m.img_size or min(short_side, 96 if cpu else 256 if m.mask_grid is None else 224)
+    patch = choose(
+        'method.patch_size',
+        4 if size < 64 else 8 if size < 160 else 16,
+        f'for crops of about {size} pixels',
+    )
+    coarse = 1 if m.mask_grid == 1 else 4 if size >= 16 * patch else 2
+    unit = patch * (m.mask_grid or coarse)
+    size = max(size // unit, 2) * unit
+    size = choose('method.img_size', size, f'short side of the images {short_side}')
+    side = size // patch
+    grid = coarse if side % coarse == 0 else 1
+    choose('method.mask_grid', grid, f'squares on the grid of {side}x{side} patches')
+
+
+def _infer_widths(choose, m, num_images, cpu):
+    """Encoder from the number of images, decoder from the encoder and the masks."""
+    if m.size is None and m.embed_dim is None:
+        if cpu:
+            why = 'small enough for a CPU'
+            for key, value in (('embed_dim', 192), ('depth', 6), ('num_heads', 3)):
+                choose(f'method.{key}', value, why)
+        else:
+            size = 'S' if num_images < 30_000 else 'B' if num_images < 2_000_000 else 'L'
+            choose('method.size', size, f'for {num_images:,} images')
+    fill_size(m)
+    small = m.embed_dim < 300
+    width = 96 if small else 256 if m.embed_dim < 700 else 512
+    # Large masked squares want a deep decoder (Pixio, table 13), single patches do not.
+    depth = max(m.depth * (2 if m.mask_grid > 1 else 1) // 3, 2)
+    choose('method.decoder_embed_dim', width, f'for an encoder of {m.embed_dim}')
+    choose('method.decoder_depth', depth, f'for an encoder of {m.depth} blocks')
+    heads = m.decoder_embed_dim // 32 if m.decoder_embed_dim % 32 == 0 else 4
+    choose('method.decoder_num_heads', heads, '32 channels each')
+
+
+def _total_steps(config, num_images):
+    unit, value = duration('total', config)
+    if unit == 'epochs':
+        value *= num_images
+    return max(round(value if unit == 'steps' else value / config.batch_size), 1)
+
+
+def fill_size(m):
+    """Sets embed_dim, depth and num_heads of `config.method` from its size where they are None."""
+    if m.get('size') is None:
+        return
+    from ssl_jax.models import vit
+
+    if m.size not in vit.SIZES:
+        raise ValueError(f"method.size='{m.size}' is unknown: use one of {', '.join(vit.SIZES)}.")
+    for key, value in zip(('embed_dim', 'depth', 'num_heads'), vit.SIZES[m.size]):
+        if key in m and m[key] is None:
+            m[key] = value
