@@ -196,7 +196,9 @@ class BadImages:
         if self._path and self._path.exists():
             self._seen = set(map(self._known, self._path.read_text().splitlines())) - {None}
 
-    def __len__(self):
+    @property
+    def count(self):
+        """Distinct bad images so far."""
         return len(self._seen)
 
     def update(self, batch):
