@@ -205,7 +205,9 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
 
     rows = sharding.process_rows(mesh, batch_size)
     views = method.views()
-    evaluate = online.Evaluator(config, method, mesh, workdir, should_stop=lambda: stop.requested)
+    evaluate = online.Evaluator(
+        config, method, mesh, workdir, source, should_stop=lambda: stop.requested
+    )
     writer = metrics.Writer(
         workdir,
         total_steps=total,
@@ -217,7 +219,11 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
         is_main=jax.process_index() == 0,
     )
     timers, clock = writer.timers, Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
-    bad = pipeline.BadImages(source, workdir / 'bad_images.jsonl', config.data.bad_budget)
+    # Each process meets its own bad images and lists them in a file of its own.
+    suffix = f'.{jax.process_index()}' if jax.process_index() else ''
+    bad = pipeline.BadImages(
+        source, workdir / f'bad_images{suffix}.jsonl', config.data.bad_budget
+    )
     budget = metrics.NonFinite(config.nonfinite.in_a_row, config.nonfinite.total)
     pending = collections.deque()  # counters of the last two steps, read when surely ready
     stream = pipeline.train_stream(
@@ -317,8 +323,8 @@ def _farewell(workdir, result, bad):
     shown = {k: v for k, v in result.items() if k not in ('step', 'preempted')}
     log(f'done: step {result["step"]:,}')
     log(*(f'  {k:<28} {v:.4g}' for k, v in sorted(shown.items()) if isinstance(v, float)))
-    if bad.count:
-        log(f'  {bad.count} images could not be decoded, see {workdir / "bad_images.jsonl"}')
+    if len(bad):
+        log(f'  {len(bad)} images could not be decoded, see {workdir}/bad_images.jsonl')
     log(f'pictures and curves: {workdir / "pictures"}')
 
 

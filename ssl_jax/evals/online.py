@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop looks at now and then: kNN, collapse monitors, reconstructions, curves."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+
+from ssl_jax import sharding
+from ssl_jax.data import pipeline, sources
+from ssl_jax.evals import features, knn, monitors
+
+MONITORED = 512  # images that the collapse monitors look at
+
+
+class Evaluator:
+    """evaluate(state, step) -> {name: float}; pictures go to workdir/pictures.
+
+    kNN runs where the config names a labelled `data.eval_train` and `data.eval_test`; the monitors
+    and pictures fall back to the training images.  `should_stop` ends a long evaluation early.
+    """
+
+    def __init__(self, config, method, mesh, workdir, train_source, should_stop):
+        data = config.data
+        self.config, self.method, self.mesh = config.eval, method, mesh
+        self.workdir, self.should_stop = workdir, should_stop
+        self.train = sources.open_source(data.eval_train) if data.eval_train else None
+        self.test = sources.open_source(data.eval_test) if data.eval_test else None
+        self.shown = self.test if self.test is not None else train_source
+        self.size = config.eval.size or method.views()[0].size
+        self.keys = jax.random.split(jax.random.key(config.seed), config.eval.num_pictures)
+
+    def __call__(self, state, step):
+        """Numbers for metrics.jsonl; an evaluation that was stopped returns what it had."""
+        vit, params = self.method.backbone(state.params, state.extra)
+        forward = features.make_forward(vit, params)
+        rows = {}
+        try:
+            rows.update(self.monitors(forward))
+            if self.config.knn and self.train is not None and self.test is not None:
+                rows.update(self.knn(forward))
+            if self.config.pictures:
+                self.pictures(state, step)
+        except features.Stopped:
+            pass
+        return rows
+
+    def extract(self, forward, source, limit):
+        return features.extract(
+            forward,
+            source,
+            size=self.size,
+            batch_size=self.config.batch_size,
+            mesh=self.mesh,
+            limit=limit,
+            should_stop=self.should_stop,
+        )
+
+    def monitors(self, forward):
+        found, _ = self.extract(forward, self.shown, MONITORED)
+        x = found.get('cls', found['patch'])
+        values = {k: float(v) for k, v in monitors.monitors(x).items()}
+        sentence = monitors.suspect(values)
+        if sentence and jax.process_index() == 0:
+            print(sentence, flush=True)
+        return {f'features/{k}': v for k, v in values.items() if k != 'rankme_max'}
+
+    def knn(self, forward):
+        """Top-1 in percent for every feature and k: knn/<feature>/<k>."""
+        train, train_y = self.extract(forward, self.train, self.config.max_train)
+        test, test_y = self.extract(forward, self.test, self.config.max_test)
+        rows = {}
+        for name in ('cls_pre', 'cls', 'patch'):
+            if name in train:
+                found = knn.knn(
+                    train[name],
+                    train_y,
+                    test[name],
+                    test_y,
+                    ks=self.config.knn_k,
+                    temperature=self.config.temperature,
+                    num_classes=int(max(train_y.max(), test_y.max())) + 1,
+                    mesh=self.mesh,
+                )
+                rows.update({f'knn/{name}/{k}': v['top1'] for k, v in found.items()})
+        return rows
+
+    def pictures(self, state, step):
+        """The same images with the same masks at every step, so that progress can be seen."""
+        from ssl_jax import viz  # matplotlib is slow to import
+
+        folder = self.workdir / 'pictures'
+        if hasattr(self.method, 'reconstruct'):
+            images = first_images(self.shown, self.size, self.config.num_pictures)
+            made = _reconstruct(
+                self.method, self.mesh, state.params, images, self.keys[: len(images)]
+            )
+            if jax.process_index() == 0:
+                viz.reconstruction_grid(made, folder / f'reconstruction_{step:07d}.png')
+        if jax.process_index() == 0:
+            viz.curves(self.workdir / 'metrics.jsonl', folder / 'curves.png')
+
+
+def _reconstruct(method, mesh, params, images, keys):
+    """Runs `method.reconstruct`, every process the whole, and returns numpy arrays."""
+    run = _jitted_reconstruct(method, sharding.replicated(mesh))
+    return jax.tree.map(np.asarray, run(params, images, keys))
+
+
+@functools.lru_cache
+def _jitted_reconstruct(method, replicated):
+    return jax.jit(method.reconstruct, out_shardings=replicated)
+
+
+def first_images(source, size, count):
+    """uint8 (count, size, size, 3): the first images of a source that can be decoded."""
+    images = []
+    with pipeline.eval_stream(source, size, min(count, len(source))) as stream:
+        for batch in itertools.islice(stream, 4):
+            images.extend(batch['image'][batch['mask']])
+    return np.stack(images[:count])
