@@ -48,8 +48,9 @@ class MismatchError(CheckpointError):
 class Checkpointer:
     """Saves and restores a train state below one directory.
 
-    The state is a dataclass with the fields ``params, extra, opt_state, step, skipped``. Every process calls every method, in the same order. Call `close` in a ``finally``: a save still
-    in flight when the interpreter shuts down is lost.
+    The state is a dataclass with the fields ``params, extra, opt_state, step, skipped``. Every
+    process calls every method, in the same order. Call `close` in a ``finally``: a save still in
+    flight when the interpreter shuts down is lost.
 
     Args:
       directory: parent of the step directories, local or remote (``gs://``), shared by all hosts.
@@ -67,11 +68,6 @@ class Checkpointer:
         self._writing = None  # the step that is being saved
         self._deleting = None  # the thread that removes old checkpoints
         self._orbax = None
-        if jax.process_index() == 0 and self.directory.exists():
-            for path in self.directory.iterdir():
-                if path.name.startswith('deleting-') or '.orbax-checkpoint-tmp' in path.name:
-                    print(f'Removing the unfinished checkpoint {path}.', flush=True)
-                    path.rmtree()
 
     def save(self, step, state, meta=None):
         """Starts to save `state` as `step` and returns once it is safe to donate `state`.
@@ -105,6 +101,7 @@ class Checkpointer:
         }
         try:
             if self._orbax is None:
+                self._remove_leftovers()
                 self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             self._orbax.save(
                 self.directory / str(step),
@@ -204,6 +201,13 @@ class Checkpointer:
             return value
         return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
+    def _remove_leftovers(self):
+        """Deletes what a killed save left; only a run that saves here may, a reader may not."""
+        if jax.process_index() == 0 and self.directory.exists():
+            for path in self.directory.iterdir():
+                if path.name.startswith('deleting-') or '.orbax-checkpoint-tmp' in path.name:
+                    path.rmtree()
+
     def _set_aside(self, step):
         """Gets damaged checkpoints, and an uncommitted one of this step, out of the way."""
         aside, self._bad = self._bad, set()
@@ -301,8 +305,8 @@ def environment(items):
 def checksums(tree):
     """A number per tensor that changes with any bit, and with no sharding.
 
-    With u_i the i-th element's bits as an unsigned integer, mixed by an invertible function, the sum
-    is ``Σ_i u_i · (2654435761 · i | 1) mod 2³²``: an odd weight makes every bit of one element count,
+    With u_i the i-th element's bits as an unsigned integer, mixed by an invertible function, it is
+    ``Σ_i u_i · (2654435761 · i | 1) mod 2³²``: an odd weight lets every bit of one element count,
     and addition modulo 2³² does not depend on the order in which devices add.
 
     Args:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ending a run on SIGTERM or SIGINT: at the next step, on all processes at the same one.
+
+A handler sets a flag, which costs nothing to poll. A second signal ends the process at once.
+With several processes jax's own preemption service spreads the news: a SIGTERM to one process is
+enough, and all are told the same step. It listens to SIGTERM below Python, where it would lose it
+to a handler of ours; so only SIGINT gets one, which sends SIGTERM. (A SIGTERM while several
+processes compile is therefore heard at the first step; nothing is lost by then.)
+"""
+
+import os
+import signal
+import sys
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+POLL_SECONDS = 0.1
+
+
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+
+class Preemption:
+    """``with Preemption() as p:`` catches SIGTERM and SIGINT while inside.
+
+    Attributes:
+      requested: whether the run should end, as far as this process knows; cheap. With several
+        processes it turns true in `agreed` alone, hence at the same step everywhere.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._signals = 0
+        self._old = {}
+        self._is_multi = jax.process_count() > 1
+
+    def __enter__(self):
+        if self._is_multi and not jax.config.jax_enable_preemption_service:
+            raise RuntimeError(
+                'jax_enable_preemption_service is off, so SIGTERM could not end all '
+                f'{jax.process_count()} processes at the same step; set '
+                'JAX_ENABLE_PREEMPTION_SERVICE=1 before jax.distributed.initialize().'
+            )
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+            for number in (signal.SIGINT,) if self._is_multi else (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def agreed(self, step):
+        """Whether the run should end before `step`; the same answer on all processes.
+
+        Every process has to ask at every step.
+        """
+        if self._is_multi and not self.requested:
+            self.requested = multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+    def _on_signal(self, number, _):
+        name = signal.Signals(number).name
+        self._signals += 1
+        if self._signals > 1:
+            os.write(2, f'\nSecond {name}: leaving at once, without saving.\n'.encode())
+            os._exit(128 + number)
+        os.write(2, f'\n{name}: saving at the next step; once more leaves at once.\n'.encode())
+        if self._is_multi:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.requested = True
+
+
+def run_interruptible(fn, p, on_stop=None):
+    """Runs `fn()`, a long call that holds no Python code, and gives up when `p.requested`.
+
+    XLA compiles for minutes and Python runs signal handlers only between its own instructions, on
+    the main thread; so `fn` runs in a daemon thread and this thread polls. The thread cannot be
+    killed: after `Stopped`, end the process with `exit_now`.
+
+    Args:
+      fn: called without arguments.
+      p: a `Preemption`.
+      on_stop: called before `Stopped` is raised.
+
+    Returns:
+      What `fn` returns; what it raises is raised.
+
+    Raises:
+      Stopped: if a signal came first.
+    """
+    result = {}
+
+    def work():
+        try:
+            result['value'] = fn()
+        except BaseException as e:
+            result['error'] = e
+
+    thread = threading.Thread(target=work, name='interruptible', daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if p.requested and thread.is_alive():
+            if on_stop is not None:
+                on_stop()
+            raise Stopped
+    if 'error' in result:
+        raise result['error']
+    return result['value']
+
+
+def exit_now(code):
+    """Ends the process with `code` at once, whatever threads still compile; flushes output."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
