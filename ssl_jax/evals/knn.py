@@ -151,9 +151,7 @@ def _put(x, sharding):
 @functools.partial(
     jax.jit, static_argnames=('ks', 'temperature', 'num_classes', 'protocol', 'mesh')
 )
-def _chunk_ranks(
-    train_x, train_y, valid, x, y, *, ks, temperature, num_classes, protocol, mesh
-):
+def _chunk_ranks(train_x, train_y, valid, x, y, *, ks, temperature, num_classes, protocol, mesh):
     """(len(ks), q) ranks of the true class for one chunk of queries."""
     kmax = max(ks)
     similarities, labels = neighbours(train_x, train_y, valid, x, kmax, mesh)

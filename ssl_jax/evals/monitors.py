@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 EPS = 1e-7  # of RankMe
+NAMES = ('std', 'rankme', 'rankme_max', 'cosine')
 
 
 @jax.jit
