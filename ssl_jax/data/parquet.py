@@ -150,11 +150,7 @@ class Parquet:
         if (labels < 0).all():
             return None, None
         names = features.get(self._label, {}).get('names')
-        beside = os.path.join(os.path.dirname(self.files[0]), 'classes.txt')
-        if names is None and os.path.exists(beside):
-            with open(beside, encoding='utf-8') as f:
-                names = f.read().split('\n')
-            names = [n.strip() for n in names if n.strip()]
+        names = names or sources.read_class_names(self.files[0])
         return labels, sources.class_names(labels, names)
 
 

@@ -8,13 +8,10 @@ any number of threads, worker processes and hosts, a restart needs no iterator s
 image appears exactly once per epoch, also where a batch crosses from one epoch into the next.
 """
 
-import ctypes
 import dataclasses
-import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 
@@ -23,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ssl_jax.data import ops
+from ssl_jax.data import ops, workers
 
 MAX_TRIES = 8  # Images tried for one place in a batch, the first included, before giving up.
 _IO_PAUSES = (0.1, 0.5, 2.0)  # Seconds before each repetition of a failed read.
@@ -106,7 +103,7 @@ def train_stream(
             f'batch_size to {n} or less.'
         )
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    num_threads = num_threads or max(1, min(64, _cores()) // max(1, num_workers))
+    num_threads = num_threads or max(1, min(64, workers.cores()) // max(1, num_workers))
     prefetch = prefetch or num_threads + 1
     samples = _TrainSamples(source, tuple(views), batch_size, seed, start_step, rows)
     dataset = grain.MapDataset.source(samples).batch(len(rows), drop_remainder=True)
@@ -114,10 +111,8 @@ def train_stream(
         grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     )
     if num_workers:
-        _mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=num_workers)
-        start = functools.partial(_start_worker, os.getpid())
-        dataset = dataset.mp_prefetch(options, worker_init_fn=start)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=workers.make_start())
     return Stream(dataset, samples)
 
 
@@ -139,7 +134,7 @@ def eval_stream(source, size, batch_size, resize=None, rows=None):
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     samples = _EvalSamples(source, size, resize, batch_size, rows)
     dataset = grain.MapDataset.source(samples).batch(len(rows))
-    threads = min(16, _cores())
+    threads = min(16, workers.cores())
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     )
@@ -386,27 +381,3 @@ def _hash(*numbers):
         h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         h ^= h >> 31
     return h >> 32
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def _mark_flags_as_parsed():
-    """Grain reads absl flags; outside of an absl app (notebooks, pytest) they count as unparsed."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-def _start_worker(parent, *_):
-    """Runs first in a worker process: die with the trainer, and keep off its accelerator."""
-    if sys.platform == 'linux':
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # The trainer died before the line above.
-        os._exit(1)
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    if 'jax' in sys.modules:
-        sys.modules['jax'].config.update('jax_platforms', 'cpu')

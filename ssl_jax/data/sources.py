@@ -229,6 +229,15 @@ def class_names(labels, classes=None):
     return tuple(str(c) for c in classes)
 
 
+def read_class_names(file):
+    """The lines of `classes.txt` beside `file`, or None if there is none."""
+    path = os.path.join(os.path.dirname(file), 'classes.txt')
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding='utf-8') as f:
+        return [line.strip() for line in f if line.strip()]
+
+
 class Folder:
     """A folder of images, flat or nested, local or gs://, with or without class folders.
 
