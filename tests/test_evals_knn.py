@@ -1,26 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
-import os
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ssl_jax.evals import knn
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def load_golden(stem):
-    near = [ROOT.parent / 'shared/golden', ROOT / 'tests/golden']
-    for folder in filter(None, [os.environ.get('SSL_JAX_GOLDEN'), *near]):
-        path = pathlib.Path(folder) / f'{stem}.npz'
-        if path.exists():
-            z = np.load(path)
-            return z, json.loads(str(z['meta']))['hyper_parameters']
-    pytest.skip(f'{stem}.npz is in none of SSL_JAX_GOLDEN, ../shared/golden, tests/golden')
 
 
 def make_data(n=203, m=37, d=9, classes=7, seed=0):
@@ -127,44 +111,38 @@ def test_non_finite_features_are_refused():
         knn.knn(train_x, train_y, test_x, test_y, num_classes=7)
 
 
-def test_golden_pixio_eval_heads_metrics_knn_accuracy():
-    z, hp = load_golden('pixio_eval_heads_metrics')
-    got = knn.knn(
+def golden_accuracy(z, protocol):
+    return knn.knn(
         z['in/knn_train'],
         z['in/knn_train_labels'],
         z['in/knn_test'],
         z['in/knn_test_labels'],
-        ks=tuple(hp['knn_k']),
-        temperature=hp['knn_temperature'],
-        num_classes=hp['knn_classes'],
-        protocol='pixio',
+        ks=tuple(z.hyper['knn_k']),
+        temperature=z.hyper['knn_temperature'],
+        num_classes=z.hyper['knn_classes'],
+        protocol=protocol,
     )
-    for k in hp['knn_k']:
-        assert got[k]['top1'] == pytest.approx(float(z[f'out/knn_top1_k{k}']), abs=1e-4)
-        assert got[k]['top5'] == pytest.approx(float(z[f'out/knn_top5_k{k}']), abs=1e-4)
 
 
-def test_golden_dinov2_eval_depth_knn_linear_knn_probabilities():
-    z, hp = load_golden('dinov2_eval_depth_knn_linear')
-    train, labels, ks = z['in/knn_train'], z['in/knn_train_labels'], tuple(hp['knn_k'])
-    valid = np.ones(len(train), bool)
-    s, y = knn.neighbours(train, labels, valid, z['in/knn_test'], max(ks))
-    got = knn.votes(s, y, ks, hp['knn_temperature'], hp['knn_classes'], 'dinov2')
-    for k in ks:
-        np.testing.assert_allclose(got[k], z[f'out/knn_probas_k{k}'], atol=1e-5, rtol=1e-5)
+def test_golden_pixio_eval_heads_metrics_knn_accuracy(golden):
+    z = golden('pixio_eval_heads_metrics')
+    got = golden_accuracy(z, 'pixio')
+    for k in z.hyper['knn_k']:
+        z.check(f'out/knn_top1_k{k}', np.float32(got[k]['top1']))
+        z.check(f'out/knn_top5_k{k}', np.float32(got[k]['top5']))
 
 
-def test_golden_dinov2_eval_depth_knn_linear_knn_accuracy():
-    z, hp = load_golden('dinov2_eval_depth_knn_linear')
-    got = knn.knn(
-        z['in/knn_train'],
-        z['in/knn_train_labels'],
-        z['in/knn_test'],
-        z['in/knn_test_labels'],
-        ks=tuple(hp['knn_k']),
-        temperature=hp['knn_temperature'],
-        num_classes=hp['knn_classes'],
-        protocol='dinov2',
-    )
-    for k in hp['knn_k']:
-        assert got[k]['top1'] == pytest.approx(float(z[f'out/knn_top1_k{k}']), abs=1e-4)
+def test_golden_dinov2_eval_depth_knn_linear_knn_accuracy(golden):
+    z = golden('dinov2_eval_depth_knn_linear')
+    got = golden_accuracy(z, 'dinov2')
+    for k in z.hyper['knn_k']:
+        z.check(f'out/knn_top1_k{k}', np.float32(got[k]['top1']))
+
+
+def test_golden_dinov2_eval_depth_knn_linear_knn_probabilities(golden):
+    z = golden('dinov2_eval_depth_knn_linear')
+    train, labels, ks = z['in/knn_train'], z['in/knn_train_labels'], tuple(z.hyper['knn_k'])
+    s, y = knn.neighbours(train, labels, np.ones(len(train), bool), z['in/knn_test'], max(ks))
+    options = z.hyper['knn_temperature'], z.hyper['knn_classes'], 'dinov2'
+    for k, probabilities in knn.votes(s, y, ks, *options).items():
+        z.check(f'out/knn_probas_k{k}', probabilities)

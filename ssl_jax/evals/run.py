@@ -10,11 +10,10 @@ import hashlib
 import json
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
-from ssl_jax import checkpoint, methods, sharding
+from ssl_jax import runs, sharding
 from ssl_jax.data import sources
 from ssl_jax.evals import features as features_lib
 from ssl_jax.evals import knn, linear, monitors
@@ -256,22 +255,22 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
       The rows.
     """
     workdir = epath.Path(workdir)
-    _, meta = found = checkpoint.restore_model(workdir, step=step)
-    config = ml_collections.ConfigDict(meta['config'])
+    run = runs.open_run(workdir, step)
+    config, method = run.config, run.method
     if data is None:
         data, test = config.data.eval_train, test or config.data.eval_test
         if data is None:
             raise ValueError(
                 f'The run in {workdir} names no evaluation set; give labelled images with --data.'
             )
-    method = methods.from_config(config)
     train_source = sources.open_source(data)
     test_source = sources.open_source(test) if test is not None else None
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
-    encoders = {'trained': found[0], 'untrained': _untrained(method, config)}
+    # Not with the seed of the run: any fresh encoder, not the start of this one.
+    fresh = jax.jit(method.init)(jax.random.key(config.seed + 1))
     forwards = {}
-    for name, state in encoders.items():
-        vit, params = method.backbone(state['params'], state['extra'])
+    for name, state in {'trained': (run.params, run.extra), 'untrained': fresh}.items():
+        vit, params = method.backbone(*state)
         params = jax.device_put(params, sharding.infer(params, mesh))
         forwards[name] = features_lib.make_forward(vit, params)
     forwards['raw_pixels'] = features_lib.raw_pixels()
@@ -279,22 +278,16 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
     main = jax.process_index() == 0
     log = print if main else None
     if main:
-        print(f'{config.name or config.method.name}, step {meta["step"]}, {size} px')
+        print(f'{config.name or config.method.name}, step {run.step}, {size} px')
         if train_source.classes:
             names = list(train_source.classes)
             print(f'{len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}')
     rows = evaluate(
         forwards, train_source, test_source, size=size, mesh=mesh, limit=limit, log=log, **options
     )
-    rows = [dict(row, run=str(workdir), step=int(meta['step'])) for row in rows]
+    rows = [dict(row, run=str(workdir), step=run.step) for row in rows]
     if main:
-        out = epath.Path(out) if out else workdir / f'eval_{meta["step"]}.json'
+        out = epath.Path(out) if out else workdir / f'eval_{run.step}.json'
         write_json(rows, out)
         print(f'\n{table(rows)}\n\nwritten to {out}')
     return rows
-
-
-def _untrained(method, config):
-    # Not the seed of the run: this is any fresh encoder, not the start of this one.
-    params, extra = jax.jit(method.init)(jax.random.key(config.seed + 1))
-    return {'params': params, 'extra': extra}
