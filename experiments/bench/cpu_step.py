@@ -34,7 +34,8 @@ def jax_side(batch_size):
     import jaxlib
     import numpy as np
 
-    from ssl_jax import config as config_lib, methods, train
+    from ssl_jax import config as config_lib
+    from ssl_jax import methods, train
 
     config = config_lib.default()
     config.batch_size = batch_size
