@@ -323,8 +323,8 @@ def _farewell(workdir, result, bad):
     shown = {k: v for k, v in result.items() if k not in ('step', 'preempted')}
     log(f'done: step {result["step"]:,}')
     log(*(f'  {k:<28} {v:.4g}' for k, v in sorted(shown.items()) if isinstance(v, float)))
-    if len(bad):
-        log(f'  {len(bad)} images could not be decoded, see {workdir}/bad_images.jsonl')
+    if bad.count:
+        log(f'  {bad.count} images could not be decoded, see {workdir}/bad_images.jsonl')
     log(f'pictures and curves: {workdir / "pictures"}')
 
 

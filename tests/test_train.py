@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: restarts are bitwise, meshes agree, bad updates touch nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from ssl_jax import checkpoint, methods, metrics, optim, rundir, sharding, train
+from ssl_jax import state as state_lib
+from ssl_jax.data import pipeline, sources
+
+
+def final_state(workdir, config):
+    """The last checkpoint of a run as numpy."""
+    program = train.make_program(config, methods.from_config(config), config.total_steps, 0)
+    saved = checkpoint.Checkpointer(workdir / 'checkpoints')
+    state, _ = saved.restore(program.abstract)
+    saved.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def rows(workdir):
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k != 'time'} for r in metrics.read(workdir)]
+
+
+def assert_same_bits(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+    """(config, workdir) of a run that nothing disturbed."""
+    config, workdir = tiny.config(), tmp_path_factory.mktemp('unbroken')
+    train.train(config, workdir)
+    return config, workdir
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: no handler of the loop may catch it."""
+
+
+def killed_run(config, workdir, step, monkeypatch):
+    """Runs until `step` batches were read, then dies without saving."""
+    real = pipeline.Stream.__next__
+    left = [step]
+
+    def dying(self):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Stream, '__next__', dying)
+        with pytest.raises(Killed):
+            train.train(config, workdir)
+
+
+@pytest.mark.parametrize('step', [1, 5, 7])
+def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
+    unbroken, tmp_path, monkeypatch, step
+):
+    config, want = unbroken
+    config = tiny.config(checkpoint__every_steps=2)
+    killed_run(config, tmp_path, step, monkeypatch)
+    train.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path, config), final_state(want, config))
+    assert rows(tmp_path) == rows(want)
+
+
+def test_the_same_config_gives_the_same_bits(unbroken, tmp_path):
+    config, want = unbroken
+    train.train(config, tmp_path)
+    assert_same_bits(final_state(tmp_path, config), final_state(want, config))
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken):
+    config, workdir = unbroken
+    before = rows(workdir)
+    result = train.train(config, workdir)
+    assert result['step'] == config.total_steps and rows(workdir) == before
+
+
+def test_other_loader_threads_and_seeds(unbroken, tmp_path):
+    config, want = unbroken
+    train.train(tiny.config(data__num_threads=4), tmp_path / 'threads')
+    assert rows(tmp_path / 'threads') == rows(want)
+    train.train(tiny.config(seed=1), tmp_path / 'seed')
+    assert rows(tmp_path / 'seed') != rows(want)
+
+
+def losses_on(devices, steps, accum_steps=1, **mesh):
+    """Losses and initial weights of the tiny run on a mesh."""
+    config = tiny.config(total_steps=steps, accum_steps=accum_steps)
+    method = methods.from_config(config)
+    mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
+    program = train.make_program(config, method, 100, 10, mesh)
+    rows = sharding.process_rows(mesh, config.batch_size)
+    found = []
+    with jax.set_mesh(mesh):
+        state = program.init()
+        start = jax.tree.map(np.asarray, state.params)
+        source = sources.open_source(config.data.train)
+        with pipeline.train_stream(
+            source, method.views(), batch_size=config.batch_size, seed=0
+        ) as stream:
+            for _ in range(steps):
+                batch = {'image': next(stream)['image']}
+                batch = sharding.to_global(batch, mesh, rows, config.batch_size)
+                state, m = program.step(state, batch)
+                found.append(float(m['loss']))
+    return np.array(found), start
+
+
+@pytest.fixture(scope='module')
+def one_device():
+    return losses_on(1, 50)
+
+
+@pytest.mark.parametrize(
+    'mesh',
+    [
+        dict(devices=4),
+        dict(devices=8),
+        dict(devices=8, fsdp=8, data=1),
+        dict(devices=8, data=2, fsdp=2, tensor=2),
+    ],
+    ids=str,
+)
+def test_loss_does_not_depend_on_the_mesh(one_device, mesh):
+    losses, start = losses_on(steps=50, **mesh)
+    want, want_start = one_device
+    assert_same_bits(start, want_start)
+    assert abs(losses[0] / want[0] - 1) <= 1e-6
+    # Rounding grows along the run; 50 steps at this rate stay below 2e-4.
+    assert np.abs(losses / want - 1).max() <= 2e-4
+    assert want[-1] < want[0]
+
+
+def test_micro_batches_give_the_loss_and_update_of_the_whole_batch(one_device):
+    losses, _ = losses_on(1, 3, accum_steps=4)
+    np.testing.assert_allclose(losses, one_device[0][:3], rtol=2e-6)
+
+
+def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
+    compiled = []
+
+    def listen(event, duration, **kw):
+        if event == '/jax/core/compile/backend_compile_duration':
+            compiled.append(event)
+
+    counts = []
+    real = pipeline.Stream.__next__
+
+    def counting(self):
+        counts.append(len(compiled))
+        return real(self)
+
+    monkeypatch.setattr(pipeline.Stream, '__next__', counting)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train.train(tiny.config(), tmp_path)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert counts[0] > 0, 'the listener heard nothing'
+    assert len(set(counts[2:])) == 1, counts
+
+
+def poisoned(method, at):
+    """The method, with a loss that is NaN at the steps `at`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Poisoned(type(method)):
+        def loss(self, params, extra, batch, rng, step):
+            loss, aux = super().loss(params, extra, batch, rng, step)
+            bad = jnp.isin(step, jnp.asarray(at))
+            return loss * jnp.where(bad, jnp.nan, 1.0), aux
+
+    return Poisoned(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+
+
+def test_a_non_finite_loss_leaves_weights_and_moments_bit_for_bit():
+    config = tiny.config()
+    method = poisoned(methods.from_config(config), at=[1])
+    params, extra = method.init(jax.random.key(0))
+    tx, _ = optim.make(config.optim, params)
+    step = jax.jit(state_lib.make_step(method, tx, lambda s: 1e-3, seed=0))
+    batch = {'image': np.full((16, 1, 32, 32, 3), 7, np.uint8) * np.arange(1, 4, dtype=np.uint8)}
+    first, _ = step(state_lib.TrainState.create(params, extra, tx), batch)
+    second, m = step(first, batch)
+    assert_same_bits((first.params, first.opt_state), (second.params, second.opt_state))
+    assert (int(second.step), m['skipped_in_a_row'], m['skipped_total']) == (2, 1, 1)
+    third, m = step(second, batch)
+    assert (m['skipped_in_a_row'], m['skipped_total']) == (0, 1)
+    assert not np.array_equal(
+        third.params['decoder']['decoder_pred']['bias'],
+        second.params['decoder']['decoder_pred']['bias'],
+    )
+
+
+def test_a_run_of_non_finite_steps_ends_with_a_sentence(tmp_path, monkeypatch):
+    config = tiny.config(total_steps=20, nonfinite__in_a_row=2)
+    method = poisoned(methods.from_config(config), at=list(range(3, 20)))
+    monkeypatch.setattr(methods, 'from_config', lambda _: method)
+    with pytest.raises(metrics.NonFiniteError, match='3 steps in a row'):
+        train.train(config, tmp_path)
+    assert np.isfinite(final_state(tmp_path, config).params['encoder']['cls_token']).all()
+
+
+def test_a_second_run_on_a_live_workdir_is_refused(tmp_path):
+    with rundir.lock(tmp_path), pytest.raises(rundir.LockedError, match='pid'):
+        train.train(tiny.config(), tmp_path)
+
+
+def test_init_from_takes_weights_and_starts_at_step_zero(unbroken, tmp_path):
+    config, other = unbroken
+    config = tiny.config(init_from=str(other), total_steps=1, optim__lr=0.0)
+    train.train(config, tmp_path)
+    got, want = final_state(tmp_path, config), final_state(other, config)
+    assert_same_bits(got.params, want.params)
+    assert int(got.step) == 1
+
+
+def test_resume_from_takes_the_full_state_of_another_run(unbroken, tmp_path):
+    _, other = unbroken
+    config = tiny.config(resume_from=str(other), total_steps=9)
+    train.train(config, tmp_path)
+    assert [r['step'] for r in rows(tmp_path)] == [9]
+
+
+def test_resume_from_and_init_from_together_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match='set one of them'):
+        train.train(tiny.config(init_from='a', resume_from='b'), tmp_path)
+
+
+def test_fewer_images_than_a_batch_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match='64 images are fewer than one batch of 128'):
+        train.train(tiny.config(batch_size=128), tmp_path)
+
+
+def test_a_batch_that_does_not_split_over_the_devices_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match='use a multiple of 8'):
+        train.train(tiny.config(batch_size=12), tmp_path)

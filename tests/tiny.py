@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run small enough to be made dozens of times in a test suite."""
+
+import ml_collections
+
+from ssl_jax import config as config_lib
+
+
+def config(**fields):
+    """A locked config of a two-block MAE on 64 rendered scenes; fields as a__b=value."""
+    c = config_lib.default()
+    c.name = 'tiny'
+    c.batch_size = 16
+    c.total_steps = 8
+    c.warmup_steps = 2
+    c.method.update(
+        size=None,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        patch_size=8,
+        img_size=32,
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        drop_path=0.2,
+    )
+    c.optim.lr = 2e-3
+    c.data.train = ml_collections.ConfigDict(dict(source='scenes', n=64, size=32, split='train'))
+    c.data.num_threads = 2
+    c.eval.pictures = False
+    c.eval.knn = False
+    c.log.every_steps = 1
+    c.log.tensorboard = False
+    c.compile_cache = False
+    for name, value in fields.items():
+        *groups, key = name.split('__')
+        node = c
+        for group in groups:
+            node = node[group]
+        with node.ignore_type():
+            node[key] = value
+    return config_lib.lock(c)
