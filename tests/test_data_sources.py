@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 
+import ml_collections
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -99,6 +100,13 @@ def test_the_fingerprint_follows_the_list_of_images(tmp_path):
     assert sources.open_source(str(tmp_path)).fingerprint == before
     write(tmp_path / 'b.png')
     assert sources.open_source(str(tmp_path)).fingerprint != before
+
+
+def test_remote_folders_are_listed_like_local_ones(tmp_path):
+    for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
+        write(tmp_path / name)
+    listed = sources._list_remote(str(tmp_path))
+    assert listed == sources._list_local(str(tmp_path)) == (['0.png', 'a/x/1.jpg', 'b/2.png'], 1)
 
 
 def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
@@ -295,7 +303,7 @@ def test_misspelt_names_are_answered_with_the_nearest_one(tmp_path):
 def test_folders_without_images_are_refused(tmp_path):
     assert 'is empty' in sentence(FileNotFoundError, str(tmp_path))
     write(tmp_path / 'notes.txt')
-    assert 'only 1 other file' in sentence(FileNotFoundError, str(tmp_path))
+    assert 'None of the 1 files' in sentence(FileNotFoundError, str(tmp_path))
     assert 'neither a folder' in sentence(ValueError, str(tmp_path / 'notes.txt'))
 
 
@@ -322,7 +330,7 @@ def test_damaged_or_odd_parquet_is_refused(tmp_path):
 def test_a_config_may_keep_the_keys_of_another_source(tmp_path):
     write(tmp_path / 'a.png')
     spec = dict(source='folder', path=str(tmp_path), n=100, size=96, name=None, images='')
-    assert len(sources.open_source(spec)) == 1
+    assert len(sources.open_source(ml_collections.ConfigDict(spec))) == 1
 
 
 def test_the_real_sets_open(data_dir):

@@ -262,13 +262,14 @@ class Folder:
         else:
             require(self.path)
             self._files, self.ignored = _list_local(self.path)
-        if not self._files:
-            other = f'{self.ignored} other files' if self.ignored else 'nothing'
+        if not self._files and self.ignored:
             raise FileNotFoundError(
-                f'There are no images in {printable(self.path)}, only {other}: '
+                f'None of the {self.ignored} files in {printable(self.path)} is an image: '
                 f'give a folder with {", ".join(EXTENSIONS[:6])}, ... files.'
-                if self.ignored
-                else f'The folder {printable(self.path)} is empty: give a folder with images.'
+            )
+        if not self._files:
+            raise FileNotFoundError(
+                f'The folder {printable(self.path)} is empty: give a folder with images.'
             )
         self._labels, self.classes = None, None
         folders = [f.split('/', 1)[0] if '/' in f else None for f in self._files]
