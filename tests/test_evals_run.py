@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
+from ssl_jax import methods, runs
 from ssl_jax.data import sources
 from ssl_jax.evals import features, run
 
@@ -24,7 +27,7 @@ def colours(n=150, seed=0):
 
 def mean_colour(images):
     x = images.astype(jnp.float32).mean(axis=(1, 2))
-    return {'patch': x, 'cls': x[:, ::-1], 'cls_patch': jnp.concatenate([x, x], 1)}
+    return {'patch': x, 'cls': x[:, ::-1]}
 
 
 def noise(images):
@@ -119,3 +122,27 @@ def test_json_is_replaced_whole(rows, tmp_path):
         run.write_json([{'x': object()}], path)
     assert json.loads(path.read_text()) == rows
     assert [p.name for p in path.parent.iterdir()] == ['eval.json']
+
+
+def test_a_run_is_evaluated_beside_an_untrained_twin_and_raw_pixels(tmp_path, monkeypatch, capsys):
+    config = tiny.config()
+    method = methods.from_config(config)
+    params, extra = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
+    opened = runs.Run(config, method, params, extra, step=7)
+    monkeypatch.setattr(runs, 'open_run', lambda workdir, step: opened)
+    data = dict(source='scenes', n=60, size=32)
+    rows = run.evaluate_run(tmp_path, data=data, ks=(5,), batch_size=8, linear_options=False)
+    assert {r['model'] for r in rows} == {'trained', 'untrained', 'raw_pixels'}
+    assert json.loads((tmp_path / 'eval_7.json').read_text()) == rows
+    # The twin has other weights, so the features differ.
+    values = {r['model']: r['rankme'] for r in rows if r.get('feature') == 'cls' and 'rankme' in r}
+    assert values['trained'] != values['untrained']
+    assert 'disc' in capsys.readouterr().out  # class names are shown
+
+
+def test_a_run_without_an_evaluation_set_asks_for_one(tmp_path, monkeypatch):
+    config = tiny.config()
+    opened = runs.Run(config, methods.from_config(config), {}, {}, step=7)
+    monkeypatch.setattr(runs, 'open_run', lambda workdir, step: opened)
+    with pytest.raises(ValueError, match='--data'):
+        run.evaluate_run(tmp_path)

@@ -267,7 +267,7 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
     test_source = sources.open_source(test) if test is not None else None
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
     # Not with the seed of the run: any fresh encoder, not the start of this one.
-    fresh = jax.jit(method.init)(jax.random.key(config.seed + 1))
+    fresh = jax.device_get(jax.jit(method.init)(jax.random.key(config.seed + 1)))
     forwards = {}
     for name, state in {'trained': (run.params, run.extra), 'untrained': fresh}.items():
         vit, params = method.backbone(*state)
