@@ -38,7 +38,7 @@ def get_config(arg=''):
     c.method.decoder_num_heads = 3
     c.method.crop_scale = (0.4, 1.0)
 
-    c.optim.lr = 1.5e-3
+    c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
     cifar = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'cifar10')

@@ -42,7 +42,7 @@ def get_config(arg=''):
     c.method.mask_grid = 2
     c.method.flip = 0.0
 
-    c.optim.lr = 1.5e-3
+    c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
     cifar = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'cifar10')

@@ -20,19 +20,19 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'scenes_mae'
 
-    c.total_steps = 2000
-    c.warmup_steps = 100
+    c.total_steps = 1000
+    c.warmup_steps = 50
     c.batch_size = 64
 
     c.method.size = None
-    c.method.embed_dim = 192
-    c.method.depth = 6
-    c.method.num_heads = 3
+    c.method.embed_dim = 128
+    c.method.depth = 4
+    c.method.num_heads = 4
     c.method.patch_size = 8
     c.method.img_size = 64
-    c.method.decoder_embed_dim = 96
+    c.method.decoder_embed_dim = 64
     c.method.decoder_depth = 2
-    c.method.decoder_num_heads = 3
+    c.method.decoder_num_heads = 2
     c.method.crop_scale = (0.4, 1.0)
 
     c.optim.lr = 1e-3
@@ -46,7 +46,7 @@ def get_config(arg=''):
         dict(source='scenes', n=1000, size=64, split='test')
     )
     c.data.num_threads = 2
-    c.eval.every_steps = 500
+    c.eval.every_steps = 250
     c.eval.knn_k = (10, 20)
 
     return c
