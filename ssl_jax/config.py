@@ -289,7 +289,7 @@ def _parse(name, text, old):
         return value
     if kind is float and number:
         return float(value)
-    if kind is int and number and value == int(value):  # 1e6 is an int too
+    if kind is int and number and float(value).is_integer():  # 1e6 is an int too
         return int(value)
     if kind is tuple and isinstance(value, (tuple, list)):
         return _tuples(value)

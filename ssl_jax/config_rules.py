@@ -11,8 +11,8 @@ import os
 UNITS = ('steps', 'epochs', 'examples')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'dots', 'full')
-# FLOP/s of one CPU core in training small models (measured: 77e9 on two cores), and how many seconds
-# an inferred run should take there.
+# FLOP/s of one CPU core in training small models (measured: 77e9 on two cores), and how long an
+# inferred run should take there, in seconds.
 CPU_FLOPS, CPU_SECONDS = 30e9, 240
 # (field, lowest, highest), both allowed.
 RANGES = (
@@ -31,6 +31,10 @@ RANGES = (
     ('optim.layer_decay', 0.01, 1.0),
     ('checkpoint.keep', 1, 10**6),
     ('log.every_steps', 1, 10**9),
+    ('eval.batch_size', 1, 10**6),
+    ('eval.temperature', 1e-4, 100.0),
+    ('nonfinite.in_a_row', 0, 10**9),
+    ('nonfinite.total', 0, 10**9),
 )
 
 

@@ -152,6 +152,7 @@ def test_override_is_read_by_the_type_of_its_field(override, value):
     [
         ('batch_size=big', "'batch_size' takes int or None, not 'big': write batch_size=100."),
         ('seed=1.5', "'seed' takes int, not '1.5'"),
+        ('seed=1e999', "'seed' takes int, not '1e999'"),
         ('seed=None', "'seed' takes int, not 'None'"),
         ('seed=True', "'seed' takes int, not 'True'"),
         ('optim.b2=True', "'optim.b2' takes float, not 'True'"),
@@ -308,6 +309,7 @@ def test_default_with_a_length_is_valid():
         (dict(warmup_steps=100), 'warmup_steps=100 does not end before total_steps=100'),
         (dict(eval__knn_k=10), 'eval.knn_k=10 must be a tuple, with a comma: (10,).'),
         (dict(optim__freeze='head'), "optim.freeze='head' must be a tuple"),
+        (dict(eval__temperature=0.0), 'eval.temperature=0.0 is out of range'),
         (dict(optim__b2=1.0), 'optim.b2=1.0 is out of range'),
         (dict(optim__layer_decay=1.5), 'optim.layer_decay=1.5 is out of range'),
     ],
