@@ -8,18 +8,16 @@ The only file that knows Orbax. One directory per step holds three items:
 - ``meta``: JSON with the config, versions, PRNG settings, mesh and a checksum of every tensor.
 
 A step counts once its ``commit_success.txt`` exists; that file is written last. Orbax notices
-truncated and missing files but loads flipped bytes as numbers (the chunks carry no checksum), so a
-32-bit sum of the bits of every tensor is computed on the device before a save and compared after a
-restore. A checkpoint that fails any of this is named, and the previous one is used.
+truncated and missing files but loads flipped bits as numbers (its chunks carry no checksum), so
+ours are computed on the device before a save and compared after a restore. A checkpoint that fails
+any of this is named, and the one before it is used.
 """
 
 import dataclasses
-import errno
 import functools
+import importlib.metadata
 import json
 import math
-import os
-import re
 import threading
 
 import jax
@@ -28,13 +26,14 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ssl_jax import version
+from ssl_jax import checksums, step_dirs, version
 
-COMMIT = 'commit_success.txt'
-ITEMS = ('model', 'opt')
-# Reads are cut to chunks of this size, so that a host reading 1/64 of a tensor that one device
-# wrote does not hold all of it.
+# Tensors are cut into chunks of this size, so that a host that reads 1/64 of a tensor that one
+# device wrote does not hold all of it.
 CHUNK_BYTES = 64 * 2**20
+# A restore keeps no more than this in flight on the host.
+READ_GB = 16
+SHOWN = 20  # tensors listed in an error
 
 
 class CheckpointError(RuntimeError):
@@ -60,8 +59,9 @@ class Checkpointer:
 
     def __init__(self, directory, *, keep=2, keep_every=None):
         if keep < 1:
-            raise ValueError(f'checkpoint.keep is {keep}; it must be at least 1, or the only '
-                             'checkpoint would be deleted.')
+            raise ValueError(
+                f'checkpoint.keep is {keep}; set it to 1 or more, so that a checkpoint remains.'
+            )
         self.directory = epath.Path(directory)
         self._keep, self._keep_every = keep, keep_every
         self._bad = set()  # steps found damaged, set aside at the next save
@@ -70,13 +70,13 @@ class Checkpointer:
         self._orbax = None
 
     def save(self, step, state, meta=None):
-        """Starts to save `state` as `step` and returns once it is safe to donate `state`.
+        """Starts to save `state` as `step`; returns once it is safe to donate `state`.
 
         Waits for the previous save first, and raises its error if it failed.
 
         Args:
           step: the number of finished steps, names the directory.
-          state: the train state; its arrays may be donated as soon as this returns.
+          state: the train state.
           meta: JSON-like dict, stored with the versions, PRNG settings and mesh added.
 
         Returns:
@@ -89,20 +89,21 @@ class Checkpointer:
 
         self.wait()
         step = int(step)
-        if not self._agree(step in self._bad or step not in self.steps()):
+        if _from_main(step in self.steps()):
             return False
-        self._set_aside(step)
-        items = {k: items_of(state)[k] for k in ITEMS}
-        meta = dict(meta or {}, step=step, checksums=checksums(items), **environment(items))
-        save_args = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+        items = items_of(state)
+        meta = {**(meta or {}), 'step': step, 'checksums': checksums.of(items), **_describe(items)}
+        chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         args = {
-            k: ocp.args.PyTreeSave(v, save_args=jax.tree.map(lambda _: save_args, v))
+            k: ocp.args.PyTreeSave(v, save_args=jax.tree.map(lambda _: chunks, v))
             for k, v in items.items()
         }
         try:
             if self._orbax is None:
-                self._remove_leftovers()
+                step_dirs.remove_leftovers(self.directory)
                 self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            step_dirs.set_aside(self.directory, {*self._bad, step})
+            self._bad = set()
             self._orbax.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args),
@@ -114,12 +115,13 @@ class Checkpointer:
 
     def check(self):
         """Raises CheckpointError if the save in the background has failed; costs nothing."""
-        self._finish(lambda: self._orbax.check_for_errors())
+        if self._writing is not None:
+            self._call(self._orbax.check_for_errors)
 
     def wait(self):
         """Blocks until the last save is on disk and old checkpoints are deleted."""
         if self._writing is not None:
-            self._finish(lambda: self._orbax.wait_until_finished())
+            self._call(self._orbax.wait_until_finished)
             self._writing = None
             self._delete_old()
         if self._deleting is not None:
@@ -137,24 +139,23 @@ class Checkpointer:
 
     def steps(self):
         """Committed steps that are not known to be damaged, ascending."""
-        return [s for s in steps(self.directory) if s not in self._bad]
+        return [s for s in step_dirs.steps(self.directory) if s not in self._bad]
 
     def latest(self):
         """The newest committed step, or None in a fresh directory.
 
         Raises:
-          CheckpointError: if there are step directories and none is committed, because starting
-            afresh beside them would be a surprise. (Not for remote directories, where a first save
+          CheckpointError: if there are step directories and none is committed, because to start
+            afresh beside them would be a surprise. (Not for a remote directory, where a first save
             that was interrupted looks like this.)
         """
-        found = self.steps()
-        if not found and not _is_remote(self.directory):
-            broken = _uncommitted(self.directory)
-            if broken:
-                raise CheckpointError(
-                    f'{self.directory} holds step {broken[-1]} but no complete checkpoint '
-                    f'({COMMIT} is missing); copy the checkpoint again, or move it away to start '
-                    'from step 0.')
+        found, broken = self.steps(), step_dirs.uncommitted(self.directory)
+        if broken and not found and not step_dirs.is_remote(self.directory):
+            raise CheckpointError(
+                f'{self.directory} holds step {broken[-1]} but no complete checkpoint '
+                f'({step_dirs.COMMIT} is missing); copy it again, or move it away to start from '
+                f'step 0.'
+            )
         return found[-1] if found else None
 
     def restore(self, abstract_state, step=None):
@@ -170,86 +171,43 @@ class Checkpointer:
 
         Raises:
           MismatchError: listing the tensors that differ.
-          CheckpointError: if nothing can be read.
+          CheckpointError: if nothing can be read, or the PRNG settings are others.
         """
         self.wait()
         items, meta, bad = _restore(self.directory, items_of(abstract_state), step)
+        if meta['prng'] != _prng():
+            raise CheckpointError(
+                f'{self.directory} was trained with the PRNG settings {meta["prng"]} and this '
+                f'process has {_prng()}; set jax_default_prng_impl and jax_threefry_partitionable '
+                f'as they were, so that the random numbers go on as they began.'
+            )
         self._bad.update(bad)
-        _check_prng(meta, self.directory)
-        fields = {**items['model'], **items['opt']}
-        return dataclasses.replace(abstract_state, **fields), meta
+        return dataclasses.replace(abstract_state, **items['model'], **items['opt']), meta
 
-    def _finish(self, wait):
-        if self._orbax is None:
-            return
+    def _call(self, orbax):
         try:
-            wait()
+            orbax()
         except Exception as e:
             step, self._writing = self._writing, None
             raise self._write_error(step, e) from e
 
     def _write_error(self, step, error):
         found = self.steps()
-        last = f'step {found[-1]} is intact' if found else 'no earlier checkpoint exists'
+        last = f'step {found[-1]} is intact' if found else 'there is no earlier one'
         return CheckpointError(
             f'The checkpoint of step {step} could not be written to {self.directory}: '
-            f'{_reason(error)}; {last}; free or change the place and start the same command again.')
-
-    def _agree(self, value):
-        """Process 0's answer, on all processes: they may see a shared directory differently."""
-        if jax.process_count() == 1:
-            return value
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-    def _remove_leftovers(self):
-        """Deletes what a killed save left; only a run that saves here may, a reader may not."""
-        if jax.process_index() == 0 and self.directory.exists():
-            for path in self.directory.iterdir():
-                if path.name.startswith('deleting-') or '.orbax-checkpoint-tmp' in path.name:
-                    path.rmtree()
-
-    def _set_aside(self, step):
-        """Gets damaged checkpoints, and an uncommitted one of this step, out of the way."""
-        aside, self._bad = self._bad, set()
-        if jax.process_index() == 0:
-            for s in {*aside, step}:
-                path = self.directory / str(s)
-                if not path.exists():
-                    continue
-                if _is_remote(path):
-                    path.rmtree()
-                else:
-                    n = sum(p.name.startswith(f'{s}.damaged') for p in self.directory.iterdir())
-                    path.rename(self.directory / f'{s}.damaged{n or ""}')
+            f'{step_dirs.reason(error)}; {last}; make room or choose another place and start '
+            f'the same command again.'
+        )
 
     def _delete_old(self):
-        """Deletes what `keep` and `keep_every` do not protect, in a thread, from process 0."""
-        found = self.steps()
-        old = [s for s in found[: -self._keep] if not self._keep_every or s % self._keep_every]
+        """Deletes what `keep` and `keep_every` do not protect: process 0, in a thread."""
+        every = self._keep_every
+        old = [s for s in self.steps()[: -self._keep] if not every or s % every]
         if old and jax.process_index() == 0:
-            self._deleting = threading.Thread(target=self._delete, args=(old,), daemon=True)
+            paths = [self.directory / str(s) for s in old]
+            self._deleting = threading.Thread(target=step_dirs.delete, args=(paths,), daemon=True)
             self._deleting.start()
-
-    def _delete(self, old):
-        for s in old:
-            path = self.directory / str(s)
-            try:
-                if _is_remote(path):
-                    (path / COMMIT).unlink()  # half deleted must not look committed
-                else:
-                    path = path.rename(self.directory / f'deleting-{s}')
-                path.rmtree()
-            except OSError as e:
-                print(f'The old checkpoint {path} could not be deleted: {e}.', flush=True)
-
-
-def steps(directory):
-    """The committed steps below `directory`, ascending."""
-    directory = epath.Path(directory)
-    if not directory.exists():
-        return []
-    found = (p for p in directory.iterdir() if p.name.isdigit())
-    return sorted(int(p.name) for p in found if (p / COMMIT).exists())
 
 
 def restore_model(path, abstract=None, step=None):
@@ -285,135 +243,81 @@ def items_of(state):
     }
 
 
-def environment(items):
-    """Versions, PRNG settings, mesh and process count, as JSON."""
-    import flax
-    import orbax.checkpoint as ocp
-
-    meshes = [x.sharding.mesh.shape for x in jax.tree.leaves(items)
-              if isinstance(getattr(x, 'sharding', None), jax.sharding.NamedSharding)]
-    return {
-        'versions': {'ssl_jax': version.__version__, 'jax': jax.__version__,
-                     'flax': flax.__version__, 'orbax': ocp.__version__},
-        'prng': _prng(),
-        'mesh': dict(meshes[0]) if meshes else {},
-        'processes': jax.process_count(),
-        'devices': jax.device_count(),
-    }
-
-
-def checksums(tree):
-    """A number per tensor that changes with any bit, and with no sharding.
-
-    With u_i the i-th element's bits as an unsigned integer, mixed by an invertible function, it is
-    ``Σ_i u_i · (2654435761 · i | 1) mod 2³²``: an odd weight lets every bit of one element count,
-    and addition modulo 2³² does not depend on the order in which devices add.
-
-    Args:
-      tree: arrays, of jax (then computed where they are) or of numpy.
-
-    Returns:
-      dict name -> int, names as in ``params/blocks/norm1/scale``.
-    """
-    named = _named(tree)
-    on_device = {k: v for k, v in named.items() if isinstance(v, jax.Array)}
-    sums = {k: int(_checksum(v, np)) for k, v in named.items() if k not in on_device}
-    if on_device:
-        found = _device_checksums(on_device)
-        sums.update({k: int(np.asarray(v.addressable_data(0))) for k, v in found.items()})
-    return sums
-
-
-@jax.jit
-def _device_checksums(named):
-    return {k: _checksum(v, jnp) for k, v in named.items()}
-
-
-def _checksum(x, xp):
-    """The checksum of one array, uint32, with xp = numpy or jax.numpy."""
-    if x.dtype == bool:
-        x = x.astype(np.uint8)
-    size = x.dtype.itemsize
-    bits = np.dtype(f'uint{8 * min(size, 4)}')
-    if xp is np:
-        x = np.ascontiguousarray(x).reshape(x.shape + (1,)).view(bits)
-    else:
-        x = jax.lax.bitcast_convert_type(x, bits)
-        x = x if size == 8 else x[..., None]
-    index, stride = xp.zeros((1,) * x.ndim, np.uint32), 1
-    for axis in reversed(range(x.ndim)):  # along each axis, so that no sharded array is reshaped
-        shape = [x.shape[axis] if a == axis else 1 for a in range(x.ndim)]
-        along = xp.arange(x.shape[axis], dtype=np.uint32).reshape(shape)
-        index = index + along * np.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    weight = index * np.uint32(2654435761) | np.uint32(1)
-    x = x.astype(np.uint32)
-    x = (x ^ x >> np.uint32(16)) * np.uint32(0x85EBCA6B)  # the low bits of most floats are zero
-    return xp.sum((x ^ x >> np.uint32(13)) * weight, dtype=np.uint32)
-
-
 def _restore(directory, items, step):
-    """Newest sound checkpoint of `items`: (values, meta, [damaged steps])."""
-    found = steps(directory)
-    if step is not None:
-        if step not in found:
-            raise CheckpointError(f'{directory} has no complete checkpoint of step {step}; it has '
-                                  f'{found or "none"}.')
-        found = [step]
-    if jax.process_index() == 0 and step is None:
-        for s in _uncommitted(directory):
-            if not found or s > found[-1]:
-                print(f'Checkpoint {directory}/{s} is not complete ({COMMIT} is missing) and is '
-                      'ignored.', flush=True)
-    reasons = {}
-    for s in reversed(found):
-        values, meta, reason = _read(epath.Path(directory) / str(s), items)
-        if not _anywhere(reason is not None):
-            return values, meta, list(reasons)
+    """The newest sound checkpoint of `items`: (values, meta, [damaged steps])."""
+    directory, is_main, reasons = epath.Path(directory), jax.process_index() == 0, {}
+    found = step_dirs.steps(directory)
+    if step is not None and step not in found:
+        raise CheckpointError(
+            f'{directory} has no complete checkpoint of step {step}; it has {found or "none"}.'
+        )
+    for s in step_dirs.uncommitted(directory):
+        if is_main and step is None and s > max(found, default=0):
+            path = directory / str(s)
+            print(f'Checkpoint {path} is ignored: {step_dirs.COMMIT} is missing.', flush=True)
+    for s in reversed(found) if step is None else [step]:
+        values, meta, reason = _read(directory / str(s), items)
+        if not _on_any(reason is not None):
+            for k in (k for k in items if items[k] is not None):
+                values[k] = jax.tree.map(_place, values[k], items[k])
+            reason = _verify(values, meta['checksums'])
+            if reason is None:
+                return values, meta, list(reasons)
         reasons[s] = reason or 'another process could not read its part'
-        if jax.process_index() == 0 or reason:
-            print(f'Checkpoint {directory}/{s} is damaged: {reasons[s]}; trying the one before it.',
-                  flush=True)
-    listed = '; '.join(f'step {s}: {r}' for s, r in reasons.items())
+        if is_main or reason:
+            print(f'Checkpoint {directory / str(s)} is damaged: {reasons[s]}.', flush=True)
+    if reasons:
+        listed = '; '.join(f'step {s}: {r}' for s, r in reasons.items())
+        raise CheckpointError(
+            f'{directory} holds no checkpoint that can be read ({listed}); restore a copy, or move '
+            f'it away to start from step 0.'
+        )
     raise CheckpointError(
-        f'{directory} holds no checkpoint that can be read'
-        + (f' ({listed}); move it away to start from step 0.' if reasons else
-           '; give a workdir or a checkpoints directory of a run that has saved.'))
+        f'{directory} holds no checkpoint; give the workdir of a run that has saved one.'
+    )
 
 
 def _read(path, items):
-    """One step's items: (values, meta, None), or (None, None, why it is damaged)."""
+    """The items of one step: (values, meta, None), or (None, None, why it is damaged).
+
+    No process waits for another in here, since one alone may fail.
+    """
     import orbax.checkpoint as ocp
 
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=16)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=READ_GB)
     try:
         meta = json.loads((path / 'meta' / 'metadata').read_text())
-        trees = {k: handler.metadata(path / k).tree for k in items}
-        sums = meta['checksums']
+        stored = {k: handler.metadata(path / k).tree for k in items}
     except Exception as e:
-        return None, None, _reason(e)
+        return None, None, step_dirs.reason(e)
     for name, abstract in items.items():
         if abstract is not None:
-            _compare(path, abstract, trees[name])
+            _compare(path, abstract, stored[name])
     values = {}
-    for name, abstract in items.items():
-        is_host = abstract is None
-        wanted = trees[name] if is_host else abstract
-        try:
-            values[name] = handler.restore(path / name, args=ocp.args.PyTreeRestore(
-                item=wanted if not is_host else None,
-                restore_args=jax.tree.map(functools.partial(_restore_args, is_host), wanted)))
-        except Exception as e:
-            if 'RESOURCE_EXHAUSTED: Out of memory' in str(e) or isinstance(e, MemoryError):
-                raise
-            return None, None, _reason(e)
-        if not is_host:
-            values[name] = jax.tree.map(_place, values[name], wanted)
-    got = checksums(values)
-    wrong = sorted(k for k in got if sums.get(k) != got[k])
-    if wrong:
-        return None, None, f'{len(wrong)} tensors differ from their checksums, first {wrong[0]}'
+    try:
+        for name, abstract in items.items():
+            is_host = abstract is None
+            args = functools.partial(_restore_args, is_host)
+            args = jax.tree.map(args, stored[name] if is_host else abstract)
+            values[name] = handler.restore(
+                path / name, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+            )
+    except MemoryError:
+        raise
+    except Exception as e:
+        if 'Out of memory' in str(e):  # of a device: nothing is wrong with the checkpoint
+            raise
+        return None, None, step_dirs.reason(e)
     return values, meta, None
+
+
+def _verify(values, expected):
+    """Why the values are not those that were saved, or None."""
+    got = checksums.of(values)
+    wrong = sorted(k for k in got if expected.get(k) != got[k])
+    if not wrong:
+        return None
+    return f'{len(wrong)} of {len(got)} tensors differ from their checksums, first {wrong[0]}'
 
 
 def _restore_args(is_host, x):
@@ -433,7 +337,7 @@ def _read_sharding(x):
     sharding = x.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding) or x.size * x.dtype.itemsize < 2**16:
         return sharding
-    spec = list(sharding.spec) + [None] * (x.ndim - len(sharding.spec))
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
     used = {a for axes in spec if axes is not None for a in np.atleast_1d(axes)}
     free = tuple(a for a, n in sharding.mesh.shape.items() if a not in used and n > 1)
     count = math.prod(sharding.mesh.shape[a] for a in free)
@@ -447,82 +351,66 @@ def _read_sharding(x):
 def _place(x, wanted):
     """`x` with the sharding that is wanted, in buffers that can be donated."""
     if not x.sharding.is_equivalent_to(wanted.sharding, x.ndim):
-        return jax.device_put(x, wanted.sharding)
-    # On CPU a restored array may share memory with numpy, which makes donation a copy.
+        return _reshard(wanted.sharding)(x)
+    # On CPU a restored array may share memory with numpy, which turns donation into a copy.
     return jnp.copy(x) if next(iter(x.devices())).platform == 'cpu' else x
+
+
+@functools.cache
+def _reshard(sharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _compare(path, abstract, stored):
     """Raises MismatchError with a list if names, shapes or types differ."""
-    want = {k: (tuple(v.shape), np.dtype(v.dtype).name) for k, v in _named(abstract).items()}
-    have = {k: (tuple(v.shape), np.dtype(v.dtype).name) for k, v in _named(stored).items()}
-    lines = [f'{k} (expected {_spell(want[k])}, found {_spell(have[k])})'
-             for k in want if k in have and want[k] != have[k]]
-    lines += [f'{k} (expected {_spell(want[k])}, found nothing)' for k in want if k not in have]
-    lines += [f'{k} (expected nothing, found {_spell(have[k])})' for k in have if k not in want]
-    if lines:
-        shown = ', '.join(lines[:20]) + (f' and {len(lines) - 20} more' if len(lines) > 20 else '')
-        raise MismatchError(
-            f'The checkpoint {path} is of another model: {len(lines)} tensors differ: {shown}; '
-            'restore it with the config of its own run, or start in a new workdir.')
+    want, have = ({k: _spell(v) for k, v in checksums.named(t).items()} for t in (abstract, stored))
+    wrong = [k for k in {**want, **have} if want.get(k) != have.get(k)]
+    if not wrong:
+        return
+    listed = ', '.join(
+        f'{k} (expected {want.get(k, "nothing")}, found {have.get(k, "nothing")})'
+        for k in wrong[:SHOWN]
+    )
+    more = f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''
+    raise MismatchError(
+        f'The checkpoint {path} is of another model, {len(wrong)} tensors differ: {listed}{more}; '
+        f'use the config of that run, or start in a new workdir.'
+    )
 
 
-def _spell(shape_and_type):
-    shape, dtype = shape_and_type
-    return f'{dtype}{list(shape)}'
+def _spell(x):
+    return f'{np.dtype(x.dtype).name}{list(x.shape)}'
 
 
-def _named(tree):
-    """Leaves by name; attribute, dict and sequence keys look alike, as Orbax stores them."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+def _describe(items):
+    """Versions, PRNG settings, mesh, devices and processes, as JSON."""
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint')
+    meshes = (getattr(x.sharding, 'mesh', None) for x in jax.tree.leaves(items))
+    mesh = next((m for m in meshes if m is not None), None)
+    return {
+        'versions': {
+            'ssl_jax': version.__version__,
+            **{k: importlib.metadata.version(k) for k in packages},
+        },
+        'prng': _prng(),
+        'mesh': {} if mesh is None else dict(mesh.shape),
+        'devices': jax.device_count(),
+        'processes': jax.process_count(),
+    }
 
 
 def _prng():
-    return {'impl': str(jax.config.jax_default_prng_impl),
-            'threefry_partitionable': bool(jax.config.jax_threefry_partitionable)}
+    return {
+        'impl': str(jax.config.jax_default_prng_impl),
+        'threefry_partitionable': bool(jax.config.jax_threefry_partitionable),
+    }
 
 
-def _check_prng(meta, directory):
-    """The stream of random numbers must go on as it began."""
-    if meta['prng'] != _prng():
-        raise CheckpointError(
-            f'{directory} was trained with the PRNG settings {meta["prng"]} but this process has '
-            f'{_prng()}; set jax_default_prng_impl and jax_threefry_partitionable to the former.')
+def _from_main(flag):
+    """Process 0's flag on all processes, which may see a shared directory differently."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(flag))
 
 
-def _anywhere(flag):
+def _on_any(flag):
     """Whether `flag` is true on any process."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
-
-
-def _uncommitted(directory):
-    directory = epath.Path(directory)
-    if not directory.exists():
-        return []
-    found = (p for p in directory.iterdir() if p.name.isdigit())
-    return sorted(int(p.name) for p in found if not (p / COMMIT).exists())
-
-
-def _is_remote(path):
-    return '://' in str(path)
-
-
-def _reason(error):
-    """One line for an exception of Orbax or TensorStore, with the errno if there is one."""
-    chain, e = [], error
-    while e is not None:
-        chain.append(e)
-        e = e.__cause__ or e.__context__
-    for e in chain:
-        code = getattr(e, 'errno', None)
-        found = re.search(r'OS error (\d+)', str(e))
-        code = code or (int(found.group(1)) if found else None)
-        if code:
-            name = getattr(e, 'filename', None)
-            return (f'{os.strerror(code)} ({errno.errorcode.get(code, code)})'
-                    + (f' at {name}' if name else ''))
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text[:300]}'
+    return flag if jax.process_count() == 1 else multihost_utils.process_allgather(flag).any()

@@ -2,6 +2,7 @@
 """A finished or running run, opened for reading: its config, method and weights."""
 
 import dataclasses
+import json
 from typing import Any
 
 from etils import epath
@@ -35,6 +36,6 @@ def open_run(workdir, step=None):
     if not workdir.exists():
         raise ValueError(f'there is no run at {workdir}; give the --workdir of a training run.')
     model, meta = checkpoint.restore_model(workdir, step=step)
-    config = config_lib.from_dict(meta['config'])
+    config = config_lib.from_json(json.dumps(meta["config"]))
     method = methods.from_config(config)
     return Run(config, method, model['params'], model.get('extra') or {}, int(meta['step']))

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from ssl_jax import checkpoint, config as config_lib, methods, metrics, optim, preempt, rundir
 from ssl_jax import sharding, state as state_lib, version
-from ssl_jax.data import pipeline, sources
+from ssl_jax.data import ops, pipeline, sources
 from ssl_jax.evals import online
 
 
@@ -292,12 +292,20 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
 
 def _infer(config, source):
     """Fills what the config leaves open from the images and the devices."""
-    image = source[0]['image']
-    from ssl_jax.data import ops
-
-    hw = ops.decode(image).shape[:2]
+    sides = []
+    for i in range(min(len(source), 64)):
+        try:
+            sides.append(ops.decode(source[i]['image']).shape[:2])
+        except (ops.DecodeError, OSError):  # the stream will count and list it
+            continue
+    if not sides:
+        raise ValueError(
+            f'none of the first {min(len(source), 64)} images can be decoded, '
+            f'{source.describe(0)} for one; is --data a folder of images?'
+        )
+    typical = sorted(sides, key=min)[len(sides) // 2]
     device = jax.devices()[0]
-    return config_lib.infer(config, len(source), hw, device.platform, jax.device_count())
+    return config_lib.infer(config, len(source), typical, device.platform, jax.device_count())
 
 
 def _banner(config, method, source, program, total, warmup, workdir):

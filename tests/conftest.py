@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight simulated devices, full-precision matmuls, and where the reference data lies."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
@@ -15,6 +18,13 @@ import pytest  # noqa: E402
 import golden as golden_lib  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'float32')
+# Most of the suite's time is XLA compiling the same few programs: once per session is enough.
+# The folder is shared with the subprocesses and the pytest-xdist workers of this session.
+if 'SSL_JAX_CACHE' not in os.environ:
+    os.environ['SSL_JAX_CACHE'] = tempfile.mkdtemp(prefix='ssl_jax_test_xla_')
+    atexit.register(shutil.rmtree, os.environ['SSL_JAX_CACHE'], ignore_errors=True)
+jax.config.update('jax_compilation_cache_dir', os.environ['SSL_JAX_CACHE'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 

@@ -214,7 +214,7 @@ def test_a_run_of_non_finite_steps_ends_with_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_second_run_on_a_live_workdir_is_refused(tmp_path):
-    with rundir.lock(tmp_path), pytest.raises(rundir.LockedError, match='pid'):
+    with rundir.lock(tmp_path), pytest.raises(rundir.LockedError, match='in use by process'):
         train.train(tiny.config(), tmp_path)
 
 

@@ -37,7 +37,6 @@ class View:
       scale: range of the crop's share of the image area.
       ratio: range of its aspect ratio, width / height.
       interpolation: 'nearest', 'bilinear' or 'bicubic'.
-      flip: probability of mirroring; not applied here but on the device, with the photometry.
     """
 
     name: str
@@ -46,7 +45,6 @@ class View:
     scale: tuple = (0.2, 1.0)
     ratio: tuple = (3 / 4, 4 / 3)
     interpolation: str = 'bicubic'
-    flip: float = 0.0
 
 
 def sample_index(g, n, seed):

@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         """latent (B, C + K, D_enc), ids_restore (B, N) -> (B, N, out_dim)."""
         c, normal = self.num_cls_tokens, nn.initializers.normal(0.02)
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        x = nn.Dense(self.embed_dim, name='decoder_embed', **dense)(latent)
+        x = layers.Dense(self.embed_dim, name='decoder_embed', **dense)(latent)
         mask_token = self.param('mask_token', normal, (1, 1, self.embed_dim)).astype(x.dtype)
         if self.pos_embed == 'sincos':
             grid = round(self.num_patches**0.5)
@@ -69,4 +69,4 @@ class Decoder(nn.Module):
         )
         x, _ = blocks(x, None)
         x = layers.LayerNorm(self.eps, name='decoder_norm')(x)
-        return nn.Dense(self.out_dim, name='decoder_pred', **dense)(x)[:, c:]
+        return layers.Dense(self.out_dim, name='decoder_pred', **dense)(x)[:, c:]

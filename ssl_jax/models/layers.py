@@ -38,6 +38,21 @@ def swiglu_hidden(embed_dim, mlp_ratio):
     return (int(int(embed_dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
+class Dense(nn.Module):
+    """x kernel + bias, the parameters of `flax.linen.Dense` with the gradients of `ops.dense`."""
+
+    features: int
+    dtype: Any
+    kernel_init: Callable
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param('bias', self.bias_init, (self.features,))
+        return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the last axis with float32 statistics; eps 1e-6 as in all official codes."""
 
@@ -61,8 +76,8 @@ class Attention(nn.Module):
     def __call__(self, x):  # (B, N, D)
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        qkv = nn.Dense(3 * dim, name='qkv', **dense)(x)
-        return nn.Dense(dim, name='proj', **dense)(ops.attention(qkv, self.num_heads))
+        qkv = Dense(3 * dim, name='qkv', **dense)(x)
+        return Dense(dim, name='proj', **dense)(ops.attention(qkv, self.num_heads))
 
 
 class Mlp(nn.Module):
@@ -75,8 +90,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        y = ops.gelu(nn.Dense(self.hidden_dim, name='fc1', **dense)(x))
-        return nn.Dense(x.shape[-1], name='fc2', **dense)(y)
+        y = ops.gelu(Dense(self.hidden_dim, name='fc1', **dense)(x))
+        return Dense(x.shape[-1], name='fc2', **dense)(y)
 
 
 class SwiGLU(nn.Module):
@@ -89,8 +104,8 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        gate, value = jnp.split(nn.Dense(2 * self.hidden_dim, name='w12', **dense)(x), 2, axis=-1)
-        return nn.Dense(x.shape[-1], name='w3', **dense)(nn.silu(gate) * value)
+        gate, value = jnp.split(Dense(2 * self.hidden_dim, name='w12', **dense)(x), 2, axis=-1)
+        return Dense(x.shape[-1], name='w3', **dense)(nn.silu(gate) * value)
 
 
 class LayerScale(nn.Module):

@@ -1,18 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention, GELU and LayerNorm of the networks, as plain functions of arrays.
+"""Attention, dense layers, GELU and LayerNorm of the networks, with gradients made for speed.
 
-One program text serves every backend: nothing here looks at the backend of the process, because
-programs for TPU are also compiled on machines that have none.
+Automatic differentiation keeps every intermediate of a softmax or a GELU for the backward pass. On
+CPU, memory that is written once and read once costs more than computing its content again (the
+kernel zeroes fresh pages, and no cache holds them), so each function here keeps its inputs and a
+few numbers per row, and the backward pass starts from those. `experiments/bench` has the timings.
+
+The choice between a form for CPU and one for accelerators is made when a program is lowered, not by
+the backend of the process: programs for TPU are also compiled on machines that have none.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+# Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
+CHUNK_BYTES = 4 << 20
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def attention(qkv, num_heads):
     """Multi-head self-attention, ``softmax(q k^T / sqrt(d)) v``, over the fused projection.
 
-    The softmax is computed in float32 whatever the dtype of the input.
+    The softmax is computed in float32 whatever the dtype of the input. The (N, N) weights are not
+    kept for the backward pass; it computes them again from the logarithm of their normalizer.
 
     Args:
         qkv: (B, N, 3 * D) array; the last axis holds all queries, then all keys, then all values,
@@ -27,34 +39,144 @@ def attention(qkv, num_heads):
 
     References:
         Vaswani et al, `Attention is all you need <https://arxiv.org/abs/1706.03762>`_, 2017
+        Dao et al, `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022 (the backward pass)
     """
-    batch, tokens, width = qkv.shape
-    if width % (3 * num_heads):
+    return _attention_forward(qkv, num_heads)[0]
+
+
+def _attention_forward(qkv, num_heads):
+    if qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
-            f'attention: the last axis of qkv is {width}, not a multiple of 3 * num_heads = '
-            f'{3 * num_heads}; pass the fused projection (B, N, 3 * D), D divisible by num_heads.'
+            f'attention: the last axis of qkv is {qkv.shape[-1]}, not a multiple of 3 * num_heads ='
+            f' {3 * num_heads}; pass the projection (B, N, 3 * D) with D divisible by num_heads.'
         )
-    q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, num_heads, -1), 2, 0)  # (B, N, H, d) each
-    return dot_product_attention(q, k, v).reshape(batch, tokens, width // 3)
+
+    def forward(qkv):
+        q, k, v = _heads(qkv, num_heads)
+        logits = _logits(q, k)  # (b, H, N, N)
+        top = logits.max(axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum('bhnm,bhmd->bhnd', weights.astype(v.dtype), v, **_FLOAT32) / total
+        return _merge(out).astype(qkv.dtype), (top + jnp.log(total))[..., 0]
+
+    out, log_total = _per_chunk(forward, num_heads, qkv)
+    return out, (qkv, out, log_total)
 
 
-def dot_product_attention(q, k, v):
-    """``softmax(q k^T / sqrt(d)) v`` for every head, softmax in float32.
+def _attention_backward(num_heads, residuals, grad):
+    def backward(qkv, out, log_total, grad):
+        q, k, v = _heads(qkv, num_heads)
+        dtype, scale = qkv.dtype, q.shape[-1] ** -0.5
+        # The sum over keys of weight * d(weight), by way of the output.
+        inner = (out.astype(jnp.float32) * grad).reshape(*out.shape[:2], num_heads, -1).sum(axis=-1)
+        grad = _heads(grad, num_heads, parts=1)[0]
+        weights = jnp.exp(_logits(q, k) - log_total[..., None])
+        d_v = jnp.einsum('bhnm,bhnd->bhmd', weights.astype(dtype), grad, **_FLOAT32)
+        d_weights = jnp.einsum('bhnd,bhmd->bhnm', grad, v, **_FLOAT32)
+        d_logits = (weights * (d_weights - jnp.swapaxes(inner, 1, 2)[..., None])).astype(dtype)
+        d_q = jnp.einsum('bhnm,bhmd->bhnd', d_logits, k, **_FLOAT32) * scale
+        d_k = jnp.einsum('bhnm,bhnd->bhmd', d_logits, q, **_FLOAT32) * scale
+        return jnp.concatenate([_merge(d) for d in (d_q, d_k, d_v)], axis=-1).astype(dtype)
+
+    return (_per_chunk(backward, num_heads, *residuals, grad),)
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+_FLOAT32 = dict(preferred_element_type=jnp.float32)
+
+
+def _heads(x, num_heads, parts=3):
+    """(b, N, parts * H * d) -> (parts, b, H, N, d)."""
+    x = x.reshape(*x.shape[:2], parts, num_heads, -1)
+    return x.transpose(2, 0, 3, 1, 4)
+
+
+def _merge(x):
+    """(b, H, N, d) -> (b, N, H * d)."""
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def _logits(q, k):
+    return jnp.einsum('bhnd,bhmd->bhnm', q, k, **_FLOAT32) * q.shape[-1] ** -0.5
+
+
+def _per_chunk(fn, num_heads, *args):
+    """fn(*args); on one CPU in chunks of samples whose attention weights fit into its cache."""
+    batch, tokens, _ = args[0].shape
+    chunk = max(1, CHUNK_BYTES // (4 * num_heads * tokens**2))
+    mesh = jax.sharding.get_abstract_mesh()
+    # A loop over samples that several devices hold between them would gather the batch.
+    if chunk >= batch or not (mesh.empty or mesh.size == 1):
+        return fn(*args)
+    loop = functools.partial(_map_chunks, fn, chunk)
+    return jax.lax.platform_dependent(*args, cpu=loop, default=fn)
+
+
+def _map_chunks(fn, chunk, *args):
+    """fn over chunks of the leading axis; a last, shorter chunk goes by itself."""
+    batch = args[0].shape[0]
+    whole = batch // chunk
+    head = [x[: whole * chunk].reshape(whole, chunk, *x.shape[1:]) for x in args]
+    out = jax.lax.map(lambda xs: fn(*xs), head)
+    out = jax.tree.map(lambda y: y.reshape(whole * chunk, *y.shape[2:]), out)
+    if batch % chunk:
+        last = fn(*[x[whole * chunk :] for x in args])
+        out = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), out, last)
+    return out
+
+
+@jax.custom_vjp
+def dense(x, kernel, bias):
+    """``x kernel + bias``.
 
     Args:
-        q: (B, N, H, d) queries.
-        k: (B, M, H, d) keys.
-        v: (B, M, H, d) values.
+        x: (..., K) array.
+        kernel: (K, M) array of the dtype of ``x``.
+        bias: (M,) array of the dtype of ``x``.
 
     Returns:
-        (B, N, H, d) array of the dtype of ``q``.
+        (..., M) array of the dtype of ``x``.
     """
-    scale = q.shape[-1] ** -0.5
-    logits = jnp.einsum('bnhd,bmhd->bhnm', q * scale, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    return jnp.einsum('bhnm,bmhd->bnhd', weights, v)
+    return x @ kernel + bias
 
 
+def _dense_forward(x, kernel, bias):
+    return x @ kernel + bias, (x, kernel)
+
+
+def _dense_backward(residuals, grad):
+    x, kernel = residuals
+    lead = tuple(range(x.ndim - 1))
+    # Automatic differentiation writes the kernel's gradient as the transpose of grad^T x, for which
+    # XLA on CPU copies `grad` into another layout first.
+    d_kernel = jax.lax.dot_general(x, grad, ((lead, lead), ((), ())))
+    return grad @ kernel.T, d_kernel, _sum_rows(grad)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _sum_rows(x):
+    """(..., M) -> (M,), accumulated in float32.
+
+    XLA on CPU adds up a leading axis about ten times slower than a matrix product does.
+    """
+
+    def as_product(x):
+        lead = tuple(range(x.ndim - 1))
+        ones = jnp.ones(x.shape[:-1], x.dtype)
+        return jax.lax.dot_general(ones, x, ((lead, lead), ((), ())), **_FLOAT32).astype(x.dtype)
+
+    def as_sum(x):
+        total = x.sum(axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
+        return total.astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, cpu=as_product, default=as_sum)
+
+
+@jax.custom_vjp
 def gelu(x):
     """Exact GELU, ``x * Phi(x)`` with the normal distribution function Phi (erf, not tanh).
 
@@ -62,16 +184,34 @@ def gelu(x):
         x: array of any shape.
 
     Returns:
-        Array of the shape and dtype of ``x``.
+        Array of the shape and dtype of ``x``; computed in float32.
 
     References:
         Hendrycks and Gimpel, `Gaussian error linear units <https://arxiv.org/abs/1606.08415>`_,
         2016
     """
     y = x.astype(jnp.float32)
-    return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+    return (y * _normal_cdf(y)).astype(x.dtype)
 
 
+def _gelu_forward(x):
+    return gelu(x), x
+
+
+def _gelu_backward(x, grad):
+    y = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * y * y) * (0.5 / jnp.pi) ** 0.5
+    return ((_normal_cdf(y) + y * density) * grad.astype(jnp.float32)).astype(x.dtype),
+
+
+def _normal_cdf(x):
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, eps=1e-6):
     """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis.
 
@@ -87,7 +227,29 @@ def layer_norm(x, scale, bias, eps=1e-6):
     Returns:
         Array of the shape and dtype of ``x``.
     """
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x, scale, bias, eps):
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale + bias).astype(x.dtype)
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    y = y - mean
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = y * inverse * scale + bias
+    return y.astype(x.dtype), (x, scale, bias, mean, inverse)
+
+
+def _layer_norm_backward(eps, residuals, grad):
+    del eps
+    x, scale, bias, mean, inverse = residuals
+    grad = grad.astype(jnp.float32)
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    d_normal = grad * scale
+    across = jnp.mean(d_normal, axis=-1, keepdims=True)
+    along = jnp.mean(d_normal * normal, axis=-1, keepdims=True)
+    d_x = (d_normal - across - normal * along) * inverse
+    d_scale, d_bias = _sum_rows(grad * normal), _sum_rows(grad)
+    return d_x.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
     def __call__(self, patches):
         # Both official codes leave torch's default on the bias of this convolution.
         bias_init = layers.torch_uniform(patches.shape[-1])
-        proj = nn.Dense(
+        proj = layers.Dense(
             self.embed_dim,
             dtype=self.dtype,
             kernel_init=self.kernel_init or bias_init,
