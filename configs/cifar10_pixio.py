@@ -23,9 +23,9 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'cifar10_pixio'
 
-    c.total_epochs = 100.0
-    c.warmup_epochs = 5.0
-    c.batch_size = 256
+    c.total_epochs = 8.0
+    c.warmup_epochs = 1.0
+    c.batch_size = 128
 
     c.method.size = None
     c.method.embed_dim = 192
@@ -51,7 +51,9 @@ def get_config(arg=''):
     c.data.train = ml_collections.ConfigDict(train)
     c.data.eval_train = ml_collections.ConfigDict(train)
     c.data.eval_test = ml_collections.ConfigDict(test)
-    c.eval.every_epochs = 10.0
+    c.eval.every_epochs = 2.0
     c.eval.knn_k = (10, 20)
+    c.eval.max_train = 10000  # enough to see a trend; `ssl_jax eval` takes all
+    c.eval.max_test = 2000
 
     return c
