@@ -15,7 +15,6 @@ any of this is named, and the one before it is used.
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import threading
@@ -26,14 +25,13 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ssl_jax import checksums, step_dirs, version
+from ssl_jax import checksums, manifest, step_dirs
 
 # Tensors are cut into chunks of this size, so that a host that reads 1/64 of a tensor that one
 # device wrote does not hold all of it.
 CHUNK_BYTES = 64 * 2**20
 # A restore keeps no more than this in flight on the host.
 READ_GB = 16
-SHOWN = 20  # tensors listed in an error
 
 
 class CheckpointError(RuntimeError):
@@ -92,7 +90,7 @@ class Checkpointer:
         if _from_main(step in self.steps()):
             return False
         items = items_of(state)
-        meta = {**(meta or {}), 'step': step, 'checksums': checksums.of(items), **_describe(items)}
+        meta = manifest.seal({**(meta or {}), 'step': step, **manifest.describe(items)})
         chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         args = {
             k: ocp.args.PyTreeSave(v, save_args=jax.tree.map(lambda _: chunks, v))
@@ -101,7 +99,11 @@ class Checkpointer:
         try:
             if self._orbax is None:
                 step_dirs.remove_leftovers(self.directory)
-                self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                # Folders made in the background fail there, and their waiters wait for minutes.
+                options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+                self._orbax = ocp.AsyncCheckpointer(
+                    ocp.CompositeCheckpointHandler(), async_options=options
+                )
             step_dirs.set_aside(self.directory, {*self._bad, step})
             self._bad = set()
             self._orbax.save(
@@ -175,11 +177,12 @@ class Checkpointer:
         """
         self.wait()
         items, meta, bad = _restore(self.directory, items_of(abstract_state), step)
-        if meta['prng'] != _prng():
+        if meta['prng'] != manifest.prng():
             raise CheckpointError(
                 f'{self.directory} was trained with the PRNG settings {meta["prng"]} and this '
-                f'process has {_prng()}; set jax_default_prng_impl and jax_threefry_partitionable '
-                f'as they were, so that the random numbers go on as they began.'
+                f'process has {manifest.prng()}; set jax_default_prng_impl and '
+                f'jax_threefry_partitionable as they were, so that the random numbers go on as '
+                f'they began.'
             )
         self._bad.update(bad)
         return dataclasses.replace(abstract_state, **items['model'], **items['opt']), meta
@@ -260,9 +263,10 @@ def _restore(directory, items, step):
         if not _on_any(reason is not None):
             for k in (k for k in items if items[k] is not None):
                 values[k] = jax.tree.map(_place, values[k], items[k])
-            reason = _verify(values, meta['checksums'])
+            reason = _verify(values, meta['tensors'])
             if reason is None:
                 return values, meta, list(reasons)
+        values = None  # frees the memory for the next
         reasons[s] = reason or 'another process could not read its part'
         if is_main or reason:
             print(f'Checkpoint {directory / str(s)} is damaged: {reasons[s]}.', flush=True)
@@ -287,22 +291,21 @@ def _read(path, items):
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=READ_GB)
     try:
         meta = json.loads((path / 'meta' / 'metadata').read_text())
-        stored = {k: handler.metadata(path / k).tree for k in items}
-    except Exception as e:
-        return None, None, step_dirs.reason(e)
-    for name, abstract in items.items():
-        if abstract is not None:
-            _compare(path, abstract, stored[name])
-    values = {}
-    try:
-        for name, abstract in items.items():
-            is_host = abstract is None
-            args = functools.partial(_restore_args, is_host)
-            args = jax.tree.map(args, stored[name] if is_host else abstract)
-            values[name] = handler.restore(
-                path / name, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+        if manifest.seal(meta) != meta:
+            raise ValueError('meta differs from its checksum')
+        known = {k: v for k, v in items.items() if v is not None}
+        if difference := manifest.difference(known, meta['tensors']):
+            raise MismatchError(
+                f'The checkpoint {path} is of another model, {difference}; use the config of that '
+                f'run, or start in a new workdir.'
             )
-    except MemoryError:
+        values = {}
+        for name, abstract in items.items():
+            wanted = handler.metadata(path / name).tree if abstract is None else abstract
+            args = jax.tree.map(functools.partial(_restore_args, abstract is None), wanted)
+            args = ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+            values[name] = handler.restore(path / name, args=args)
+    except (MismatchError, MemoryError):
         raise
     except Exception as e:
         if 'Out of memory' in str(e):  # of a device: nothing is wrong with the checkpoint
@@ -311,13 +314,10 @@ def _read(path, items):
     return values, meta, None
 
 
-def _verify(values, expected):
+def _verify(values, tensors):
     """Why the values are not those that were saved, or None."""
-    got = checksums.of(values)
-    wrong = sorted(k for k in got if expected.get(k) != got[k])
-    if not wrong:
-        return None
-    return f'{len(wrong)} of {len(got)} tensors differ from their checksums, first {wrong[0]}'
+    wrong = [k for k, v in checksums.of(values).items() if tensors.get(k, {}).get('sum') != v]
+    return f'{len(wrong)} tensors differ from their checksums, first {wrong[0]}' if wrong else None
 
 
 def _restore_args(is_host, x):
@@ -359,51 +359,6 @@ def _place(x, wanted):
 @functools.cache
 def _reshard(sharding):
     return jax.jit(lambda x: x, out_shardings=sharding)
-
-
-def _compare(path, abstract, stored):
-    """Raises MismatchError with a list if names, shapes or types differ."""
-    want, have = ({k: _spell(v) for k, v in checksums.named(t).items()} for t in (abstract, stored))
-    wrong = [k for k in {**want, **have} if want.get(k) != have.get(k)]
-    if not wrong:
-        return
-    listed = ', '.join(
-        f'{k} (expected {want.get(k, "nothing")}, found {have.get(k, "nothing")})'
-        for k in wrong[:SHOWN]
-    )
-    more = f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''
-    raise MismatchError(
-        f'The checkpoint {path} is of another model, {len(wrong)} tensors differ: {listed}{more}; '
-        f'use the config of that run, or start in a new workdir.'
-    )
-
-
-def _spell(x):
-    return f'{np.dtype(x.dtype).name}{list(x.shape)}'
-
-
-def _describe(items):
-    """Versions, PRNG settings, mesh, devices and processes, as JSON."""
-    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint')
-    meshes = (getattr(x.sharding, 'mesh', None) for x in jax.tree.leaves(items))
-    mesh = next((m for m in meshes if m is not None), None)
-    return {
-        'versions': {
-            'ssl_jax': version.__version__,
-            **{k: importlib.metadata.version(k) for k in packages},
-        },
-        'prng': _prng(),
-        'mesh': {} if mesh is None else dict(mesh.shape),
-        'devices': jax.device_count(),
-        'processes': jax.process_count(),
-    }
-
-
-def _prng():
-    return {
-        'impl': str(jax.config.jax_default_prng_impl),
-        'threefry_partitionable': bool(jax.config.jax_threefry_partitionable),
-    }
 
 
 def _from_main(flag):

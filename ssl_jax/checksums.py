@@ -20,17 +20,16 @@ def of(tree):
       dict name -> int, names as in ``params/blocks/norm1/scale``.
     """
     leaves = named(tree)
-    on_device = {k: v for k, v in leaves.items() if isinstance(v, jax.Array)}
-    sums = {k: _host_checksum(v) for k, v in leaves.items() if k not in on_device}
-    if on_device:
-        found = _device_checksums(on_device)
-        sums.update({k: int(np.asarray(v.addressable_data(0))) for k, v in found.items()})
-    return sums
+    is_device = {k: isinstance(v, jax.Array) for k, v in leaves.items()}
+    sums = {k: (_device_checksum if is_device[k] else _host_checksum)(leaves[k]) for k in leaves}
+    # Read only now, so that the devices work on all of them at once.
+    return {k: int(v.addressable_data(0) if is_device[k] else v) for k, v in sums.items()}
 
 
 @jax.jit
-def _device_checksums(leaves):
-    return {k: _checksum(v, jnp) for k, v in leaves.items()}
+def _device_checksum(x):
+    """One small program per shape: a program for the whole tree would compile much longer."""
+    return _checksum(x, jnp)
 
 
 def _host_checksum(x):
