@@ -345,6 +345,8 @@ def _tensorboard(workdir, start_step):
 
     def add(step, values):
         for name, value in values.items():
+            if not math.isfinite(value):
+                continue  # a gap in the curve; tensorboardX prints a warning for each
             writer.add_scalar(name, value, step)
         writer.flush()
 

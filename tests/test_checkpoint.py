@@ -193,12 +193,15 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, kin
     assert any(r in capsys_out for r in reason.split('|')), capsys_out
 
 
-def test_the_unfinished_folder_of_a_killed_save_is_ignored(tmp_path):
+def test_what_a_killed_save_or_deletion_left_is_ignored_and_removed_by_the_next_save(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / '2.orbax-checkpoint-tmp' / 'model').mkdir(parents=True)
+    leftovers = [tmp_path / '2.orbax-checkpoint-tmp', tmp_path / '9.orbax-checkpoint-tmp',
+                 tmp_path / 'deleting-0']
+    for path in leftovers:
+        (path / 'model').mkdir(parents=True)
     saved = checkpoint.Checkpointer(tmp_path)
     assert saved.latest() == 1
-    assert (tmp_path / '2.orbax-checkpoint-tmp').exists()  # a reader deletes nothing
+    assert all(path.exists() for path in leftovers)  # a reader deletes nothing
     saved.save(2, on(make_mesh(1, 8), make_state(2)))
     saved.close()
     assert_same(restore(tmp_path)[0], make_state(2))

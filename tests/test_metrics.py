@@ -204,9 +204,12 @@ def test_a_missing_wandb_is_printed_and_stops_nothing(tmp_path, monkeypatch, cap
     assert len(metrics.read(tmp_path)) == 1
 
 
-def test_tensorboard_gets_an_event_file(tmp_path):
+def test_tensorboard_gets_an_event_file(tmp_path, capfd):
     pytest.importorskip('tensorboardX')
-    run(tmp_path, 0, 20, tensorboard=True).close()
+    writer = run(tmp_path, 0, 20, tensorboard=True)
+    writer.eval(20, {'worst': float('nan')})
+    writer.close()
+    assert capfd.readouterr().err == ''
     (events,) = (tmp_path / 'tensorboard').iterdir()
     assert b'images_per_second' in events.read_bytes() and b'knn' in events.read_bytes()
 
