@@ -23,8 +23,8 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'cifar10_pixio'
 
-    c.total_epochs = 8.0
-    c.warmup_epochs = 1.0
+    c.total_epochs = 5.0
+    c.warmup_epochs = 0.5
     c.batch_size = 128
 
     c.method.size = None

@@ -121,11 +121,13 @@ def from_torch(rows, state_dict, abstract, fixed=None):
     """
     want = dict(_flatten(abstract))
     left = set(state_dict)
+    # A missing key is most likely one that nothing else asks for, misspelled.
+    strange = left - set(_torch_keys(rows, want))
     out, problems = {}, []
 
     def take(key, shape, how):
         if key not in state_dict:
-            near = difflib.get_close_matches(key, left, n=1)
+            near = difflib.get_close_matches(key, strange or left, n=1)
             problems.append(f'missing {key}' + (f' (nearest: {near[0]})' if near else ''))
             return None
         left.discard(key)
@@ -174,19 +176,12 @@ def to_torch(rows, params, fixed=None):
     return out
 
 
-def torch_names(rows, abstract):
-    """torch key -> (our path, block number or None), for tests and for parameter groups."""
-    want = dict(_flatten(abstract))
-    names = {}
-    for ours, key, how in rows:
-        if how == 'fixed':
-            continue
+def _torch_keys(rows, want):
+    for ours, key, _ in rows:
         if '{i}' in key:
-            for i in range(want[ours].shape[0]):
-                names[key.format(i=i)] = (ours, i)
+            yield from (key.format(i=i) for i in range(want[ours].shape[0]))
         else:
-            names[key] = (ours, None)
-    return names
+            yield key
 
 
 def fixed_tables(method):

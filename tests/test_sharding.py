@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live is a function of path and shape; bad meshes are explained."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ssl_jax import sharding
+
+
+@pytest.mark.parametrize(
+    'path,shape,want',
+    [
+        ('encoder/blocks/attn/qkv/kernel', (4, 32, 96), P(None, 'fsdp', 'tensor')),
+        ('encoder/blocks/attn/proj/kernel', (4, 32, 32), P(None, 'tensor', 'fsdp')),
+        ('opt_state/mu/encoder/blocks/mlp/fc2/kernel', (4, 128, 32), P(None, 'tensor', 'fsdp')),
+        ('encoder/blocks/norm1/scale', (4, 32), P(None, None)),
+        ('encoder/norm/bias', (32,), P(None)),
+        ('encoder/pos_embed', (1, 65, 32), P(None, None, 'fsdp')),
+        ('encoder/pos_embed', (1, 65, 33), P(None, None, None)),
+        ('step', (), P()),
+    ],
+)
+def test_the_spec_is_a_function_of_path_and_shape(path, shape, want):
+    assert sharding.spec_for(path, shape, {'data': 2, 'fsdp': 2, 'tensor': 2}) == want
+
+
+def test_the_stack_axis_is_never_split():
+    spec = sharding.spec_for('encoder/blocks/x/kernel', (64, 2, 3), dict(fsdp=2, tensor=1))
+    assert spec[0] is None
+
+
+def test_minus_one_takes_the_remaining_devices():
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
+    assert dict(mesh.shape) == {'data': len(jax.devices()) // 4, 'fsdp': 2, 'tensor': 2}
+
+
+@pytest.mark.parametrize(
+    'sizes,message',
+    [
+        (dict(data=3), 'needs 3 devices, there are 8'),
+        (dict(data=-1, fsdp=3), 'does not divide 8 devices'),
+        (dict(data=-1, fsdp=-1), 'at most one is -1'),
+        (dict(data=0), 'sizes are positive'),
+    ],
+)
+def test_an_impossible_mesh_is_one_sentence(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+def test_a_batch_lands_in_order_on_every_mesh():
+    for sizes in (dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=8)):
+        mesh = sharding.make_mesh(**sizes)
+        rows = sharding.process_rows(mesh, 16)
+        x = sharding.to_global({'a': np.arange(16)}, mesh, rows, 16)['a']
+        np.testing.assert_array_equal(x, np.arange(16))
+        assert x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 1)
+
+
+def test_a_large_state_that_stays_replicated_is_refused():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    tree = {'kernel': jax.ShapeDtypeStruct((4099, 4099), np.float32)}
+    with pytest.raises(ValueError, match='stays replicated'):
+        sharding.check_replication(tree, sharding.infer(tree, mesh), mesh)
