@@ -23,19 +23,19 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'cifar10_pixio'
 
-    c.total_epochs = 5.0
+    c.total_epochs = 8.0
     c.warmup_epochs = 0.5
     c.batch_size = 128
 
     c.method.size = None
-    c.method.embed_dim = 192
+    c.method.embed_dim = 128
     c.method.depth = 6
-    c.method.num_heads = 3
+    c.method.num_heads = 4
     c.method.patch_size = 4
     c.method.img_size = 32
-    c.method.decoder_embed_dim = 96
+    c.method.decoder_embed_dim = 64
     c.method.decoder_depth = 4
-    c.method.decoder_num_heads = 3
+    c.method.decoder_num_heads = 2
     c.method.crop_scale = (0.4, 1.0)
     c.method.num_cls_tokens = 4
     c.method.pos_embed = 'learned'
