@@ -3,7 +3,7 @@
 
     ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
-    ssl_jax show --workdir W --data DIR                      # reconstructions and curves as pictures
+    ssl_jax show --workdir W --data DIR                      # reconstructions and curves
 """
 
 import argparse

@@ -40,7 +40,7 @@ def from_noise(noise, grid, mask_ratio, mask_grid=1):
     h, w = grid
     blocks = num_blocks(grid, mask_grid)
     if noise.shape[-1] != blocks:
-        raise ValueError(f'noise has {noise.shape[-1]} values per image, the grid has {blocks} blocks.')
+        raise ValueError(f'noise has {noise.shape[-1]} values per image for {blocks} blocks.')
     kept = int(blocks * (1 - mask_ratio))
     order = jnp.argsort(noise, axis=-1)  # (B, blocks)
     if mask_grid > 1:

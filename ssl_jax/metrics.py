@@ -261,6 +261,14 @@ def read(path):
     return [row for row, _ in _parse(path.read_text())]
 
 
+def has_evaluation(workdir, step):
+    """Whether ``metrics.jsonl`` in `workdir` has the row that `Writer.eval` wrote for `step`."""
+    path = epath.Path(workdir) / 'metrics.jsonl'
+    return path.exists() and any(
+        row['step'] == step and 'loss' not in row for row in read(path)
+    )
+
+
 def peak_flops(device_kind):
     """Dense bfloat16 FLOP/s of one device, None where it is not known.
 

@@ -45,7 +45,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
             f'mesh {shape} needs {math.prod(sizes)} devices, there are {len(devices)}; '
             f'set one axis to -1 to use them all.'
         )
-    # Auto is said explicitly: make_mesh defaults to Explicit, under which a patchify reshape raises.
+    # Said explicitly: the default axis type is Explicit, under which a patchify reshape raises.
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 

@@ -10,6 +10,7 @@ interruption; batches, keys and learning rate are functions of the step; SIGTERM
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -22,10 +23,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ssl_jax import checkpoint, config as config_lib, methods, metrics, optim, preempt, rundir
-from ssl_jax import sharding, state as state_lib, version
+from ssl_jax import checkpoint, methods, metrics, optim, preempt, rundir, sharding, version
+from ssl_jax import config as config_lib
+from ssl_jax import state as state_lib
 from ssl_jax.data import ops, pipeline, sources
-from ssl_jax.evals import online
+from ssl_jax.evals import features, online
 
 
 def log(*lines):
@@ -119,6 +121,13 @@ def _checkpoint_dir(path):
     return path / 'checkpoints' if (path / 'checkpoints').exists() else path
 
 
+def first_process_says(flag):
+    """The answer of process 0, so that all processes do the same."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(flag))))
+
+
 class Clock:
     """Whether a save is due, agreed by all processes."""
 
@@ -133,10 +142,7 @@ class Clock:
             return True
         if not self.seconds or not at_log:
             return False
-        late = time.monotonic() - self.last > self.seconds
-        if jax.process_count() > 1:
-            late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
-        return late
+        return first_process_says(time.monotonic() - self.last > self.seconds)
 
     def reset(self):
         self.last = time.monotonic()
@@ -181,15 +187,15 @@ def train(config, workdir):
                 keep_every=config.checkpoint.keep_every,
             )
             try:
-                return _run(
-                    config, workdir, method, source, program, saved, stop, total, eval_every, started
-                )
+                steps = (total, eval_every)
+                return _run(config, workdir, method, source, program, saved, stop, steps, started)
             finally:
                 saved.close()
 
 
-def _run(config, workdir, method, source, program, saved, stop, total, eval_every, started):
+def _run(config, workdir, method, source, program, saved, stop, steps, started):
     """The loop proper, with the mesh set and the checkpointer open."""
+    total, eval_every = steps
     mesh, batch_size = program.mesh, config.batch_size
     meta = {'config': config.to_dict(), 'data': source.fingerprint}
     state, how = restore(config, program, saved)
@@ -200,8 +206,15 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
 
     def save(state):
         with timers('save'):
+            writer.flush()  # a kill right after the save must not lose the rows before it
             if saved.save(int(state.step), state, meta):
                 clock.reset()
+
+    def look(state, step):
+        """Evaluates where it is due; a stop in between leaves no row, the restart repeats it."""
+        if step == total or (eval_every and step % eval_every == 0):
+            with timers('eval'), contextlib.suppress(features.Stopped):
+                writer.eval(step, evaluate(state, step))
 
     rows = sharding.process_rows(mesh, batch_size)
     views = method.views()
@@ -218,7 +231,8 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
         start_step=first,
         is_main=jax.process_index() == 0,
     )
-    timers, clock = writer.timers, Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
+    timers = writer.timers
+    clock = Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
     # Each process meets its own bad images and lists them in a file of its own.
     suffix = f'.{jax.process_index()}' if jax.process_index() else ''
     bad = pipeline.BadImages(
@@ -238,18 +252,22 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
     )
     result = {'step': first, 'preempted': False}
     try:
-        with timers('compile'):
-            lowered = program.step.lower(program.abstract, program.batch)
-            step_fn = preempt.run_interruptible(lowered.compile, stop)
-        log(f'compiled; first step {time.monotonic() - started:.0f} s after the start')
+        if first < total:
+            with timers('compile'):
+                lowered = program.step.lower(program.abstract, program.batch)
+                step_fn = preempt.run_interruptible(lowered.compile, stop)
+            log(f'compiled; first step {time.monotonic() - started:.0f} s after the start')
+        if first_process_says(first and not metrics.has_evaluation(workdir, first)):
+            look(state, first)
         for step in range(first, total):
             if stop.agreed(step):
                 raise preempt.Stopped
             with timers('data'):
                 batch = next(stream)
             bad.update(batch)
-            arrays = sharding.to_global({v.name: batch[v.name] for v in views}, mesh, rows, batch_size)
-            state, step_metrics = step_fn(state, arrays)
+            images = {v.name: batch[v.name] for v in views}
+            images = sharding.to_global(images, mesh, rows, batch_size)
+            state, step_metrics = step_fn(state, images)
             saved.check()
 
             pending.append((step_metrics['skipped_in_a_row'], step_metrics['skipped_total']))
@@ -259,26 +277,25 @@ def _run(config, workdir, method, source, program, saved, stop, total, eval_ever
             at_log = done % config.log.every_steps == 0 or done == total
             if at_log:
                 writer.log(done, step_metrics)
+            # Before the save of the same step, or a kill in between would lose the row.
+            look(state, done)
             if clock.due(done, at_log) and done < total:
                 save(state)
-            if eval_every and done % eval_every == 0 and done < total:
-                with timers('eval'):
-                    writer.eval(done, evaluate(state, done))
         while pending:
             budget.update(*map(int, pending.popleft()))
         save(state)
-        with timers('eval'):
-            if first < total:
-                writer.eval(total, evaluate(state, total))
-        if stop.requested:
-            raise preempt.Stopped
     except preempt.Stopped:
-        save(state)
-        saved.wait()
+        if int(state.step) > first:  # else there is nothing that is not saved or made from the seed
+            save(state)
+            saved.wait()
         result['preempted'] = True
         log(f'stopped on request at step {int(state.step)}; the same command continues from there.')
     except metrics.NonFiniteError:
         save(state)  # nothing non-finite is in it
+        raise
+    except pipeline.TooManyBadImages:
+        if jax.process_count() == 1:  # elsewhere the other processes do not know
+            save(state)
         raise
     finally:
         stream.close()
@@ -315,7 +332,8 @@ def _banner(config, method, source, program, total, warmup, workdir):
     where = {k: v for k, v in program.mesh.shape.items() if v > 1} or 'one device'
     per_epoch = len(source) / config.batch_size
     log(
-        f'ssl_jax {version.__version__}, jax {jax.__version__}: {config.name or config.method.name}',
+        f'{config.name or config.method.name}: '
+        f'ssl_jax {version.__version__}, jax {jax.__version__}',
         f'devices   {jax.device_count()} x {device.device_kind}, mesh {where}, '
         f'process {jax.process_index() + 1} of {jax.process_count()}',
         f'data      {len(source):,} images, {source.fingerprint}',

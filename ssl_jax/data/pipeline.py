@@ -169,6 +169,10 @@ class Stream:
             self.close()
 
 
+class TooManyBadImages(RuntimeError):  # noqa: N818  reads as what happened
+    """More images could not be decoded than the budget allows."""
+
+
 class BadImages:
     """Counts the images that could not be decoded, lists them, and stops the run beyond a budget.
 
@@ -198,7 +202,7 @@ class BadImages:
         """Takes a batch of `train_stream`; returns how many distinct images are bad so far.
 
         Raises:
-          RuntimeError: beyond the budget.
+          TooManyBadImages: beyond the budget.
         """
         bad = batch['bad']
         if bad[:, 0].max() < 0:  # The usual case: a first try never fails after a second one.
@@ -210,7 +214,7 @@ class BadImages:
             logging.warning('Skipped %s: %s', entry['path'], entry['reason'])
         if len(self._seen) > self._allowed:
             listed = f', listed in {self._path}' if self._path else f', the last is {entry["path"]}'
-            raise RuntimeError(
+            raise TooManyBadImages(
                 f'{len(self._seen)} of {len(self._source)} images cannot be decoded, more than the '
                 f'{self._allowed} allowed{listed}: repair them, or raise data.bad_budget.'
             )

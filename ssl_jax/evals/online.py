@@ -32,18 +32,14 @@ class Evaluator:
         self.keys = jax.random.split(jax.random.key(config.seed), config.eval.num_pictures)
 
     def __call__(self, state, step):
-        """Numbers for metrics.jsonl; an evaluation that was stopped returns what it had."""
+        """Numbers for metrics.jsonl; raises features.Stopped where `should_stop` ended it."""
         vit, params = self.method.backbone(state.params, state.extra)
         forward = features.make_forward(vit, params)
-        rows = {}
-        try:
-            rows.update(self.monitors(forward))
-            if self.config.knn and self.train is not None and self.test is not None:
-                rows.update(self.knn(forward))
-            if self.config.pictures:
-                self.pictures(state, step)
-        except features.Stopped:
-            pass
+        rows = self.monitors(forward)
+        if self.config.knn and self.train is not None and self.test is not None:
+            rows.update(self.knn(forward))
+        if self.config.pictures:
+            self.pictures(state, step)
         return rows
 
     def extract(self, forward, source, limit):

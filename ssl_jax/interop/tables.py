@@ -132,7 +132,8 @@ def from_torch(rows, state_dict, abstract, fixed=None):
             return None
         left.discard(key)
         value = np.asarray(state_dict[key])
-        value = _to_ours(value, how) if value.ndim >= {'linear': 2, 'conv': 4}.get(how, 0) else value
+        if value.ndim == {'linear': 2, 'conv': 4}.get(how):
+            value = _to_ours(value, how)
         if tuple(value.shape) != tuple(shape):
             problems.append(f'{key} has shape {value.shape} in our layout, expected {tuple(shape)}')
             return None

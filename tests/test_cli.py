@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a stranger types it: a folder of images in, numbers and pictures out."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from ssl_jax import cli
+from ssl_jax.data import scenes
+
+SMALL = (
+    'total_steps=4',
+    'batch_size=8',
+    'method.embed_dim=32',
+    'method.depth=2',
+    'method.num_heads=2',
+    'method.decoder_embed_dim=16',
+    'method.decoder_depth=1',
+    'method.decoder_num_heads=2',
+    'log.every_steps=2',
+)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """24 PNGs in two class folders, and one file that is no image."""
+    root = tmp_path_factory.mktemp('images')
+    source = scenes.Scenes(24, 48)
+    for i in range(24):
+        path = root / ('odd' if i % 2 else 'even') / f'{i:02}.png'
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), source[i]['image'][..., ::-1])
+    (root / 'even' / 'zz.png').write_text('<html>404</html>')
+    return root
+
+
+@pytest.fixture(scope='module', params=['mae', 'pixio'])
+def run(request, folder, tmp_path_factory):
+    """A workdir that `ssl_jax pretrain` made."""
+    workdir = tmp_path_factory.mktemp('run') / 'w'
+    cli.main(
+        ['pretrain', '--data', str(folder), '--method', request.param]
+        + ['--workdir', str(workdir), *SMALL]
+    )
+    return workdir
+
+
+def test_pretrain_leaves_something_worth_opening(run):
+    assert (run / 'checkpoints' / '4').is_dir()
+    assert json.loads((run / 'config.json').read_text())['total_steps'] == 4
+    picture = cv2.imread(str(run / 'pictures' / 'reconstruction_0000004.png'))
+    assert min(picture.shape[:2]) > 100 and picture.std() > 10
+    assert (run / 'pictures' / 'curves.png').stat().st_size > 1000
+    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert rows[-1]['step'] == 4 and any('loss' in r for r in rows)
+
+
+def test_the_file_that_is_no_image_is_listed_with_its_reason(run):
+    listed = run / 'bad_images.jsonl'
+    if not listed.exists():
+        pytest.skip('the few steps of this run did not draw it')
+    row = json.loads(listed.read_text().splitlines()[0])
+    assert row['path'].endswith('zz.png') and 'HTML' in row['reason']
+
+
+def test_eval_prints_the_run_beside_the_untrained_encoder_and_raw_pixels(run, folder, capsys):
+    cli.main(['eval', '--workdir', str(run), '--data', str(folder)])
+    out = capsys.readouterr().out
+    rows = json.loads((run / 'eval_4.json').read_text())
+    assert {r['model'] for r in rows} == {'trained', 'untrained', 'raw_pixels'}
+    assert {r['eval'] for r in rows} >= {'knn', 'linear'}
+    assert all(r['protocol'] for r in rows)
+    assert 'untrained' in out and 'even, odd' in out
+
+
+def test_show_writes_pictures_of_other_images(run, folder, tmp_path, capsys):
+    cli.main(['show', '--workdir', str(run), '--data', str(folder), '--out', str(tmp_path)])
+    paths = capsys.readouterr().out.split()
+    assert any('reconstruction' in p for p in paths) and any('crops' in p for p in paths)
+    assert all(np.prod(cv2.imread(p).shape) > 0 for p in paths)
+
+
+@pytest.mark.parametrize(
+    'args,message',
+    [
+        (['pretrain', '--workdir', 'w'], 'give --data DIR'),
+        (['pretrain', '--workdir', 'w', '--data', '/nowhere'], '/nowhere'),
+        (['pretrain', '--workdir', 'w', '--data', '.', '--method', 'mea'], 'mae, pixio'),
+        (['pretrain', '--workdir', 'w', '--config', 'scene_mae'], 'scenes_mae'),
+        (['pretrain', '--workdir', 'w', '--config', 'scenes_mae', 'batchsize=3'], 'batch_size'),
+        (['eval', '--workdir', '/nowhere/run'], '/nowhere/run'),
+        (['show', '--workdir', '/nowhere/run'], '/nowhere/run'),
+    ],
+    ids=lambda x: ' '.join(x) if isinstance(x, list) else '',
+)
+def test_a_mistake_is_one_sentence_with_the_next_step(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and message in err and len(err.splitlines()) == 1, err
