@@ -39,18 +39,19 @@ def swiglu_hidden(embed_dim, mlp_ratio):
 
 
 class Dense(nn.Module):
-    """x kernel + bias, the parameters of `flax.linen.Dense` with the gradients of `ops.dense`."""
+    """fn(x, kernel, bias), with the parameters of `flax.linen.Dense`; fn from `ops`."""
 
     features: int
     dtype: Any
     kernel_init: Callable
     bias_init: Callable = nn.initializers.zeros
+    fn: Callable = ops.dense
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
         bias = self.param('bias', self.bias_init, (self.features,))
-        return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+        return self.fn(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 
 class LayerNorm(nn.Module):
@@ -90,8 +91,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        y = ops.gelu(Dense(self.hidden_dim, name='fc1', **dense)(x))
-        return Dense(x.shape[-1], name='fc2', **dense)(y)
+        y = Dense(self.hidden_dim, name='fc1', **dense)(x)
+        return Dense(x.shape[-1], name='fc2', fn=ops.gelu_dense, **dense)(y)
 
 
 class SwiGLU(nn.Module):

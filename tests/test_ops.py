@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention, dense layers, GELU and LayerNorm against float64, with all their gradients."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from ssl_jax import sharding
+from ssl_jax.models import ops
+
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def normal(seed, *shape, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def attention64(qkv, grad, heads):
+    """Output and gradient of attention in float64 numpy, with the (N, N) Jacobian spelled out."""
+    b, n, width = qkv.shape
+    q, k, v = qkv.astype(np.float64).reshape(b, n, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    grad = grad.astype(np.float64).reshape(b, n, heads, -1).transpose(0, 2, 1, 3)
+    scale = q.shape[-1] ** -0.5
+    logits = q @ k.swapaxes(-1, -2) * scale
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    d_weights = grad @ v.swapaxes(-1, -2)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
+    parts = (d_logits @ k, d_logits.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad)
+    d_qkv = np.stack(parts).transpose(1, 3, 0, 2, 4).reshape(b, n, width)
+    return (weights @ v).swapaxes(1, 2).reshape(b, n, width // 3), d_qkv
+
+
+def forward_and_gradient(fn, *args, grad):
+    """Output and gradients of fn for the cotangent `grad`, compiled."""
+
+    @jax.jit
+    def both(args, grad):
+        out, vjp = jax.vjp(fn, *args)
+        return out, vjp(grad)
+
+    return both(args, grad)
+
+
+@pytest.mark.parametrize('tokens', [1, 17, 197])
+@pytest.mark.parametrize('head_dim', [8, 32, 64, 80])
+def test_attention_and_its_gradient_equal_float64(tokens, head_dim):
+    qkv, grad = normal(0, 2, tokens, 3 * 2 * head_dim), normal(1, 2, tokens, 2 * head_dim)
+    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 2), qkv, grad=grad)
+    want, d_want = attention64(qkv, grad, heads=2)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
+
+
+@pytest.mark.parametrize('batch', [4, 5])
+def test_attention_in_chunks_of_samples_is_the_same(batch, monkeypatch):
+    qkv, grad = normal(0, batch, 9, 48), normal(1, batch, 9, 16)
+    monkeypatch.setattr(ops, 'CHUNK_BYTES', 2 * 4 * 9**2 * 4)  # two samples at a time
+    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 4), qkv, grad=grad)
+    want, d_want = attention64(qkv, grad, heads=4)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
+
+
+def test_attention_survives_logits_of_ten_thousand():
+    qkv, grad = normal(0, 1, 17, 96, scale=50.0), normal(1, 1, 17, 32)
+    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 1), qkv, grad=grad)
+    want, d_want = attention64(qkv, grad, heads=1)
+    np.testing.assert_allclose(out, want, rtol=1e-3, atol=1e-2)
+    # Softmax is one-hot here, so gradients of q and k vanish and the one of v is a permutation.
+    np.testing.assert_allclose(d_qkv, d_want, atol=5e-2)
+
+
+def test_attention_says_what_is_wrong_with_the_width():
+    with pytest.raises(ValueError, match='3 \\* num_heads = 15'):
+        ops.attention(jnp.zeros((1, 2, 48)), 5)
+
+
+def test_gelu_and_its_gradient_equal_float64():
+    x = np.concatenate([np.linspace(-12, 12, 4001), [-1e4, -30, 0, 30, 1e4]]).astype(np.float32)
+    y = x.astype(np.float64)
+    cdf = 0.5 * (1 + erf(y / math.sqrt(2)))
+    out, (d_x,) = forward_and_gradient(ops.gelu, x, grad=np.ones_like(x))
+    np.testing.assert_allclose(out, y * cdf, rtol=2e-7, atol=6e-7)
+    density = np.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(d_x, cdf + y * density, atol=6e-7)
+
+
+def layer_norm64(x, scale, bias, grad, eps):
+    """Output and gradients in float64, from the Jacobian of each row."""
+    x, scale, bias, grad = (np.asarray(a, np.float64) for a in (x, scale, bias, grad))
+    d = x.shape[-1]
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    hat = centred * inverse
+    jacobian = inverse[..., None] * (
+        np.eye(d) - 1 / d - hat[..., :, None] * hat[..., None, :] / d
+    )
+    d_x = np.einsum('...i,...ij->...j', grad * scale, jacobian)
+    rows = tuple(range(x.ndim - 1))
+    return hat * scale + bias, (d_x, (grad * hat).sum(rows), grad.sum(rows))
+
+
+@pytest.mark.parametrize('mean', [0.0, 100.0])
+def test_layer_norm_and_its_gradients_equal_float64(mean):
+    x = normal(0, 3, 17, 48) + np.float32(mean)
+    scale, bias, grad = 1 + normal(1, 48), normal(2, 48), normal(3, 3, 17, 48)
+    fn = lambda *a: ops.layer_norm(*a, 1e-6)  # noqa: E731
+    out, grads = forward_and_gradient(fn, x, scale, bias, grad=grad)
+    want, wanted = layer_norm64(x, scale, bias, grad, 1e-6)
+    # One unit in the last place of x itself is 8e-6 at a mean of 100.
+    tolerance = 5e-6 if mean == 0 else 1e-4
+    np.testing.assert_allclose(out, want, atol=tolerance)
+    for got, expected in zip(grads, wanted):
+        np.testing.assert_allclose(got, expected, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize('k, m', [(24, 40), (40, 24)])
+@pytest.mark.parametrize('activation', [False, True])
+def test_dense_and_its_gradients_equal_float64(k, m, activation):
+    x, kernel, bias, grad = normal(0, 3, 17, k), normal(1, k, m), normal(2, m), normal(3, 3, 17, m)
+    fn = ops.gelu_dense if activation else ops.dense
+    out, (d_x, d_kernel, d_bias) = forward_and_gradient(fn, x, kernel, bias, grad=grad)
+    y, w, g = (a.astype(np.float64) for a in (x, kernel, grad))
+    inner, slope = y, 1.0
+    if activation:
+        cdf = 0.5 * (1 + erf(y / math.sqrt(2)))
+        slope = cdf + y * np.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+        inner = y * cdf
+    np.testing.assert_allclose(out, inner @ w + bias, atol=3e-5)
+    np.testing.assert_allclose(d_x, (g @ w.T) * slope, atol=3e-5)
+    np.testing.assert_allclose(d_kernel, np.einsum('bnk,bnm->km', inner, g), atol=3e-5)
+    np.testing.assert_allclose(d_bias, g.sum((0, 1)), atol=3e-5)
+
+
+def block(x, scale, w1, w2):
+    """A small block that uses every function: (B, N, 16) -> (B, N, 16)."""
+    zeros = functools.partial(jnp.zeros, dtype=x.dtype)
+    y = ops.layer_norm(x, scale, jnp.zeros_like(scale))
+    y = ops.attention(ops.dense(y, w1, zeros(48)), 2)
+    return x + ops.gelu_dense(y, w2, zeros(16))
+
+
+WEIGHTS = (np.ones(16, np.float32), normal(1, 16, 48, scale=0.3), normal(2, 16, 16, scale=0.3))
+
+
+def loss(weights, x):
+    return jnp.square(block(x, *weights)).sum()
+
+
+def assert_trees_close(got, want, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want)
+
+
+def test_scan_remat_and_vmap_give_the_gradients_of_a_plain_call():
+    x = jnp.asarray(normal(0, 6, 5, 16))
+
+    def by_scan(weights, x):
+        step = jax.checkpoint(lambda total, row: (total + loss(weights, row[None]), None))
+        return jax.lax.scan(step, 0.0, x)[0]
+
+    def by_vmap(weights, x):
+        return jax.vmap(lambda row: loss(weights, row))(x.reshape(3, 2, 5, 16)).sum()
+
+    want = jax.jit(jax.grad(loss))(WEIGHTS, x)
+    for other in (by_scan, by_vmap):
+        assert_trees_close(jax.jit(jax.grad(other))(WEIGHTS, x), want, rtol=2e-5, atol=2e-5)
+
+
+def test_bfloat16_stays_bfloat16_and_close_to_float32():
+    x = jnp.asarray(normal(0, 4, 17, 16))
+    low = [jnp.asarray(w, jnp.bfloat16) for w in WEIGHTS[1:]]
+    out, vjp = jax.vjp(lambda x, *w: block(x, WEIGHTS[0], *w), x.astype(jnp.bfloat16), *low)
+    grads = vjp(jnp.ones_like(out))
+    want, vjp = jax.vjp(lambda x, *w: block(x, WEIGHTS[0], *w), x, *WEIGHTS[1:])
+    assert {a.dtype for a in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(out.astype(np.float32), want, atol=0.06)
+    for got, expected in zip(grads, vjp(jnp.ones_like(want))):
+        error = np.abs(got.astype(np.float32) - expected).max() / np.abs(expected).max()
+        assert error < 0.03
+
+
+def test_on_eight_devices_a_split_batch_is_never_gathered(monkeypatch):
+    monkeypatch.setattr(ops, 'CHUNK_BYTES', 0)  # one device would loop over the samples
+    mesh = sharding.make_mesh(devices=jax.devices()[:8])
+    x = jnp.asarray(normal(0, 16, 17, 16))
+    want = jax.jit(jax.grad(loss, argnums=(0, 1)))(WEIGHTS, x)
+    rows = NamedSharding(mesh, sharding.BATCH)
+    with jax.set_mesh(mesh):
+        whole = sharding.replicated(mesh)
+        step = jax.jit(
+            jax.grad(loss, argnums=(0, 1)),
+            in_shardings=(whole, rows),
+            out_shardings=(whole, rows),
+        )
+        text = step.lower(WEIGHTS, x).compile().as_text()
+        got = step(WEIGHTS, jax.device_put(x, rows))
+    assert not re.search('all-gather|all-to-all|collective-permute', text)
+    assert_trees_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_the_loop_over_samples_is_for_cpu_alone(monkeypatch):
+    monkeypatch.setattr(ops, 'CHUNK_BYTES', 0)
+    traced = jax.jit(lambda x: ops.attention(x, 2)).trace(jnp.zeros((4, 5, 48)))
+    assert 'stablehlo.while' in traced.lower(lowering_platforms=('cpu',)).as_text()
+    assert 'stablehlo.while' not in traced.lower(lowering_platforms=('tpu',)).as_text()
