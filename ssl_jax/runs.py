@@ -7,7 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from ssl_jax import checkpoint, config as config_lib, methods
+from ssl_jax import checkpoint, methods
+from ssl_jax import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
 import sys
 import time
@@ -375,8 +376,14 @@ def initialize_distributed():
             int(env['JAX_PROCESS_ID']),
             initialization_timeout=int(env.get('SSL_JAX_INIT_TIMEOUT', 300)),
         )
-    elif len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1:
-        jax.distributed.initialize()
+    elif env.get('JAX_PLATFORMS') != 'cpu' and _is_tpu_vm():
+        jax.distributed.initialize()  # jax finds the other hosts by itself
+
+
+def _is_tpu_vm():
+    """Whether libtpu is installed and chips are attached (libtpu alone also compiles without)."""
+    chips = any(map(os.path.exists, ('/dev/accel0', '/dev/vfio')))
+    return chips and importlib.util.find_spec('libtpu') is not None
 
 
 def main(argv=None):
