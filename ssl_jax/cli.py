@@ -10,9 +10,13 @@ import argparse
 import os
 import sys
 
+from ssl_jax import hugepages
+
 
 def main(argv=None):
     """Parses and runs one command; a user's error is one sentence and exit code 1."""
+    if argv is None:
+        hugepages.restart()
     parser = argparse.ArgumentParser(
         prog='ssl_jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

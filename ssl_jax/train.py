@@ -24,7 +24,17 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ssl_jax import checkpoint, methods, metrics, optim, preempt, rundir, sharding, version
+from ssl_jax import (
+    checkpoint,
+    hugepages,
+    methods,
+    metrics,
+    optim,
+    preempt,
+    rundir,
+    sharding,
+    version,
+)
 from ssl_jax import config as config_lib
 from ssl_jax import state as state_lib
 from ssl_jax.data import ops, pipeline, sources
@@ -388,6 +398,8 @@ def _is_tpu_vm():
 
 def main(argv=None):
     """Flags: --config=FILE[:arg], --workdir=DIR, --config.FIELD=VALUE."""
+    if argv is None:
+        hugepages.restart()
     parser = argparse.ArgumentParser(prog='ssl_jax.train', description=main.__doc__)
     parser.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
     parser.add_argument('--workdir', required=True, help='local folder or gs:// path')

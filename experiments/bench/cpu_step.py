@@ -9,7 +9,7 @@ norm and its guard against non-finite updates; the twin is what one would write 
 meet the same neighbours on a shared machine; the ratio is the median over pairs of steps.
 
 Command:
-  python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
+  PYTHONPATH=. python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
 """
 
 import argparse
@@ -17,6 +17,8 @@ import os
 import platform
 import sys
 import time
+
+from ssl_jax import hugepages
 
 
 def parse_args(argv=None):
@@ -146,6 +148,8 @@ def torch_side(threads):
 
 
 def main(argv=None):
+    if argv is None:
+        hugepages.restart()  # as the command line of the project does; both sides run with it
     args = parse_args(argv)
     # XLA sizes its thread pool by the cores that the process may use when it starts.
     if hasattr(os, 'sched_setaffinity'):
@@ -171,7 +175,7 @@ def main(argv=None):
             sides[name][0](images)
             times[name].append(time.perf_counter() - start)
 
-    print(f'{platform.processor() or platform.machine()}, {args.threads} threads, '
+    print(f'{args.threads} threads, {os.environ.get(hugepages.VARIABLE, "default malloc")}, '
           f'python {platform.python_version()}, ' + ', '.join(s[1] for s in sides.values()))
     for name, t in times.items():
         ms = 1e3 * np.asarray(t)
