@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rendered scenes: textured solids before a textured wall and floor; images that need no files.
 
-Scene i is a pure function of (seed, split, i).  Ten shapes are the classes.  Colour, texture,
-light, pose, place and the number of other shapes are drawn independently of the class, so that
-the class is in the outline alone; a class map and a depth map come with every image.
+Scene i is a pure function of (seed, split, i).  Ten shapes are the classes, each with a surface
+pattern of its own.  Colour, light, pose, place, the other shapes and the background are drawn
+independently of the class, so that it is in outline and pattern and never in the colours; a class
+map and a depth map come with every image.
 """
 
 import functools
@@ -16,6 +17,15 @@ CLASSES = (
     *('disc', 'ring', 'square', 'triangle', 'star'),
     *('cross', 'crescent', 'heart', 'bar', 'flower'),
 )
+# The pattern of each class: (kind of `_texture`, range of its frequency per radius).
+_COARSE, _FINE = (0.7, 1.1), (2.2, 3.2)
+_PATTERNS = (
+    *(('stripes', _COARSE), ('checks', _COARSE), ('dots', _COARSE), ('noise', _COARSE)),
+    *(('plain', _COARSE), ('stripes', _FINE), ('checks', _FINE), ('dots', _FINE)),
+    *(('noise', _FINE), ('lattice', _COARSE)),
+)
+_FAINT = (0.05, 0.35)  # contrast of the backgrounds, which are there to be told apart from
+_KINDS = ('stripes', 'checks', 'dots', 'noise', 'plain', 'lattice')
 SEGMENTATION_CLASSES = ('background', *CLASSES)
 
 _CACHE_BYTES = 512 << 20
@@ -46,7 +56,7 @@ class Scenes:
         self._split = split
         self._keep = n * size * size * 8 <= _CACHE_BYTES
         self._cache = {}
-        self.fingerprint = f'scenes-1-{n}-{size}-{seed}-{split}'
+        self.fingerprint = f'scenes-2-{n}-{size}-{seed}-{split}'
 
     def __len__(self):
         return self._n
@@ -87,12 +97,12 @@ def render(i, size, seed=0, split='train'):
 
 
 def _objects(rng, label):
-    """The main object and one to four smaller ones, as dicts; lengths in units of the side."""
-    radius = rng.uniform(0.24, 0.38)
+    """The main object and up to three smaller ones, as dicts; lengths in units of the side."""
+    radius = rng.uniform(0.28, 0.4)
     main = dict(kind=label, radius=radius, depth=rng.uniform(1.6, 2.4))
     main['x'], main['y'] = rng.uniform(0.34, 0.66), rng.uniform(0.34, 0.66)
     objects = [main]
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(0, 4)):
         kind = int(rng.integers(len(CLASSES)))
         other = dict(kind=kind, radius=rng.uniform(0.09, 0.17), depth=rng.uniform(1.0, 4.0))
         # Around the main object, not on its middle: its outline stays readable.
@@ -115,9 +125,9 @@ def _background(rng, size):
     depth = np.full((size, size), far, np.float32)
     depth[rows:] = height / (v[rows:] - horizon)
     image = np.empty((size, size, 3), np.float32)
-    image[:rows] = _texture(rng, u[:rows] * far, v[:rows] * far, size)
+    image[:rows] = _texture(rng, u[:rows] * far, v[:rows] * far, size, contrast=_FAINT)
     z = depth[rows:]
-    image[rows:] = _texture(rng, (u[rows:] - 0.5) * z * 1.5, z * 1.5, size)
+    image[rows:] = _texture(rng, (u[rows:] - 0.5) * z * 1.5, z * 1.5, size, contrast=_FAINT)
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.8)
     fall = 0.9 + slope * ((u - 0.5) * math.cos(angle) + (v - 0.5) * math.sin(angle))
     fall += rng.uniform(0, 0.5) * (_noise(rng, size, 4) - 0.5)
@@ -161,8 +171,8 @@ def _paint(rng, shape, light, image, segmentation, depth):
     norm = 1 / np.sqrt(gx * gx + gy * gy + 1)
     facing = np.clip((light[2] - light[0] * gx - light[1] * gy) * norm, 0, 1)
     gloss = rng.uniform(0, 0.5)
-    scale = rng.uniform(2.5, 6)
-    surface = _texture(rng, u / shape['radius'] * scale / 3, v / shape['radius'] * scale / 3, size)
+    kind, band = _PATTERNS[shape['kind']]
+    surface = _texture(rng, u / shape['radius'], v / shape['radius'], size, kind, band)
     surface = surface * (0.4 + 0.8 * facing)[:, :, None] + (gloss * facing**24)[:, :, None]
     view = image[y0:y1, x0:x1]
     view *= dark
@@ -210,27 +220,31 @@ def _star(u, v, r, points, inner):
     return ((r * np.cos(angle) - 1) * ey - r * np.sin(angle) * ex) / length
 
 
-def _texture(rng, u, v, size):
-    """Two colours mixed by stripes, checks, dots, noise or nothing.  float32 (..., 3)."""
+def _texture(rng, u, v, size, kind=None, band=(0.8, 1.8), contrast=(0.5, 1.0)):
+    """Two colours mixed by one of _KINDS, any by default.  float32 (..., 3)."""
     a, b = _colour(rng), _colour(rng)
-    kind = rng.integers(5)
+    kind = kind or _KINDS[rng.integers(len(_KINDS))]
     turn = rng.uniform(0, math.pi)
-    frequency = rng.uniform(0.8, 1.8)
+    frequency = rng.uniform(*band)
     c, s = frequency * math.cos(turn), frequency * math.sin(turn)
     p, q = c * u + s * v, c * v - s * u
-    if kind == 0:
+    if kind == 'stripes':
         mix = _edge(np.sin(2 * math.pi * p), rng)
-    elif kind == 1:
+    elif kind == 'checks':
         mix = _edge(np.sin(math.pi * 1.5 * p) * np.sin(math.pi * 1.5 * q), rng)
-    elif kind == 2:
+    elif kind == 'dots':
         mix = _edge(np.cos(2 * math.pi * p) + np.cos(2 * math.pi * q) - 0.9, rng)
-    elif kind == 3:
-        mix = _noise(rng, size, int(rng.choice([6, 12, 24])))
+    elif kind == 'noise':
+        cells = 6 if frequency < 1.2 else 24
+        mix = _noise(rng, size, cells)
         mix = np.clip((mix[: u.shape[0], : u.shape[1]] - 0.5) * rng.uniform(1.5, 5) + 0.5, 0, 1)
+    elif kind == 'lattice':
+        lines = np.minimum(np.abs(np.sin(math.pi * p)), np.abs(np.sin(math.pi * q)))
+        mix = _edge(1 - 3 * lines, rng)
     else:
         mix = 0.15 * np.sin(p)
     grain = 1 + 0.12 * (_noise(rng, size, 32)[: u.shape[0], : u.shape[1]] - 0.5)
-    mix = (mix * rng.uniform(0.4, 1.0))[:, :, None]
+    mix = (mix * rng.uniform(*contrast))[:, :, None]
     return (a + (b - a) * mix) * grain[:, :, None]
 
 
