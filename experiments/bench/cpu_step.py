@@ -5,16 +5,20 @@ Both sides do the same work: uint8 images in, normalisation, Pixio masking (8 cl
 the 4 x 4 blocks hidden: 8 + 64 encoder and 8 + 256 decoder tokens), forward, backward and AdamW, in
 float32. The JAX side is the program of a training run (`train.make_program`), with its gradient
 norm and its guard against non-finite updates; the twin is what one would write in PyTorch, with
-`scaled_dot_product_attention` and the fused AdamW. Steps alternate within one process, so that both
-meet the same neighbours on a shared machine; the ratio is the median over pairs of steps.
+`scaled_dot_product_attention` and the fused AdamW. Each side has a process of its own, for two
+pools of threads in one process disturb each other; their steps alternate, so that both meet the
+same neighbours on a shared machine, and the ratio is the median over pairs of steps. Busy cores make
+it meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer than XLA's.
 
 Command:
   PYTHONPATH=. python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
+import statistics
 import sys
 import time
 
@@ -23,7 +27,7 @@ from ssl_jax import hugepages
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--pairs', type=int, default=15, help='timed pairs of steps')
+    parser.add_argument('--pairs', type=int, default=15, help='timed pairs of steps, at least 2')
     parser.add_argument('--threads', type=int, default=2, help='cores, the same for both sides')
     parser.add_argument('--batch', type=int, default=16, help='images per step')
     parser.add_argument('--only', choices=('jax', 'torch'), help='time one side alone')
@@ -147,6 +151,21 @@ def torch_side(threads):
     return step, f'torch {torch.__version__}'
 
 
+def serve(name, args, pipe):
+    """The process of one side: says hello, then times a step whenever it is asked to."""
+    import numpy as np
+
+    step, versions = jax_side(args.batch) if name == 'jax' else torch_side(args.threads)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (args.batch, 256, 256, 3), dtype=np.uint8)
+    step(images), step(images)  # compilation and first touches
+    pipe.send(versions)
+    while pipe.recv():
+        start = time.perf_counter()
+        step(images)
+        pipe.send(time.perf_counter() - start)
+
+
 def main(argv=None):
     if argv is None:
         hugepages.restart()  # as the command line of the project does; both sides run with it
@@ -158,34 +177,40 @@ def main(argv=None):
             raise ValueError(f'--threads {args.threads} is more than the {len(cores)} cores here.')
         os.sched_setaffinity(0, cores[-args.threads :])
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-    import numpy as np
 
-    sides = {}
-    if args.only != 'torch':
-        sides['jax'] = jax_side(args.batch)
-    if args.only != 'jax':
-        sides['torch'] = torch_side(args.threads)
-    images = np.random.default_rng(0).integers(0, 256, (args.batch, 256, 256, 3), dtype=np.uint8)
-    for step, _ in sides.values():
-        step(images), step(images)  # compilation and first touches
-    times = {name: [] for name in sides}
+    context = multiprocessing.get_context('spawn')
+    pipes, versions, processes = {}, [], []
+    for name in [args.only] if args.only else ['jax', 'torch']:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(name, args, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that a side that fails ends the wait with EOFError
+        versions.append(pipes[name].recv())
+    times = {name: [] for name in pipes}
     for i in range(args.pairs):
-        for name in sorted(sides, reverse=i % 2 == 1):  # alternate who goes first
-            start = time.perf_counter()
-            sides[name][0](images)
-            times[name].append(time.perf_counter() - start)
+        for name in sorted(pipes, reverse=i % 2 == 1):  # alternate who goes first
+            pipes[name].send(True)
+            times[name].append(pipes[name].recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
+    report(args, versions, times)
 
-    print(f'{args.threads} threads, {os.environ.get(hugepages.VARIABLE, "default malloc")}, '
-          f'python {platform.python_version()}, ' + ', '.join(s[1] for s in sides.values()))
+
+def report(args, versions, times):
+    malloc = os.environ.get(hugepages.VARIABLE) or 'default malloc'
+    print(f'{args.threads} threads, {malloc}, python {platform.python_version()}, '
+          f'{", ".join(versions)}')
     for name, t in times.items():
-        ms = 1e3 * np.asarray(t)
-        print(f'{name:>6}: median {np.median(ms):6.0f} ms, min {ms.min():6.0f} ms, '
-              f'{1e3 * args.batch / np.median(ms):5.1f} images/s')
+        middle = statistics.median(t)
+        print(f'{name:>6}: median {1e3 * middle:6.0f} ms, min {1e3 * min(t):6.0f} ms, '
+              f'{args.batch / middle:5.1f} images/s')
     if len(times) == 2:
-        ratio = np.asarray(times['jax']) / np.asarray(times['torch'])
-        low, mid, high = np.percentile(ratio, (25, 50, 75))
+        ratio = [j / t for j, t in zip(times['jax'], times['torch'])]
+        low, mid, high = statistics.quantiles(ratio, n=4)
         print(f' ratio: jax/torch {mid:.3f} (quartiles {low:.3f}..{high:.3f}, {args.pairs} pairs; '
-              f'minima {min(times["jax"]) / min(times["torch"]):.3f})')
+              f'of the minima {min(times["jax"]) / min(times["torch"]):.3f})')
 
 
 if __name__ == '__main__':
