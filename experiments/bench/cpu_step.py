@@ -7,8 +7,8 @@ float32. The JAX side is the program of a training run (`train.make_program`), w
 norm and its guard against non-finite updates; the twin is what one would write in PyTorch, with
 `scaled_dot_product_attention` and the fused AdamW. Each side has a process of its own, for two
 pools of threads in one process disturb each other; their steps alternate, so that both meet the
-same neighbours on a shared machine, and the ratio is the median over pairs of steps. Busy cores make
-it meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer than XLA's.
+same neighbours on a shared machine, and the ratio is the median over pairs of steps. Busy cores
+make it meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer.
 
 Command:
   PYTHONPATH=. python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
