@@ -20,8 +20,8 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'scenes_pixio'
 
-    c.total_steps = 1000
-    c.warmup_steps = 50
+    c.total_steps = 1200
+    c.warmup_steps = 100
     c.batch_size = 64
 
     c.method.size = None
@@ -42,15 +42,15 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    c.data.train = ml_collections.ConfigDict(dict(source='scenes', n=4096, size=64, split='train'))
-    c.data.eval_train = ml_collections.ConfigDict(
-        dict(source='scenes', n=2000, size=64, split='train')
-    )
-    c.data.eval_test = ml_collections.ConfigDict(
-        dict(source='scenes', n=1000, size=64, split='test')
-    )
+    train = dict(source='scenes', n=4096, size=64, split='train')
+    test = dict(source='scenes', n=1000, size=64, split='test')
+    c.data.train = ml_collections.ConfigDict(train)
+    c.data.eval_train = ml_collections.ConfigDict(train)
+    c.data.eval_test = ml_collections.ConfigDict(test)
     c.data.num_threads = 2
-    c.eval.every_steps = 250
-    c.eval.knn_k = (10, 20)
+    c.eval.every_steps = 400
+    c.eval.knn_k = (20,)
+    c.eval.max_train = 2000
+    c.eval.max_test = 500
 
     return c

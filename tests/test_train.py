@@ -220,7 +220,7 @@ def test_a_second_run_on_a_live_workdir_is_refused(tmp_path):
 
 def test_init_from_takes_weights_and_starts_at_step_zero(unbroken, tmp_path):
     config, other = unbroken
-    config = tiny.config(init_from=str(other), total_steps=1, optim__lr=0.0)
+    config = tiny.config(init_from=str(other), total_steps=1, warmup_steps=0, optim__lr=0.0)
     train.train(config, tmp_path)
     got, want = final_state(tmp_path, config), final_state(other, config)
     assert_same_bits(got.params, want.params)
@@ -231,7 +231,7 @@ def test_resume_from_takes_the_full_state_of_another_run(unbroken, tmp_path):
     _, other = unbroken
     config = tiny.config(resume_from=str(other), total_steps=9)
     train.train(config, tmp_path)
-    assert [r['step'] for r in rows(tmp_path)] == [9]
+    assert [r['step'] for r in rows(tmp_path) if 'loss' in r] == [9]
 
 
 def test_resume_from_and_init_from_together_are_an_error(tmp_path):

@@ -25,8 +25,13 @@ class Evaluator:
         data = config.data
         self.config, self.method, self.mesh = config.eval, method, mesh
         self.workdir, self.should_stop = workdir, should_stop
-        self.train = sources.open_source(data.eval_train) if data.eval_train else None
-        self.test = sources.open_source(data.eval_test) if data.eval_test else None
+
+        def opened(spec):
+            if not spec:
+                return None
+            return train_source if spec == data.train else sources.open_source(spec)
+
+        self.train, self.test = opened(data.eval_train), opened(data.eval_test)
         self.shown = self.test if self.test is not None else train_source
         self.size = config.eval.size or method.views()[0].size
         self.keys = jax.random.split(jax.random.key(config.seed), config.eval.num_pictures)
