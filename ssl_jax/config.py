@@ -188,7 +188,7 @@ def load(spec, overrides=()):
     if path.suffix != '.py':
         path = folder() / f'{name}.py'
         if not path.exists():
-            raise ValueError(f"There is no recipe '{name}'{_nearest(name, recipes())}.")
+            raise ValueError(f"There is no recipe '{name}'{_nearest(name, recipes())}")
     if not path.exists():
         raise ValueError(f"There is no recipe file '{path}': give a path or one of {recipes()}.")
     loader = importlib.util.spec_from_file_location(f'ssl_jax_recipe_{path.stem}', path)
@@ -228,7 +228,7 @@ def set_value(config, override):
         for key in keys[:-1]:
             parent = parent[key] if _has(parent, key) else None
         if not _has(parent, keys[-1]):
-            raise ValueError(f"There is no field '{name}'{_nearest(name, flatten(config))}.")
+            raise ValueError(f"There is no field '{name}'{_nearest(name, flatten(config))}")
         old = parent[keys[-1]]
         if isinstance(old, ml_collections.ConfigDict):
             raise ValueError(f"'{name}' is a group; set one of its fields: {sorted(old.keys())}.")
@@ -266,7 +266,7 @@ def _siblings(key, parent):
 
 def _nearest(name, names):
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return f": did you mean '{close[0]}'?" if close else ''
+    return f": did you mean '{close[0]}'?" if close else '.'
 
 
 def _literal(text):
