@@ -59,7 +59,7 @@ def main(argv=None):
 def pretrain(args):
     """`ssl_jax pretrain`."""
     from ssl_jax import config as config_lib
-    from ssl_jax import train
+    from ssl_jax import launch, train
 
     if not args.config and not args.data:
         raise ValueError('give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).')
@@ -68,7 +68,7 @@ def pretrain(args):
         known = [r.removeprefix('images_') for r in config_lib.recipes() if r.startswith('images_')]
         raise ValueError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
     fields = [f'data.train={args.data}'] if args.data else []
-    train.initialize_distributed()
+    launch.initialize_distributed()
     train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
 
 

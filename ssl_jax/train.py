@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 from ssl_jax import (
     checkpoint,
     hugepages,
+    launch,
     methods,
     metrics,
     optim,
@@ -173,7 +173,7 @@ def train(config, workdir):
     workdir = epath.Path(workdir)
     started = time.monotonic()
     if config.compile_cache:
-        enable_compile_cache()
+        launch.enable_compile_cache()
     with rundir.lock(workdir), preempt.Preemption() as stop:
         source = sources.open_source(config.data.train)
         if config.infer:
@@ -365,37 +365,6 @@ def _farewell(workdir, result, bad):
     log(f'pictures and curves: {workdir / "pictures"}')
 
 
-def enable_compile_cache():
-    """Keeps compiled programs on disk, so that a restart does not compile again."""
-    if jax.config.jax_compilation_cache_dir is None:
-        default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
-        jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
-
-
-def initialize_distributed():
-    """Joins the other hosts of a pod: nothing to do on one host, no arguments on Cloud TPU.
-
-    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who takes part.
-    """
-    env = os.environ
-    if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
-        jax.distributed.initialize(
-            env['JAX_COORDINATOR_ADDRESS'],
-            int(env['JAX_NUM_PROCESSES']),
-            int(env['JAX_PROCESS_ID']),
-            initialization_timeout=int(env.get('SSL_JAX_INIT_TIMEOUT', 300)),
-        )
-    elif env.get('JAX_PLATFORMS') != 'cpu' and _is_tpu_vm():
-        jax.distributed.initialize()  # jax finds the other hosts by itself
-
-
-def _is_tpu_vm():
-    """Whether libtpu is installed and chips are attached (libtpu alone also compiles without)."""
-    chips = any(map(os.path.exists, ('/dev/accel0', '/dev/vfio')))
-    return chips and importlib.util.find_spec('libtpu') is not None
-
-
 def main(argv=None):
     """Flags: --config=FILE[:arg], --workdir=DIR, --config.FIELD=VALUE."""
     if argv is None:
@@ -408,7 +377,7 @@ def main(argv=None):
     unknown = [flag for flag in rest if not flag.startswith('--config.')]
     if unknown:
         parser.error(f'unknown flag {unknown[0]}; fields are set as --config.batch_size=256.')
-    initialize_distributed()
+    launch.initialize_distributed()
     run(functools.partial(config_lib.load, args.config, overrides), args.workdir)
 
 

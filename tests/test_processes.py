@@ -145,8 +145,8 @@ def test_a_restart_does_not_compile_again(tmp_path):
 TWO = """
     import json, os
     import jax
-    from ssl_jax import train
-    train.initialize_distributed()
+    from ssl_jax import launch, train
+    launch.initialize_distributed()
     import tiny
     config = tiny.config(compile_cache=True, checkpoint__every_steps=3, {fields})
     result = train.train(config, {workdir!r})
