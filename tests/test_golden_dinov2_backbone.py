@@ -19,8 +19,8 @@ WRITES += ('attn.proj', 'mlp.fc2', 'mlp.w3')
 def build(f, weights):
     """(ViT, params) of a golden file; the position rule follows the registers, as released."""
     h = f.hyper
-    antialias = h['interpolate_antialias']
-    assert antialias or h['interpolate_offset'] == 0.1
+    rule = (h['interpolate_antialias'], h['interpolate_offset'])
+    pos_resize = {(True, 0.0): 'antialias', (False, 0.1): 'offset', (False, 0.0): 'bicubic'}[rule]
     model = vit.ViT(
         embed_dim=h['embed_dim'],
         depth=h['depth'],
@@ -32,7 +32,7 @@ def build(f, weights):
         ffn='mlp' if h['ffn_layer'] == 'mlp' else 'swiglu',
         layer_scale=1.0,
         mask_token=True,
-        pos_resize='antialias' if antialias else 'offset',
+        pos_resize=pos_resize,
         init_scheme='dinov2',
     )
     abstract = jax.eval_shape(functools.partial(vit.init_params, model), jax.random.key(0))
