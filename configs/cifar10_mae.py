@@ -7,8 +7,8 @@ columns `image` (struct with `bytes`) and `label`.
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_mae --workdir runs/cifar10_mae
 
-Expected: loss falling from 1.0; k-NN accuracy far above the 10 % of chance.
-Cost: a few hours on 2 CPU cores, minutes on a GPU.
+Expected: linear probe 58 % (raw pixels 41, the encoder untrained 46), kNN 46 % (45, 34); loss 0.45.
+Cost: half an hour on 2 free CPU cores (250 images/s on one).
 """
 
 import os

@@ -7,8 +7,8 @@ columns `image` (struct with `bytes`) and `label`.
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_pixio --workdir runs/cifar10_pixio
 
-Expected: loss falling from 1.0; k-NN accuracy far above the 10 % of chance.
-Cost: a few hours on 2 CPU cores, minutes on a GPU.
+Expected: linear probe 55 % (raw pixels 41, the encoder untrained 42), kNN 46 % (45, 33); loss 0.65.
+Cost: 40 minutes on 2 free CPU cores (180 images/s on one).
 """
 
 import os

@@ -6,8 +6,8 @@ Ten shapes among textures, light and clutter (`ssl_jax/data/scenes.py`).
 Command:
   ssl_jax pretrain --config scenes_mae --workdir runs/scenes_mae
 
-Expected: loss falling from 1.0; pictures in the workdir show it.
-Cost: about 3 minutes on 2 CPU cores.
+Expected: loss falling from 1.1 to about 0.5; pictures in the workdir show it.
+Cost: 2 to 3 minutes on 2 CPU cores (380 images/s beside other work, 660 alone).
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'scenes_mae'
 
-    c.total_steps = 1800
+    c.total_steps = 1200
     c.warmup_steps = 100
     c.batch_size = 64
 
@@ -44,7 +44,7 @@ def get_config(arg=''):
     c.data.eval_train = ml_collections.ConfigDict(train)
     c.data.eval_test = ml_collections.ConfigDict(test)
     c.data.num_threads = 2
-    c.eval.every_steps = 450
+    c.eval.every_steps = 400
     c.eval.knn_k = (20,)
     c.eval.max_train = 2000
     c.eval.max_test = 500

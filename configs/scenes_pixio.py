@@ -6,8 +6,8 @@ Ten shapes among textures, light and clutter (`ssl_jax/data/scenes.py`).
 Command:
   ssl_jax pretrain --config scenes_pixio --workdir runs/scenes_pixio
 
-Expected: loss falling from 1.0; pictures in the workdir show it.
-Cost: about 3 minutes on 2 CPU cores.
+Expected: loss falling from 1.1; pictures in the workdir show it.
+Cost: some minutes on 2 CPU cores.
 """
 
 import ml_collections

@@ -130,7 +130,7 @@ def default():
     e.num_pictures = 8
 
     c.nonfinite = ml_collections.ConfigDict(dict(in_a_row=3, total=10))  # skipped steps tolerated
-    c.init_from = None  # start from these weights, at step 0 (checkpoint or torch file)
+    c.init_from = None  # start from the weights of this run or checkpoint, at step 0
     c.resume_from = None  # continue another run: weights, moments and step
     c.compile_cache = True  # keep compiled programs on disk
     return c

@@ -226,6 +226,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
         if step == total or (eval_every and step % eval_every == 0):
             with timers('eval'), contextlib.suppress(features.Stopped):
                 writer.eval(step, evaluate(state, step))
+                evaluate.curves()
 
     rows = sharding.process_rows(mesh, batch_size)
     views = method.views()

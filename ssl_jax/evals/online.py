@@ -99,8 +99,13 @@ class Evaluator:
             )
             if jax.process_index() == 0:
                 viz.reconstruction_grid(made, folder / f'reconstruction_{step:07d}.png')
-        if jax.process_index() == 0:
-            viz.curves(self.workdir / 'metrics.jsonl', folder / 'curves.png')
+
+    def curves(self):
+        """Redraws workdir/pictures/curves.png from the metrics written so far."""
+        from ssl_jax import viz
+
+        if self.config.pictures and jax.process_index() == 0:
+            viz.curves(self.workdir / 'metrics.jsonl', self.workdir / 'pictures' / 'curves.png')
 
 
 def _reconstruct(method, mesh, params, images, keys):
