@@ -169,7 +169,8 @@ def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
     finally:
         jax.monitoring.clear_event_listeners()
     assert counts[0] > 0, 'the listener heard nothing'
-    assert len(set(counts[2:])) == 1, counts
+    # The first 8 are the batches of the run; evaluation at its end reads some more.
+    assert len(set(counts[2:8])) == 1, counts
 
 
 def poisoned(method, at):
