@@ -8,7 +8,7 @@ Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_pixio --workdir runs/cifar10_pixio
 
 Expected: linear probe 55 % (raw pixels 41, the encoder untrained 42), kNN 46 % (45, 33); loss 0.65.
-Cost: 40 minutes on 2 free CPU cores (180 images/s on one).
+Cost: about 40 minutes at the 180 images/s of one free CPU core.
 """
 
 import os

@@ -58,10 +58,8 @@ def test_pretrain_leaves_something_worth_opening(run):
 
 
 def test_the_file_that_is_no_image_is_listed_with_its_reason(run):
-    listed = run / 'bad_images.jsonl'
-    if not listed.exists():
-        pytest.skip('the few steps of this run did not draw it')
-    row = json.loads(listed.read_text().splitlines()[0])
+    # 4 steps of 8 read all 25 files at least once.
+    row = json.loads((run / 'bad_images.jsonl').read_text().splitlines()[0])
     assert row['path'].endswith('zz.png') and 'HTML' in row['reason']
 
 

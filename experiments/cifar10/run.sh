@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both runs of this folder, each stopped once on the way and started again, then evaluated.
-# About 45 minutes each on 2 cores.  Usage: SSL_JAX_DATA=/data experiments/cifar10/run.sh [OUT]
+# Usage: SSL_JAX_DATA=/data experiments/cifar10/run.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/cifar10}

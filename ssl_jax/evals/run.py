@@ -274,7 +274,7 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
         params = jax.device_put(params, sharding.infer(params, mesh))
         forwards[name] = features_lib.make_forward(vit, params)
     forwards['raw_pixels'] = features_lib.raw_pixels()
-    size = config.eval.size or config.method.img_size
+    size = config.eval.size or method.views()[0].size
     main = jax.process_index() == 0
     log = print if main else None
     if main:

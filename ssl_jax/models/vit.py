@@ -196,8 +196,3 @@ def init_params(vit, rng, img_size=None):
     """Parameters of a fresh ViT (float32)."""
     size = img_size or vit.img_size
     return vit.init(rng, jnp.zeros((1, size, size, 3)))['params']
-
-
-def count(params):
-    """Number of parameters."""
-    return sum(int(x.size) for x in jax.tree.leaves(params))
