@@ -12,7 +12,6 @@ DINOv2 `models/vision_transformer.py`.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from ssl_jax import losses, sharding
