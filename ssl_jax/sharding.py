@@ -19,7 +19,7 @@ BATCH = P(('data', 'fsdp'))
 TENSOR_RULES = (
     (r'(qkv|fc1|w12)/(kernel|bias)$', -1),  # columns: each device owns some heads or hidden units
     (r'(attn/proj|fc2|w3)/kernel$', -2),  # rows: partial sums are added up
-    (r'prototypes/kernel$', -1),
+    (r'last_layer/weight_[vg]$', -1),  # each device owns some prototypes
 )
 # Paths whose leading axis is the scan over blocks; splitting it would gather every iteration.
 STACKED = re.compile(r'(^|/)\w*blocks/')

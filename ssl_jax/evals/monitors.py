@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that show a collapse of the features before an accuracy does."""
+"""Numbers that show a collapse, of features or of a teacher, before an accuracy does."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 EPS = 1e-7  # of RankMe
 NAMES = ('std', 'rankme', 'rankme_max', 'cosine')
+TEACHER_NAMES = ('teacher_entropy', 'kl_uniform', 'prototype_use')
 
 
 @jax.jit
@@ -80,3 +83,78 @@ def suspect(values):
             f'{v["rankme_max"]:.0f}; {advice}.'
         )
     return None
+
+
+def teacher_monitors(targets, valid=None):
+    """How a self-distillation teacher spreads a batch over its K prototypes, in float32.
+
+    With p_i the rows and p their mean:
+      teacher_entropy: mean entropy of p_i in nats; log K where every row is uniform, 0 one-hot.
+      kl_uniform:      KL(p || uniform) = log K - entropy of p; 0 if all prototypes are used alike.
+      prototype_use:   distinct argmaxes of the rows / min(rows, K); 1 if no two rows share one.
+        The exponential of the entropy of p would only repeat kl_uniform; this one also sees rows
+        that agree on their first choice while their tails still differ.
+
+    log K - kl_uniform - teacher_entropy is what a target tells about its image (their mutual
+    information, at most the log of the rows): 0 in both kinds of collapse, see `suspect_teacher`.
+
+    Args:
+      targets: (..., K), rows sum to 1.
+      valid: bool (...), rows that exist; all if None.
+
+    Returns:
+      dict of float32 scalars; cheap enough to be computed inside the loss.
+    """
+    k = targets.shape[-1]
+    p = jax.lax.stop_gradient(targets).astype(jnp.float32).reshape(-1, k)
+    valid = jnp.ones(len(p), bool) if valid is None else valid.reshape(-1)
+    rows = jnp.maximum(valid.sum(), 1)
+    mean = jnp.where(valid[:, None], p, 0).sum(axis=0) / rows
+    used = jnp.zeros(k, bool).at[p.argmax(axis=-1)].max(valid)
+    return {
+        'teacher_entropy': jnp.where(valid, _entropy(p), 0).sum() / rows,
+        'kl_uniform': jnp.log(jnp.float32(k)) - _entropy(mean),
+        'prototype_use': used.sum() / jnp.minimum(rows, k).astype(jnp.float32),
+    }
+
+
+def _entropy(p):
+    return -jax.scipy.special.xlogy(p, p).sum(axis=-1)
+
+
+def suspect_teacher(values, num_prototypes):
+    """One sentence that names a collapse of the teacher and what to try; None if healthy.
+
+    Before the teacher has learned anything its targets are close to uniform as well: ask only once
+    the warm-up is over.
+
+    Args:
+      values: what `teacher_monitors` returned, as numbers.
+      num_prototypes: K.
+    """
+    v = {name: float(values[name]) for name in TEACHER_NAMES}
+    bad = [name for name, x in v.items() if not abs(x) < float('inf')]
+    if bad:
+        return (
+            f'Collapse suspected: {bad[0]} is {v[bad[0]]}; '
+            f'resume from an earlier checkpoint with half the learning rate.'
+        )
+    most = math.log(num_prototypes)
+    information = most - v['kl_uniform'] - v['teacher_entropy']
+    if information > 0.01:
+        return None
+    numbers = (
+        f'teacher entropy {v["teacher_entropy"]:.3f} of at most {most:.3f}, '
+        f'KL to uniform {v["kl_uniform"]:.3f}'
+    )
+    if v['teacher_entropy'] > v['kl_uniform']:
+        return (
+            f'Collapse to uniform suspected: every target is nearly uniform ({numbers}; the loss '
+            f'stands at log K); lower the teacher temperature, lengthen its warm-up, or halve the '
+            f'learning rate.'
+        )
+    return (
+        f'Collapse to a constant suspected: all images get the same few prototypes ({numbers}; '
+        f'the loss falls towards 0); centre the teacher (centering or Sinkhorn-Knopp), raise its '
+        f'temperature, or add KoLeo.'
+    )
