@@ -29,6 +29,8 @@ OPTIONAL = {
     'method.patch_size': int, 'method.img_size': int, 'method.mask_grid': int,
     'method.decoder_embed_dim': int, 'method.decoder_depth': int, 'method.decoder_num_heads': int,
     'optim.lr': float, 'optim.clip': float, 'optim.layer_decay': float,
+    'optim.warm_freeze_steps': int, 'optim.warm_freeze_epochs': float,
+    'optim.warm_freeze_examples': int,
     'checkpoint.every_steps': int, 'checkpoint.every_minutes': float, 'checkpoint.keep_every': int,
     'eval.every_steps': int, 'eval.every_epochs': float, 'eval.every_examples': int,
     'eval.max_train': int, 'eval.max_test': int, 'eval.size': int,
@@ -104,6 +106,10 @@ def default():
     o.layer_decay = None  # factor per layer below the head, for fine-tuning
     o.lr_mult = ()  # ((regex, factor), ...): factors of all matching regexes multiply
     o.freeze = ()  # regexes: no update, no decay, no moments
+    o.warm_freeze = ()  # regexes: frozen at the start of the run, for as long as ...
+    o.warm_freeze_steps = None  # ... one of warm_freeze_{steps,epochs,examples} says
+    o.warm_freeze_epochs = None
+    o.warm_freeze_examples = None
 
     c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices; -1: the rest
 
@@ -130,7 +136,7 @@ def default():
     e.num_pictures = 8
 
     c.nonfinite = ml_collections.ConfigDict(dict(in_a_row=3, total=10))  # skipped steps tolerated
-    c.init_from = None  # start from the weights of this run or checkpoint, at step 0
+    c.init_from = None  # start from these weights at step 0: a run, an export, a weights file
     c.resume_from = None  # continue another run: weights, moments and step
     c.compile_cache = True  # keep compiled programs on disk
     return c
@@ -342,7 +348,8 @@ def steps(prefix, config, num_examples=None, batch_size=None, default=None):
     the borders of epochs, so E epochs are round(E * num_examples / batch_size) steps.
 
     Args:
-        prefix: 'total', 'warmup' or 'every': the fields `{prefix}_steps`, `_epochs`, `_examples`.
+        prefix: 'total', 'warmup', 'every' or 'warm_freeze': the fields `{prefix}_steps`, `_epochs`,
+            `_examples`.
         config: the `ConfigDict` (or sub-dict, e.g. `config.eval`) that has them.
         num_examples: images in the training set; needed for epochs only.
         batch_size: images per step; needed for epochs and examples.

@@ -88,7 +88,7 @@ def _errors(c):
         size != -1 and size < 1 for size in c.mesh.values()
     ):
         yield f'mesh={c.mesh.to_dict()} must have positive sizes and at most one -1 (the rest).'
-    for prefix, sub in (('total', c), ('warmup', c), ('every', c.eval)):
+    for prefix, sub in (('total', c), ('warmup', c), ('every', c.eval), ('warm_freeze', c.optim)):
         duration(prefix, sub)
     if duration('total', c) == (None, None):
         yield 'None of total_steps, total_epochs, total_examples is set: set total_epochs=100.'
@@ -96,10 +96,27 @@ def _errors(c):
         total, warmup = c[f'total_{unit}'], c[f'warmup_{unit}']
         if total and warmup and warmup >= total:
             yield f'warmup_{unit}={warmup} does not end before total_{unit}={total}: lower it.'
-    for name in ('eval.knn_k', 'optim.no_decay', 'optim.freeze', 'optim.lr_mult'):
+    tuples = ('eval.knn_k', 'optim.no_decay', 'optim.freeze', 'optim.lr_mult', 'optim.warm_freeze')
+    for name in tuples:
         group, key = name.split('.')
         if not isinstance(c[group][key], tuple):
             yield f"{name}={c[group][key]!r} must be a tuple, with a comma: ({c[group][key]!r},)."
+    unit, length = duration('warm_freeze', c.optim)
+    if c.optim.warm_freeze and not length:
+        yield (
+            f'optim.warm_freeze={c.optim.warm_freeze} has no length: set one of '
+            f'optim.warm_freeze_{{steps,epochs,examples}}.'
+        )
+    if length and not c.optim.warm_freeze:
+        yield (
+            f'optim.warm_freeze_{unit}={length} freezes nothing: '
+            "set optim.warm_freeze=('^encoder',)."
+        )
+    if length and c[f'total_{unit}'] and length >= c[f'total_{unit}']:
+        yield (
+            f'optim.warm_freeze_{unit}={length} does not end before total_{unit}='
+            f'{c[f"total_{unit}"]}: lower it, or freeze for good with optim.freeze.'
+        )
     for name, low, high in RANGES:
         group, _, key = name.rpartition('.')
         parent = c[group] if group else c

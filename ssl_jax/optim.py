@@ -8,7 +8,9 @@ look at a parameter's dimensions leave that axis out, layer decay is a vector al
 """
 
 import collections
+import functools
 import math
+import operator
 import re
 
 import jax
@@ -82,46 +84,87 @@ def grad_norm(grads):
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
-def make(optim, params):
+def make(optim, params, warm_freeze_steps=0):
     """AdamW with decoupled decay as torch, p <- p (1 - lr m wd) - lr m mhat / (sqrt(vhat) + eps).
 
     m is the parameter's multiplier (layer decay, `lr_mult`), see `lr_multipliers`; wd is 0 where
     `decays` says so; frozen parameters are left bitwise as they are, have no moments and do not
     count for the clipping norm. Moments are float32.
 
+    Parameters of `optim.warm_freeze` are frozen for the first `warm_freeze_steps` steps of the run:
+    no update, no decay, no share in the clipping norm, and their moments and their own count for
+    Adam's bias stand still, so that their first step is that of a fresh AdamW. (With the common
+    count, mhat / sqrt(vhat) would be off by (1 - b1) / sqrt(1 - b2), a step 3 times too long for
+    (0.9, 0.999).) Whether a step is frozen is `step < warm_freeze_steps` inside the one compiled
+    program: nothing is compiled at the switch and a restart needs nothing but the step. The price
+    is that moments are there, and gradients are computed, from the start.
+
     Args:
       optim: `config.optim`.
       params: parameters, or their shapes (`jax.eval_shape`).
+      warm_freeze_steps: `config.steps('warm_freeze', config.optim, ...)`.
 
     Returns:
-      (tx, table): `tx.init(params)`, `tx.update(grads, state, params, lr=lr) -> updates, state`, to
-      be added with `optax.apply_updates`; a text with one line per parameter group.
+      (tx, table): `tx.init(params)`, `tx.update(grads, state, params, lr=lr, step=step) -> updates,
+      state`, to be added with `optax.apply_updates` (`step` is read only with `warm_freeze`); a
+      text with one line per parameter group.
     """
     decay = decays(params, optim.no_decay)
     multipliers = lr_multipliers(params, optim.layer_decay, optim.lr_mult)
     train = trainable(params, optim.freeze)
-    adam = optax.masked(
-        optax.chain(
-            clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
-            optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.float32),
-        ),
-        train,
-    )
+    late = _warm_frozen(params, optim.warm_freeze)
+    found = {f for f, trains in zip(*map(jax.tree.leaves, (late, train))) if trains}
+    if optim.warm_freeze and found != {True, False}:
+        raise ValueError(
+            f'optim.warm_freeze={optim.warm_freeze} matches '
+            f'{"every" if True in found else "no"} parameter that trains; their paths begin with '
+            f'{", ".join(sorted(params))}.'
+        )
+    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.float32)
+    if optim.warm_freeze:
+        rule = functools.partial(_warm_frozen, regexes=optim.warm_freeze)
+        first = optax.masked(adam, lambda tree: jax.tree.map(operator.not_, rule(tree)))
+        adam = optax.chain(first, optax.masked(_standing_still(adam), rule))
+    clip = clip_by_global_norm(optim.clip) if optim.clip else optax.identity()
+    tx = optax.masked(optax.chain(clip, adam), train)
 
-    def update(grads, state, params, *, lr):
-        directions, state = adam.update(grads, state, params)
+    def update(grads, state, params, *, lr, step=None):
+        thawed = True if not optim.warm_freeze else step >= warm_freeze_steps
+        grads = jax.tree.map(lambda g, late: jnp.where(thawed, g, 0) if late else g, grads, late)
+        directions, state = tx.update(grads, state, params, thawed=thawed)
 
-        def scale(direction, p, decays, multiplier, trains):
+        def scale(direction, p, decays, multiplier, trains, late):
+            nothing = jnp.full_like(p, -0.0)  # p + -0 is p to the bit, p + 0 is not for p = -0
             if not trains:
-                return jnp.zeros_like(p)
+                return nothing
             if decays:
                 direction = direction + optim.weight_decay * p
-            return -(lr * multiplier) * direction
+            direction = -(lr * multiplier) * direction
+            return jnp.where(thawed, direction, nothing) if late else direction
 
-        return jax.tree.map(scale, directions, params, decay, multipliers, train), state
+        updates = jax.tree.map(scale, directions, params, decay, multipliers, train, late)
+        return updates, state
 
-    table = describe(params, decay, multipliers, train, optim.weight_decay)
-    return optax.GradientTransformationExtraArgs(adam.init, update), table
+    from_step = jax.tree.map(lambda late: warm_freeze_steps if late else 0, late)
+    table = describe(params, decay, multipliers, train, optim.weight_decay, from_step)
+    return optax.GradientTransformationExtraArgs(tx.init, update), table
+
+
+def _warm_frozen(params, regexes):
+    """Tree of bools: True where the slash path matches a regex of `warm_freeze`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: _matches(regexes, sharding.path_str(path)), params
+    )
+
+
+def _standing_still(tx):
+    """`tx`, but its state does not move while `thawed` is false; the updates are not for use."""
+
+    def update(grads, state, params=None, *, thawed, **_):
+        updates, new = tx.update(grads, state, params)
+        return updates, jax.tree.map(lambda a, b: jnp.where(thawed, a, b), new, state)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def decays(params, no_decay=()):
@@ -176,20 +219,25 @@ def trainable(params, freeze=()):
     return tree
 
 
-def describe(params, decay, multipliers, train, weight_decay):
-    """Text table of the parameter groups: lr factor, weight decay, arrays, parameters, example."""
+def describe(params, decay, multipliers, train, weight_decay, from_step):
+    """Text table of the parameter groups: lr factor, weight decay, arrays, parameters, example.
+
+    A group that is frozen at first has its first step behind the factor: '0.25 from 500'.
+    """
     groups = collections.OrderedDict()
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    rows = zip(leaves, *map(jax.tree.leaves, (decay, multipliers, train)))
-    for (path, p), d, m, t in rows:
+    rows = zip(leaves, *map(jax.tree.leaves, (decay, multipliers, train, from_step)))
+    for (path, p), d, m, t, start in rows:
         low, high = float(np.min(m)), float(np.max(m))
         lr = f'{low:.4g}' if low == high else f'{low:.4g}..{high:.4g}'
+        lr += f' from {start}' if start else ''
         key = (lr, f'{weight_decay:g}' if d else '0') if t else ('frozen', '-')
         groups.setdefault(key, []).append((sharding.path_str(path), math.prod(p.shape)))
-    lines = [f'{"lr factor":>16} {"decay":>6} {"arrays":>7} {"parameters":>14}  for example']
+    width = max(16, *(len(lr) for lr, _ in groups))
+    lines = [f'{"lr factor":>{width}} {"decay":>6} {"arrays":>7} {"parameters":>14}  for example']
     for (lr, wd), members in groups.items():
         count = sum(n for _, n in members)
-        lines.append(f'{lr:>16} {wd:>6} {len(members):>7} {count:>14,}  {members[0][0]}')
+        lines.append(f'{lr:>{width}} {wd:>6} {len(members):>7} {count:>14,}  {members[0][0]}')
     return '\n'.join(lines)
 
 

@@ -68,7 +68,7 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
 
     Args:
       method: see `ssl_jax.methods`.
-      tx: optax transformation that takes the learning rate, see `optim.make`.
+      tx: optax transformation that takes the learning rate and step, see `optim.make`.
       schedule: step -> learning rate.
       accum_steps: micro-batches per step; gradients are averaged over them.
     """
@@ -102,7 +102,9 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
 
         grad_norm = optim.grad_norm(grads)
         lr = schedule(state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, lr=lr)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, lr=lr, step=state.step
+        )
         params = optax.apply_updates(state.params, updates)
         extra = method.after_update(params, extra, state.step)
 

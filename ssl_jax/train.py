@@ -60,12 +60,12 @@ class Program:
     groups: str  # table of the optimizer's parameter groups
 
 
-def make_program(config, method, total_steps, warmup_steps, mesh=None):
+def make_program(config, method, total_steps, warmup_steps, mesh=None, warm_freeze_steps=0):
     """Builds mesh, shardings, and the jitted init and step of `config`."""
     mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
-    tx, groups = optim.make(config.optim, params)
+    tx, groups = optim.make(config.optim, params, warm_freeze_steps)
     schedule = optim.schedule(config, total_steps, warmup_steps)
     init = state_lib.init(method, tx, config.seed)
     abstract = jax.eval_shape(init)
@@ -185,7 +185,8 @@ def train(config, workdir):
         total = config_lib.steps('total', config, **units)
         warmup = config_lib.steps('warmup', config, **units, default=0)
         eval_every = config_lib.steps('every', config.eval, **units, default=0)
-        program = make_program(config, method, total, warmup)
+        freeze = config_lib.steps('warm_freeze', config.optim, **units, default=0)
+        program = make_program(config, method, total, warmup, warm_freeze_steps=freeze)
         _banner(config, method, source, program, total, warmup, workdir)
         if jax.process_index() == 0:
             for field, (old, new) in rundir.save_config(workdir, config).items():

@@ -309,6 +309,12 @@ def test_default_with_a_length_is_valid():
         (dict(warmup_steps=100), 'warmup_steps=100 does not end before total_steps=100'),
         (dict(eval__knn_k=10), 'eval.knn_k=10 must be a tuple, with a comma: (10,).'),
         (dict(optim__freeze='head'), "optim.freeze='head' must be a tuple"),
+        (dict(optim__warm_freeze=('^encoder',)), "warm_freeze=('^encoder',) has no length: set"),
+        (dict(optim__warm_freeze_steps=5), "freezes nothing: set optim.warm_freeze=('^encoder',)."),
+        (
+            dict(optim__warm_freeze=('^encoder',), optim__warm_freeze_steps=100),
+            'optim.warm_freeze_steps=100 does not end before total_steps=100',
+        ),
         (dict(eval__temperature=0.0), 'eval.temperature=0.0 is out of range'),
         (dict(optim__b2=1.0), 'optim.b2=1.0 is out of range'),
         (dict(optim__layer_decay=1.5), 'optim.layer_decay=1.5 is out of range'),

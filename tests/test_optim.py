@@ -274,6 +274,86 @@ def test_freezing_everything_is_refused():
         optim.make(settings(freeze=('',)), tree())
 
 
+def warm_run(c, grads, start=0, params=None, state=None, steps=2):
+    """Steps start, start + 1, ... of a run whose encoder is frozen for `steps` steps."""
+    params = tree() if params is None else params
+    tx, _ = optim.make(c, params, steps)
+    state = tx.init(params) if state is None else state
+    update = jax.jit(lambda g, s, p, step: tx.update(g, s, p, lr=0.1, step=step))
+    for step, grad in enumerate(grads, start):
+        updates, state = update(grad, state, params, jnp.int32(step))
+        params = optax.apply_updates(params, updates)
+    assert update._cache_size() == 1, 'the switch compiled something'
+    return params, state
+
+
+WARM = dict(warm_freeze=('^encoder/',), weight_decay=0.5)
+
+
+def test_warm_frozen_parameters_and_moments_stand_still_to_the_bit_and_then_move():
+    c, start = settings(**WARM), tree()
+    start['encoder']['norm']['bias'] = start['encoder']['norm']['bias'].at[0].set(-0.0)
+    after, state = warm_run(c, [tree(1), tree(2)], params=start)
+    for path, value in flat(after).items():
+        same = np.asarray(value).tobytes() == np.asarray(flat(start)[path]).tobytes()
+        assert same == path.startswith('encoder/'), path
+    late = [x for k, x in jax.tree_util.tree_leaves_with_path(state) if 'encoder' in str(k)]
+    assert late and not any(np.any(x) for x in late)
+    after, state = warm_run(c, [tree(3)], 2, after, state)
+    for path, value in flat(after).items():
+        assert np.asarray(value).tobytes() != np.asarray(flat(start)[path]).tobytes(), path
+
+
+def test_after_the_warm_freeze_the_encoder_steps_as_with_a_fresh_optimizer():
+    c, grads = settings(**WARM), [tree(k) for k in range(1, 6)]
+    thawed, _ = warm_run(c, grads)
+    fresh, _ = run(settings(weight_decay=0.5), tree(), grads[2:], [0.1] * 3)
+    assert_same(thawed['encoder'], fresh['encoder'])
+    whole, _ = run(settings(weight_decay=0.5), tree(), grads, [0.1] * 5)
+    assert_same(thawed['decoder'], whole['decoder'])
+
+
+def assert_same(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_warm_frozen_gradients_do_not_count_for_the_clipping_norm():
+    grads = tree(1)
+    grads['encoder'] = jax.tree.map(lambda g: 1e6 * g, grads['encoder'])
+    clipped, _ = warm_run(settings(clip=1e3, eps=1.0, **WARM), [grads])
+    free, _ = warm_run(settings(eps=1.0, **WARM), [grads])
+    np.testing.assert_array_equal(clipped['decoder']['mask_token'], free['decoder']['mask_token'])
+
+
+def test_table_says_from_which_step_a_group_trains():
+    _, table = optim.make(settings(warm_freeze=('^encoder/',)), tree(), 500)
+    trains = {'encoder' in line: '1 from 500 ' in line for line in table.splitlines()[1:]}
+    assert trains == {True: True, False: False}
+
+
+@pytest.mark.parametrize(
+    ('freeze', 'warm', 'says'),
+    [
+        ((), ('^encodr',), "warm_freeze=('^encodr',) matches no parameter that trains"),
+        ((), ('coder',), "warm_freeze=('coder',) matches every parameter that trains"),
+        (('^decoder',), ('^encoder',), 'matches every parameter that trains'),
+        (('^encoder',), ('^encoder',), 'matches no parameter that trains'),
+    ],
+)
+def test_a_warm_freeze_of_nothing_or_everything_is_refused(freeze, warm, says):
+    with pytest.raises(ValueError) as error:
+        optim.make(settings(freeze=freeze, warm_freeze=warm), tree(), 5)
+    assert says in str(error.value) and 'begin with decoder, encoder' in str(error.value)
+
+
+def test_warm_freeze_and_freeze_go_together():
+    c = settings(freeze=('cls_token',), **WARM)
+    after, _ = warm_run(c, [tree(k) for k in range(1, 4)])
+    same = {k for k, v in flat(after).items() if np.array_equal(v, flat(tree())[k])}
+    assert same == {'encoder/cls_token'}
+
+
 def test_a_step_with_rate_zero_moves_moments_but_not_parameters():
     params, state = run(settings(), tree(), [tree(1)], [0.0])
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(tree())):
