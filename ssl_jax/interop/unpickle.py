@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the `.pth` and `.pt` files of torch.save without torch, and without running their code.
+
+Such a file is a zip archive: a pickle, `data.pkl`, that says how the tensors nest, and one
+uncompressed member per storage. A pickle can name any function of Python and call it. Here it can
+name what is listed below and nothing else, so that there is nothing to run; the tensors stay in the
+file, mapped into memory, until they are asked for.
+
+One reader for all files, with torch installed or not: the refusals and the numbers do not depend on
+what else is installed, and torch itself would refuse the official MAE files, whose training options
+are an argparse.Namespace.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+# The first bytes of what torch < 1.6 wrote, a row of bare pickles.
+LEGACY = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.'
+
+STORAGES = {
+    'torch.BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
+    'torch.HalfStorage': np.dtype('<f2'),
+    'torch.FloatStorage': np.dtype('<f4'),
+    'torch.DoubleStorage': np.dtype('<f8'),
+    'torch.CharStorage': np.dtype('i1'),
+    'torch.ShortStorage': np.dtype('<i2'),
+    'torch.IntStorage': np.dtype('<i4'),
+    'torch.LongStorage': np.dtype('<i8'),
+    'torch.ByteStorage': np.dtype('u1'),
+    'torch.BoolStorage': np.dtype('?'),
+}
+FLOATS = ('bfloat16', 'float16', 'float32', 'float64')
+DTYPES = tuple(f'torch.{n}' for n in (*FLOATS, 'int8', 'int16', 'int32', 'int64', 'uint8', 'bool'))
+# What training scripts leave beside the weights; it is read as an object that holds nothing.
+IGNORED = (
+    'argparse.Namespace',
+    'types.SimpleNamespace',
+    'collections.Counter',
+    'collections.defaultdict',
+    'pathlib.PosixPath',
+    'pathlib.PurePosixPath',
+    'pathlib.WindowsPath',
+    'yacs.config.CfgNode',
+    'numpy.dtype',
+    'numpy.core.multiarray.scalar',
+    'numpy._core.multiarray.scalar',
+    '_codecs.encode',
+    '__builtin__.set',
+    'builtins.set',
+    'torch.Size',
+    'torch.device',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in its file: shape, dtype there, and the function that reads it."""
+
+    shape: tuple
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class Refused(ValueError):
+    """The file asks for more than tensors."""
+
+
+def load(path):
+    """What torch.save wrote to `path`: nested dicts and lists, tensors as `Stored`.
+
+    Raises:
+      ValueError: the file is damaged, of the format before torch 1.6, or not weights alone.
+    """
+    members = _members(path)
+    pickles = [name for name in members if name.rpartition('/')[2] == 'data.pkl']
+    if len(pickles) != 1:
+        raise ValueError(f'{path} is a zip archive that torch.save has not written (no data.pkl).')
+    root = pickles[0].removesuffix('data.pkl')
+    order = members.get(f'{root}byteorder')
+    if order is not None and _map(path, *order).tobytes() != b'little':
+        raise ValueError(
+            f'{path} was saved by a big-endian machine; load it in PyTorch and save it again.'
+        )
+    try:
+        return _unpickle(path, root, members)
+    except Refused:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ValueError(
+            f'{path} cannot be read ({type(error).__name__}: {error}); it may be truncated, so '
+            f'download or copy it again.'
+        ) from error
+
+
+def _members(path):
+    """{name: (offset, bytes)} of a zip archive of uncompressed members."""
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
+            members = {}
+            if any(name.endswith('/constants.pkl') for name in archive.namelist()):
+                raise Refused(
+                    f'{path} is a TorchScript program, not weights alone; load it in PyTorch and '
+                    f'save its state_dict() as safetensors.'
+                )
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise Refused(
+                        f'{path} has a compressed member {info.filename!r}, which torch.save never '
+                        f'writes; save the weights again in PyTorch.'
+                    )
+                # The local header is padded differently from the one in the directory.
+                file.seek(info.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), '<u2')
+                start = info.header_offset + 30 + int(lengths.sum())
+                if start + info.file_size > os.path.getsize(path):
+                    raise zipfile.BadZipFile(f'{info.filename} ends after the file')
+                members[info.filename] = (start, info.file_size)
+            return members
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f'{path} is damaged or truncated ({str(error).lower()}); download or copy it again.'
+        ) from error
+
+
+def _map(path, start, size):
+    """Bytes of a file as an array that is read when it is used."""
+    if not size:
+        return np.empty(0, np.uint8)
+    return np.memmap(path, np.uint8, 'r', start, (size,))
+
+
+def mapped(path, start, shape, dtype, offset=0, stride=None):
+    """`Stored` of numbers that lie in a file as they are.
+
+    Args:
+      path: the file.  start: byte where the numbers begin.
+      shape, dtype: of the tensor.
+      offset, stride: its first element and its steps, counted in elements; default the contiguous
+        tensor at `start`.
+    """
+
+    def read():
+        if stride is None:
+            return _map(path, start, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        if not math.prod(shape):
+            return np.empty(shape, dtype)
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride))
+        flat = _map(path, start, (last + 1) * dtype.itemsize).view(dtype)[offset:]
+        steps = [s * dtype.itemsize for s in stride]
+        return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+
+    return Stored(tuple(shape), dtype, read)
+
+
+def _unpickle(path, root, members):
+    # Made anew for each file: what a pickle does to the attributes of these ends with its reading.
+    class Ignored:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __setstate__(self, state):
+            pass
+
+        def __setitem__(self, key, value):
+            pass
+
+        def extend(self, items):
+            pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Storage:
+        dtype: np.dtype
+        start: int
+        count: int
+
+    def rebuild_tensor(storage, offset, shape, stride, *ignored):
+        if not isinstance(storage, Storage):
+            raise TypeError('a tensor without a storage')
+        shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        whole = all(x >= 0 for x in (offset, *shape, *stride))
+        if not whole or (math.prod(shape) and last >= storage.count):
+            raise ValueError(f'a tensor {shape} of a storage of {storage.count} numbers')
+
+        return mapped(path, storage.start, shape, storage.dtype, offset, stride)
+
+    def rebuild_parameter(data, *ignored):
+        return data
+
+    known = {
+        'collections.OrderedDict': collections.OrderedDict,
+        'torch._utils._rebuild_tensor': rebuild_tensor,
+        'torch._utils._rebuild_tensor_v2': rebuild_tensor,
+        'torch._utils._rebuild_parameter': rebuild_parameter,
+        'torch._utils._rebuild_parameter_with_state': rebuild_parameter,
+        **dict.fromkeys(IGNORED, Ignored),
+        **{name: name for name in (*STORAGES, *DTYPES)},
+    }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if f'{module}.{name}' not in known:
+                raise Refused(
+                    f'{path} holds {module}.{name}, which is Python code and not a tensor; none of '
+                    f'it was run. Load the file where you trust it and save the state_dict() of '
+                    f'the model as safetensors.'
+                )
+            return known[f'{module}.{name}']
+
+        def persistent_load(self, pid):
+            kind, storage, key, _, count = pid
+            if kind != 'storage' or storage not in STORAGES:
+                raise ValueError(f'unknown storage {storage}')
+            dtype = STORAGES[storage]
+            start, size = members[f'{root}data/{key}']
+            if not 0 <= count * dtype.itemsize <= size:
+                raise ValueError(f'storage {key} has {size} bytes, {count} {dtype} are announced')
+            return Storage(dtype, start, count)
+
+    start, size = members[f'{root}data.pkl']
+    return Unpickler(io.BytesIO(_map(path, start, size).tobytes())).load()
