@@ -4,6 +4,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ssl_jax import losses
@@ -63,4 +64,34 @@ class Prototypes(nn.Module):
         g = self.param('weight_g', nn.initializers.ones, (1, self.out_dim))
         # The matrix is normalised, not the logits scaled: it has fewer rows than they have.
         w = (g * losses.l2_normalize(v, axis=0)).astype(self.dtype)
-        return jnp.matmul(x.astype(self.dtype), w, preferred_element_type=jnp.float32)
+        return _float32_product(x.astype(self.dtype), w)
+
+
+@jax.custom_vjp
+def _float32_product(x, w):
+    """x w, accumulated and returned in float32; in the gradient all factors have one dtype.
+
+    Differentiated as it stands, it would multiply float32 by bfloat16, which runs as float32.
+    """
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+def _product_forward(x, w):
+    return _float32_product(x, w), (x, w)
+
+
+def _product_backward(residuals, grad):
+    x, w = residuals
+    grad = grad.astype(x.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad @ w.T, x.reshape(-1, x.shape[-1]).T @ rows
+
+
+_float32_product.defvjp(_product_forward, _product_backward)
+
+
+def flops_per_token(head, in_dim):
+    """Forward FLOPs of a `DINOHead` for one token of `in_dim` channels: 2 per multiply-add."""
+    hidden = [head.hidden_dim] * (head.num_layers - 1)
+    widths = [in_dim, *hidden, head.bottleneck_dim, head.out_dim]
+    return 2 * sum(a * b for a, b in zip(widths, widths[1:]))
