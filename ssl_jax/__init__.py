@@ -3,4 +3,11 @@
 
 from ssl_jax.version import __version__
 
-__all__ = ['__version__']
+__all__ = ['__version__', 'load_model']
+
+
+def load_model(path, *, dtype=None, **hints):
+    """A function from images to named features, see `ssl_jax.features.load_model`."""
+    from ssl_jax import features  # here, so that `import ssl_jax` imports no jax
+
+    return features.load_model(path, dtype=dtype, **hints)

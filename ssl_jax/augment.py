@@ -9,9 +9,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def normalize(images):
-    """(x / 255 - MEAN) / STD.  uint8 (..., 3) -> float32 (..., 3)."""
-    mean, std = jnp.asarray(MEAN, jnp.float32), jnp.asarray(STD, jnp.float32)
+def normalize(images, mean=MEAN, std=STD):
+    """(x / 255 - mean) / std.  uint8 (..., 3) -> float32 (..., 3)."""
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run small enough to be made dozens of times in a test suite."""
 
+import jax
 import ml_collections
 
+from ssl_jax import checkpoint, methods, optim
 from ssl_jax import config as config_lib
+from ssl_jax import state as state_lib
 
 
 def config(**fields):
@@ -41,3 +44,14 @@ def config(**fields):
         with node.ignore_type():
             node[key] = value
     return config_lib.lock(c)
+
+
+def save(config, workdir, seed=0):
+    """Saves the fresh state of a run as its step 0, without training; returns its parameters."""
+    method = methods.from_config(config)
+    params, extra = jax.jit(method.init)(jax.random.key(seed))
+    tx, _ = optim.make(config.optim, params)
+    saved = checkpoint.Checkpointer(workdir / 'checkpoints')
+    saved.save(0, state_lib.TrainState.create(params, extra, tx), {'config': config.to_dict()})
+    saved.close()
+    return jax.device_get(params)

@@ -20,8 +20,8 @@ class Stopped(Exception):
     """`should_stop` became true in the middle of an extraction; nothing is returned."""
 
 
-def make_forward(vit, params, *, dtype=None):
-    """The forward of an encoder; images are normalised with the ImageNet statistics.
+def make_forward(vit, params, *, dtype=None, mean=augment.MEAN, std=augment.STD):
+    """The forward of an encoder; images are normalised, by default with ImageNet's statistics.
 
     Its features, in float32:
       cls:        mean of the class tokens after the final norm (MAE, DINOv2: one token)
@@ -34,15 +34,22 @@ def make_forward(vit, params, *, dtype=None):
       vit: `models.vit.ViT`.
       params: its parameters.
       dtype: of the layers; default the one that the ViT was made with.
+      mean, std: of the channels, for values in [0, 1].
     """
     if dtype is not None:
         vit = vit.clone(dtype=dtype)
-    return lambda images: _features(vit, params, images)
+    return lambda images: _features(vit, params, images, tuple(mean), tuple(std))
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one compilation per ViT, however many forwards
-def _features(vit, params, images):
-    tokens = vit.apply({'params': params}, augment.normalize(images))
+# One compilation per ViT, however many forwards.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _features(vit, params, images, mean, std):
+    tokens = vit.apply({'params': params}, augment.normalize(images, mean, std))
+    return pooled(vit, tokens)
+
+
+def pooled(vit, tokens):
+    """The features of `make_forward`, from the tokens that `vit` returned."""
     c = vit.num_cls_tokens
     patch = tokens['patch_tokens'].astype(jnp.float32).mean(axis=1)
     if not c:
@@ -117,15 +124,52 @@ def extract(
     """
     if limit is not None and limit < len(source):
         source = Subset(source, pick(len(source), limit))
-    shards = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
-    batch_size = -(-min(batch_size, len(source)) // shards) * shards
+    collected = []
+    for batch in batches(
+        forward,
+        source,
+        size=size,
+        resize=resize,
+        batch_size=min(batch_size, len(source)),
+        mesh=mesh,
+        should_stop=should_stop,
+    ):
+        mask = batch.pop('mask')
+        collected.append(jax.tree.map(lambda x, mask=mask: x[mask], batch))
+    if not any(len(c['id']) for c in collected):
+        raise ValueError(f'None of the {len(source)} images of {source.describe(0)} ... decodes.')
+    features = {
+        k: np.concatenate([c['features'][k] for c in collected]) for k in collected[0]['features']
+    }
+    labels = None
+    if 'label' in collected[0]:
+        labels = np.concatenate([c['label'] for c in collected])
+    return features, labels
+
+
+def batches(
+    forward, source, *, size, resize=None, batch_size=256, mesh=None, should_stop=None, start=0
+):
+    """The features of a source batch by batch, in its order; see `extract` for the arguments.
+
+    Args:
+      start: the image to begin with.  From a multiple of the batch size (`round_up`) the batches
+        are those of the whole source, bit for bit.
+
+    Yields:
+      numpy arrays of one batch as a dict: features {name: (B, d)}, id (B,), mask (B,), False where
+      a row is padding or did not decode, and label (B,) where the source has labels.
+    """
+    batch_size = round_up(batch_size, mesh)
     rows = sharding.process_rows(mesh, batch_size) if mesh is not None else None
-    collected, pending = [], None
-    with pipeline.eval_stream(source, size, batch_size, resize=resize, rows=rows) as stream:
+    rest = Subset(source, np.arange(start, len(source))) if start else source
+    pending = None
+    with pipeline.eval_stream(rest, size, batch_size, resize=resize, rows=rows) as stream:
         for batch in stream:
             if should_stop is not None and _any_process(should_stop()):
                 raise Stopped
-            kept = {k: batch[k] for k in ('mask', 'label') if k in batch}
+            kept = {k: batch[k] for k in ('id', 'mask', 'label') if k in batch}
+            kept['id'] = kept['id'] + start
             images = batch['image']
             if mesh is not None:
                 images = sharding.to_global(images, mesh, rows, batch_size)
@@ -137,28 +181,23 @@ def extract(
                 out = forward(images)
             # Fetched one batch late: the device computes while the host decodes.
             if pending is not None:
-                collected.append(_fetch(pending))
+                yield _fetch(pending)
             pending = {'features': out, **kept}
         if pending is not None:
-            collected.append(_fetch(pending))
-    if not collected:
-        raise ValueError(f'None of the {len(source)} images of {source.describe(0)} ... decodes.')
-    features = {
-        k: np.concatenate([c['features'][k] for c in collected]) for k in collected[0]['features']
-    }
-    labels = None
-    if 'label' in collected[0]:
-        labels = np.concatenate([c['label'] for c in collected])
-    return features, labels
+            yield _fetch(pending)
+
+
+def round_up(batch_size, mesh):
+    """The next multiple of the devices that share a batch."""
+    shards = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
+    return -(-batch_size // shards) * shards
 
 
 def _fetch(tree):
-    """Numpy arrays of the whole batch, without the rows that are padding or did not decode."""
+    """Numpy arrays of the whole batch."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
-    tree = jax.tree.map(np.asarray, tree)
-    mask = tree.pop('mask')
-    return jax.tree.map(lambda x: x[mask], tree)
+    return jax.tree.map(np.asarray, tree)
 
 
 def _any_process(flag):
