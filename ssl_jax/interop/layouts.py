@@ -3,12 +3,29 @@
 
 Our tree is {'encoder': …} for a backbone and {'encoder': …, 'decoder': …} for MAE and Pixio with
 their decoder.  A layout is a table of renames (`tables.py`) chosen by `Weights`.
+
+For other image sizes an encoder keeps the official rule of its family (`ViT.pos_resize`) whatever
+the layout.  transformers' Dinov2Model and timm resize positions by rules of their own, so they
+differ from the official code, and from us, away from the native size.
 """
 
+import collections.abc
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_jax import augment
+from ssl_jax.interop import recognition, tables
+from ssl_jax.models import layers
+from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.models.vit import ViT
+
+# timm's names of our sizes; any other model is one of these, built with other arguments.
+TIMM_SIZES = {'Ti': 'tiny', 'S': 'small', 'B': 'base', 'L': 'large', 'H': 'huge', 'g': 'giant'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +38,9 @@ class Weights:
       what: 'backbone', or 'full' with the decoder (MAE and Pixio).
       vit: the encoder, every field set.
       decoder: the decoder of 'full', else None.
-      prefix: in front of every encoder key, e.g. 'vit.' where HF wraps the encoder.
+      prefix: in front of all keys of these weights in the file, say 'vit.' or 'teacher.backbone.'.
       left_out: keys of the file that are no part of these weights (projection heads, poolers).
+      names: which names of transformers, see `tables`: 'hub', 'saved' or 'memory'.
     """
 
     family: str
@@ -32,58 +50,354 @@ class Weights:
     decoder: Decoder | None = None
     prefix: str = ''
     left_out: tuple = ()
+    names: str = 'hub'
 
 
-def recognise(shapes, hints=None):
+family_of = recognition.family_of
+
+
+def recognise(tensors, hints=None):
     """Finds out what a set of tensors is.
 
     Args:
-      shapes: torch key -> array (or only its shape); with arrays, sin-cos tables are told from
-        learned ones, with shapes a MAE is taken to have sin-cos tables.
-      hints: a parsed config.json (HF or timm) or {}; 'num_heads', 'patch_size', 'img_size',
-        'family', 'layout' given by the user are believed before it.
+      tensors: torch key -> array, with an attribute `shapes` if reading an array is costly; or
+        torch key -> shape, and then a MAE is taken to have sin-cos positions.
+      hints: a parsed config.json (HF or timm), or {}; what the user says is believed before it:
+        'num_heads', 'decoder_num_heads', 'img_size', 'patch_size'.
 
-    Returns: Weights.
-    Raises: ValueError, one sentence, for tensors of no known family.
+    Returns:
+      Weights.
+
+    Raises:
+      ValueError: one sentence, for tensors of no known family.
     """
-    raise NotImplementedError
+    return Weights(**recognition.find(tensors, hints or {}))
+
+
+def available(vit, decoder, family):
+    """Which layouts this model can leave in.
+
+    Returns:
+      {(layout, what): '' or one sentence why not}.
+    """
+    out = {}
+    c, r, scaled = vit.num_cls_tokens, vit.num_register_tokens, vit.layer_scale is not None
+    named = f'a {family} encoder with {c} class tokens and {r} registers'
+    decoders = 'only MAE and Pixio have a decoder' if decoder is None else ''
+
+    out['official', 'backbone'] = ''
+    if family == 'dinov2' and (c != 1 or not vit.mask_token):
+        out['official', 'backbone'] = 'the official DINOv2 has one class token and a mask token'
+
+    whole = vit.mlp_ratio == int(vit.mlp_ratio)
+    kind = hf_class(family, vit)
+    why = ''
+    if kind in ('ViTModel', 'Dinov2Model', 'Dinov2WithRegistersModel') and c != 1:
+        why = f'transformers has no class for {named}'
+    elif kind in ('ViTModel', 'PixioModel') and (r or vit.ffn != 'mlp' or scaled):
+        why = (
+            f'transformers has {kind} for a {family} encoder, without registers, SwiGLU and '
+            f'layer scale'
+        )
+    elif kind == 'Dinov2WithRegistersModel' and not vit.mask_token:
+        why = "transformers' Dinov2WithRegistersModel always has a mask token"
+    elif kind != 'ViTModel' and not whole:
+        why = f"transformers' {kind} takes whole numbers as mlp_ratio, and this is {vit.mlp_ratio}"
+    elif kind == 'PixioModel' and vit.mask_token:
+        why = "transformers' PixioModel has no mask token"
+    out['hf', 'backbone'] = why
+
+    why = ''
+    if family == 'pixio' or c > 1:
+        why = 'timm has no Pixio, which has several class tokens; use official or hf'
+    elif c != 1:
+        why = f'the timm models known here have one class token, and this is {named}'
+    elif r and vit.pos_embed == 'sincos':
+        why = 'the timm models with registers have learned positions'
+    elif vit.eps != 1e-6:
+        why = f'timm normalises with eps 1e-6, this model with {vit.eps:g}'
+    elif vit.ffn == 'swiglu' and not scaled:
+        why = 'the timm models with SwiGLU have layer scale'
+    out['timm', 'backbone'] = why
+
+    out['official', 'full'] = decoders
+    out['hf', 'full'] = decoders or (
+        'transformers has a decoder only in ViTMAEForPreTraining, with one class token and no '
+        'register, and PixioModel is the encoder alone; use official'
+        if c != 1 or r
+        else ''
+    )
+    out['timm', 'full'] = 'timm has no decoders; use official or hf'
+    return out
+
+
+def hf_class(family, vit, what='backbone'):
+    """The class of transformers that holds these weights."""
+    if what == 'full':
+        return 'ViTMAEForPreTraining'
+    if family == 'dinov2':
+        return 'Dinov2WithRegistersModel' if vit.num_register_tokens else 'Dinov2Model'
+    return 'PixioModel' if family == 'pixio' else 'ViTModel'
+
+
+_HF_KINDS = {
+    'ViTModel': 'vit',
+    'ViTMAEForPreTraining': 'vit',
+    'PixioModel': 'pixio',
+    'Dinov2Model': 'dinov2',
+    'Dinov2WithRegistersModel': 'dinov2',
+}
 
 
 def rows(weights):
-    """The rename rows of `weights`, for `tables.from_torch` and `tables.to_torch`."""
-    raise NotImplementedError
+    """The rename rows of `weights`, with keys as `tables.plain` leaves them."""
+    w = weights
+    if w.layout == 'hf':
+        if w.what == 'full':
+            return tables.hf_mae(w, w.names)
+        kind = _HF_KINDS[hf_class(w.family, w.vit)]
+        found = tables.hf_encoder(w.vit, kind, w.names)
+        return [row for row in found if kind != 'vit' or row[0] != 'encoder/mask_token']
+    if w.layout == 'timm':
+        return tables.timm(w.vit)
+    return tables.mae(w) if w.what == 'full' else tables.encoder(w.vit)
 
 
 def fixed(weights):
     """{our path: sin-cos table} of the tables that are no parameters of ours."""
-    raise NotImplementedError
+    return tables.fixed_tables(weights)
 
 
 def abstract(weights):
-    """Our tree as ShapeDtypeStructs: {'encoder': …} and {'decoder': …} if full."""
-    raise NotImplementedError
+    """Our tree as ShapeDtypeStructs: {'encoder': …}, and 'decoder' if full."""
+    w, key = weights, jax.random.key(0)
+    tree = {'encoder': jax.eval_shape(functools.partial(vit_lib.init_params, w.vit), key)}
+    if w.decoder is not None:
+        latent = jnp.zeros((1, w.vit.num_cls_tokens + 1, w.vit.embed_dim))
+        ids = jnp.zeros((1, w.decoder.num_patches), jnp.int32)
+        tree['decoder'] = jax.eval_shape(w.decoder.init, key, latent, ids)['params']
+    return tree
 
 
-def to_ours(weights, state_dict, extra=None):
-    """State dict (and the tensors of the sidecar) -> our tree of numpy arrays, strictly."""
-    raise NotImplementedError
+def _homeless(weights):
+    """Which of our arrays the layout has no place for, as paths."""
+    w = weights
+    hf_vit = w.layout == 'hf' and hf_class(w.family, w.vit, w.what) == 'ViTModel'
+    paths = ['encoder/mask_token'] if w.vit.mask_token and (hf_vit or w.layout == 'timm') else []
+    if w.layout == 'timm' and w.vit.num_register_tokens:
+        paths += ['encoder/cls_token', 'encoder/pos_embed']
+    return paths
 
 
 def to_layout(weights, params):
-    """Our tree -> (state dict, extra): extra holds what the layout has no place for."""
-    raise NotImplementedError
+    """Our tree -> (state dict, extra).
+
+    The arrays are views of `params`, in whatever memory order.  extra holds what the layout has
+    no place for, by our path: the mask token; and for timm's models with registers, whose class
+    token has no position, the class token and its position (the file holds their sum).
+    """
+    homeless = _homeless(weights)
+    enc = dict(params['encoder'])
+    extra = {}
+    if 'encoder/mask_token' in homeless:
+        extra['encoder/mask_token'] = np.asarray(enc.pop('mask_token'))
+    if 'encoder/cls_token' in homeless:
+        cls_token, pos = np.asarray(enc['cls_token']), np.asarray(enc['pos_embed'])
+        extra.update({'encoder/cls_token': cls_token, 'encoder/pos_embed': pos[:, :1]})
+        enc.update(cls_token=cls_token + pos[:, :1], pos_embed=pos[:, 1:])
+    folded = {**params, 'encoder': enc}
+    return tables.to_torch(rows(weights), folded, fixed(weights)), extra
 
 
-def config_json(weights):
-    """config.json of the layout as a dict; {} for 'official'."""
-    raise NotImplementedError
+def to_ours(weights, state_dict, extra=None):
+    """State dict, and the tensors of the sidecar, -> our tree of float32 numpy arrays.
+
+    Without a sidecar a mask token is zero, and the class token of timm's models with registers
+    keeps its sum with a position that is zero; `notes` says so.
+
+    Raises:
+      ValueError: one sentence that lists everything missing, left over and misshapen; or a sidecar
+        that belongs to other weights.
+    """
+    w, extra = weights, extra or {}
+    want, homeless = abstract(w), _homeless(w)
+    enc = want['encoder'] = dict(want['encoder'])
+    shapes = {path: enc[path.split('/')[1]].shape for path in homeless}
+    if 'encoder/mask_token' in homeless:
+        del enc['mask_token']
+    if 'encoder/cls_token' in homeless:
+        _, n, dim = enc['pos_embed'].shape
+        enc['pos_embed'] = jax.ShapeDtypeStruct((1, n - 1, dim), jnp.float32)
+        shapes['encoder/pos_embed'] = (1, 1, dim)
+    params = tables.from_torch(rows(w), _Renamed(state_dict, w), want, fixed(w))
+    given = {path: np.asarray(extra[path], np.float32) for path in homeless if path in extra}
+    for path, value in given.items():
+        if value.shape != tuple(shapes[path]):
+            raise ValueError(
+                f'the sidecar holds {path} with shape {value.shape}, expected {shapes[path]}; it '
+                f'belongs to other weights, so delete it.'
+            )
+    enc = params['encoder']
+    if 'encoder/mask_token' in homeless:
+        zero = np.zeros(shapes['encoder/mask_token'], np.float32)
+        enc['mask_token'] = given.get('encoder/mask_token', zero)
+    if 'encoder/cls_token' in homeless:
+        row = np.zeros((1, 1, w.vit.embed_dim), np.float32)
+        if 'encoder/cls_token' in given and 'encoder/pos_embed' in given:
+            row, total = given['encoder/pos_embed'], enc['cls_token']
+            enc['cls_token'] = given['encoder/cls_token']
+            # All three may have been rounded to bfloat16, each on its own.
+            slack = 0.01 * (np.abs(row) + np.abs(enc['cls_token'])) + 1e-6
+            if (np.abs(row + enc['cls_token'] - total) > slack).any():
+                raise ValueError(
+                    'cls_token is not the sum of the class token and its position in the sidecar; '
+                    'that belongs to other weights, so delete it.'
+                )
+        enc['pos_embed'] = np.concatenate([row, enc['pos_embed']], axis=1)
+    return params
 
 
-def available(vit, decoder, family):
-    """{(layout, what): '' or one sentence why this model cannot leave in that layout}."""
-    raise NotImplementedError
+def notes(weights, extra=None):
+    """Sentences on what was made up or left out when these weights were read."""
+    found = []
+    absent = [path for path in _homeless(weights) if path not in (extra or {})]
+    if 'encoder/mask_token' in absent:
+        found.append(f'The {weights.layout} layout has no mask token: it is zero.')
+    if 'encoder/pos_embed' in absent:
+        found.append(
+            'The timm layout adds the position of the class token to it: the position is zero.'
+        )
+    if weights.left_out:
+        some = ', '.join(weights.left_out[:5])
+        more = f' and {len(weights.left_out) - 5} more' if len(weights.left_out) > 5 else ''
+        found.append(f'Left out, as no part of these weights: {some}{more}.')
+    return found
 
 
-def family_of(vit):
-    """The family whose official code this ViT is an instance of: 'mae', 'pixio', 'dinov2', 'vit'."""
-    raise NotImplementedError
+class _Renamed(collections.abc.Mapping):
+    """A state dict under the names of the tables; a tensor is read when it is asked for."""
+
+    def __init__(self, state_dict, weights):
+        self._tensors = state_dict
+        drop = set(weights.left_out)
+        inside = (k for k in state_dict if k.startswith(weights.prefix) and k not in drop)
+        self._keys = {tables.plain(k, weights.prefix): k for k in inside}
+
+    def __getitem__(self, name):
+        return self._tensors[self._keys[name]]
+
+    def __iter__(self):
+        return iter(self._keys)
+
+    def __len__(self):
+        return len(self._keys)
+
+
+def config_json(weights, mask_ratio=0.75, norm_pix_loss=True):
+    """config.json of the layout as a dict; {} for 'official'.
+
+    Args:
+      mask_ratio, norm_pix_loss: of the training, for a MAE with its decoder.
+    """
+    w, v = weights, weights.vit
+    if w.layout == 'official':
+        return {}
+    if w.layout == 'timm':
+        return _timm_config(w)
+    name = hf_class(w.family, v, w.what)
+    config = dict(
+        architectures=[name],
+        hidden_size=v.embed_dim,
+        num_hidden_layers=v.depth,
+        num_attention_heads=v.num_heads,
+        hidden_act='gelu',
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.02,
+        layer_norm_eps=v.eps,
+        image_size=v.img_size,
+        patch_size=v.patch_size,
+        num_channels=3,
+        qkv_bias=True,
+    )
+    if _HF_KINDS[name] == 'vit':
+        config.update(model_type='vit', intermediate_size=int(v.embed_dim * v.mlp_ratio))
+    else:
+        config.update(mlp_ratio=int(v.mlp_ratio), drop_path_rate=0.0)
+    if name == 'ViTMAEForPreTraining':
+        d = w.decoder
+        config.update(
+            model_type='vit_mae',
+            decoder_hidden_size=d.embed_dim,
+            decoder_num_hidden_layers=d.depth,
+            decoder_num_attention_heads=d.num_heads,
+            decoder_intermediate_size=int(d.embed_dim * d.mlp_ratio),
+            mask_ratio=mask_ratio,
+            norm_pix_loss=norm_pix_loss,
+        )
+    elif name == 'PixioModel':
+        config.update(model_type='pixio', n_cls_tokens=v.num_cls_tokens)
+    elif _HF_KINDS[name] == 'dinov2':
+        config.update(
+            model_type='dinov2',
+            layerscale_value=float(v.layer_scale),
+            use_swiglu_ffn=v.ffn == 'swiglu',
+            use_mask_token=v.mask_token,
+        )
+    if name == 'Dinov2WithRegistersModel':
+        config.update(model_type='dinov2_with_registers', num_register_tokens=v.num_register_tokens)
+        del config['use_mask_token']  # it always has one
+    return config
+
+
+def _timm_config(w):
+    """config.json that timm reads from a folder or the hub."""
+    v = w.vit
+    widths = (v.embed_dim, v.depth, v.num_heads)
+    sizes = [TIMM_SIZES[s] for s in TIMM_SIZES if vit_lib.SIZES[s] == widths]
+    args = dict(
+        img_size=v.img_size,
+        patch_size=v.patch_size,
+        embed_dim=v.embed_dim,
+        depth=v.depth,
+        num_heads=v.num_heads,
+        mlp_ratio=v.mlp_ratio,
+    )
+    if w.family == 'dinov2':
+        size = 'giant' if v.ffn == 'swiglu' else sizes[0] if sizes else 'base'
+        registers = '_reg4' if v.num_register_tokens else ''
+        architecture = f'vit_{size}_patch14{registers}_dinov2'
+    else:
+        architecture = 'vit_base_patch16_224'
+        for size in sizes:
+            patch = 14 if size in ('huge', 'giant') else 16
+            architecture = f'vit_{size}_patch{patch}_224'
+    if v.layer_scale is not None:
+        args['init_values'] = v.layer_scale
+    if v.num_register_tokens:
+        args.update(reg_tokens=v.num_register_tokens, no_embed_class=True)
+    if v.ffn == 'swiglu':
+        both = 2 * layers.swiglu_hidden(v.embed_dim, v.mlp_ratio)
+        args['mlp_ratio'] = recognition.mlp_ratio(both, v.embed_dim, 'mlp')
+    return dict(
+        architecture=architecture,
+        num_classes=0,
+        num_features=v.embed_dim,
+        global_pool='token',
+        model_args=args,
+        pretrained_cfg=dict(
+            tag='ssl_jax',
+            custom_load=False,
+            input_size=[3, v.img_size, v.img_size],
+            fixed_input_size=True,
+            interpolation='bicubic',
+            crop_pct=1.0,
+            crop_mode='center',
+            mean=list(augment.MEAN),
+            std=list(augment.STD),
+            num_classes=0,
+            pool_size=None,
+            first_conv='patch_embed.proj',
+            classifier='head',
+        ),
+    )

@@ -184,7 +184,7 @@ def hf_mae(method, names='hub'):
 
 
 def timm(vit):
-    """Rows of timm's VisionTransformer for `layouts.fold`ed parameters: no mask token there."""
+    """Rows of timm's VisionTransformer, which has no mask token; see `layouts.to_layout`."""
     renames = {'register_tokens': 'reg_token'}
     if vit.ffn == 'swiglu':
         renames |= {'mlp.w12': 'mlp.fc1', 'mlp.w3': 'mlp.fc2'}
@@ -356,6 +356,15 @@ def fixed_tables(method):
     return tables
 
 
+def plain(key, prefix=''):
+    """A key without its prefix, FSDP's wrappers and the chunks of DINOv2's training.
+
+    Those are named blocks.<chunk>.<i>.…, where i counts over all chunks.
+    """
+    key = key[len(prefix) :].replace('_fsdp_wrapped_module.', '')
+    return re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', key)
+
+
 def chunked(state_dict):
-    """DINOv2's training names blocks.<chunk>.<i>.… -> blocks.<i>.…; others are left alone."""
-    return {re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', k): v for k, v in state_dict.items()}
+    """DINOv2's training names -> those of the hub, see `plain`; others are left alone."""
+    return {plain(k): v for k, v in state_dict.items()}

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a set of torch tensors is, found from their names and shapes."""
+
+import difflib
+import math
+import re
+
+import numpy as np
+
+from ssl_jax.interop import tables
+from ssl_jax.models import layers, pos_embed
+from ssl_jax.models import vit as vit_lib
+from ssl_jax.models.decoder import Decoder
+
+# The key that says where the encoder is and in whose names.
+ENCODER = {
+    'patch_embed.proj.weight': 'official',
+    'embeddings.patch_embeddings.projection.weight': 'hf',
+}
+# What stands beside an encoder in a file: heads of training and of tasks.
+HEADS = re.compile(r'(pooler|classifier|head|head_dist|dino_head|ibot_head|last_proj)\.')
+OPTIMIZER = re.compile(
+    r'(^|[./])(exp_avg|exp_avg_sq|momentum_buffer|optimizer\w*|opt_state|param_groups|mu|nu)([./]|$)'
+    r'|^state[./]\d'
+)
+# Parts of names by which other networks are known.
+FOREIGN = {
+    'relative_position_bias': 'BEiT',
+    'q_bias': 'BEiT',
+    'rope_embed': 'DINOv3',
+    'storage_tokens': 'DINOv3',
+    'visual.': 'CLIP',
+    'vision_model.': 'CLIP or SigLIP',
+    'downsample': 'a ResNet or a Swin Transformer',
+}
+KNOWN = 'MAE, Pixio, DINOv2 and plain ViTs, in the names of their authors, transformers or timm'
+# Width of a decoder -> its number of heads, in MAE and in Pixio.
+DECODER_HEADS = {512: 16}
+
+
+def family_of(vit, decoder=None):
+    """The family that a ViT is an instance of: 'mae', 'pixio', 'dinov2' or 'vit'."""
+    if vit.layer_scale is not None:
+        return 'dinov2'
+    if vit.num_cls_tokens > 1:
+        return 'pixio'
+    one = vit.num_cls_tokens == 1
+    return 'mae' if one and (decoder is not None or vit.pos_embed == 'sincos') else 'vit'
+
+
+def find(tensors, hints):
+    """See `layouts.recognise`; returns the fields of `layouts.Weights` as a dict."""
+    shapes = getattr(tensors, 'shapes', None)
+    if shapes is None:
+        shapes = {k: tuple(getattr(v, 'shape', v)) for k, v in tensors.items()}
+    marker = _marker(shapes)
+    hf = marker.endswith('projection.weight')
+    prefix = marker.removesuffix(next(k for k in ENCODER if marker.endswith(k)))
+    inner = ''  # what of the prefix belongs to the names of the layout
+    if prefix.endswith('vit.') and f'{prefix[:-4]}decoder.decoder_pred.weight' in shapes:
+        prefix, inner = prefix[:-4], 'vit.'
+    keys = {tables.plain(k, prefix): k for k in shapes if k.startswith(prefix)}
+    have = {name: tuple(shapes[k]) for name, k in keys.items()}
+    left_out = [k for k in shapes if not k.startswith(prefix)]
+    left_out += [k for name, k in keys.items() if HEADS.match(name)]
+    if hf and len(have.get('embeddings.mask_token', ())) == 3:  # of SimMIM
+        left_out.append(keys['embeddings.mask_token'])
+
+    def table(name):
+        value = tensors[keys[name]]
+        return value if hasattr(value, 'dtype') else None
+
+    read = _read_hf if hf else _read_official
+    fields = read(have, hints, table, inner)
+    return dict(fields, prefix=prefix, left_out=tuple(sorted(left_out)))
+
+
+def _marker(shapes):
+    """The key of the patch embedding, a teacher's before a student's; or a sentence."""
+    found = [k for k in shapes if any(k == e or k.endswith(f'.{e}') for e in ENCODER)]
+    if found:
+        return min(found, key=lambda k: ('teacher' not in k, 'student' in k, len(k), k))
+    some = ', '.join(sorted(shapes)[:4])
+    if not shapes:
+        raise ValueError('there are no tensors; give a file of weights.')
+    if sum(bool(OPTIMIZER.search(k)) for k in shapes) > len(shapes) / 2:
+        raise ValueError(
+            f'these tensors are the state of an optimizer ({some}, …) and no weights; give the '
+            f'checkpoint of the model.'
+        )
+    foreign = [name for part, name in FOREIGN.items() if any(part in k for k in shapes)]
+    like = f'look like {foreign[0]}, which' if foreign else f'({some}, …)'
+    near = [n for e in ENCODER for n in difflib.get_close_matches(e, shapes, n=1, cutoff=0.8)]
+    raise ValueError(
+        f'these {len(shapes)} tensors {like} are of no family known here: none is '
+        f'{" or ".join(ENCODER)}{f" (nearest: {near[0]})" if near else ""}; known are {KNOWN}.'
+    )
+
+
+def _read_official(have, hints, table, inner):
+    """Fields of MAE, Pixio, DINOv2 (hub) and timm, whose names are nearly the same."""
+    del inner
+    dim, patch = _patch(have, 'patch_embed.proj.weight')
+    registers = have.get('register_tokens', have.get('reg_token', (1, 0)))[1]
+    folded = 'reg_token' in have  # timm: the position table has no class row
+    depth = _depth(have, 'blocks')
+    ffn, hidden = 'mlp', _rows(have, 'mlp.fc1.weight')
+    if hidden is None:
+        ffn, hidden = 'swiglu', (_rows(have, 'mlp.w12.weight') or 0) // 2
+    elif hidden == 2 * (_rows(have, 'mlp.fc2.weight', axis=1) or 0):  # timm
+        ffn, hidden = 'swiglu', hidden // 2
+    scaled = any(k.endswith('.ls1.gamma') for k in have)
+    mask_token = len(have.get('mask_token', ())) == 2
+    timm = folded or 'architecture' in hints or (scaled and not mask_token)
+    classes, img_size = _grid(have, hints, 'pos_embed', 'cls_token', patch, folded)
+    pos = _positions(table, 'pos_embed', have, dim, img_size // patch, classes, not scaled)
+    vit = _vit(
+        hints,
+        hidden,
+        scaled,
+        embed_dim=dim,
+        depth=depth,
+        patch_size=patch,
+        img_size=img_size,
+        num_cls_tokens=classes,
+        num_register_tokens=registers,
+        pos_embed=pos,
+        ffn=ffn,
+        mask_token=mask_token or (timm and scaled),
+    )
+    decoder = None
+    if any(k.startswith('decoder_') for k in have):
+        decoder = _decoder(have, hints, table, vit, '', 'decoder_blocks', '.mlp.fc1.weight')
+    family = family_of(vit, decoder)
+    if family == 'vit' and timm:
+        vit = vit.clone(pos_resize='antialias')  # no official code but timm's
+    return dict(
+        family=family,
+        layout='timm' if timm else 'official',
+        what='full' if decoder else 'backbone',
+        vit=vit,
+        decoder=decoder,
+    )
+
+
+def _read_hf(have, hints, table, inner):
+    """Fields of the models of transformers."""
+    e = f'{inner}embeddings'
+    dim, patch = _patch(have, f'{e}.patch_embeddings.projection.weight')
+    registers = have.get(f'{e}.register_tokens', (1, 0))[1]
+    memory = any('.attention.q_proj.' in k for k in have)
+    scaled = any(k.endswith('.layer_scale1.lambda1') for k in have)
+    stack = f'{inner}layers' if memory and not scaled else f'{inner}encoder.layer'
+    depth = _depth(have, stack)
+    encoder = {k: s for k, s in have.items() if k.startswith(f'{stack}.')}
+    ffn = 'swiglu'
+    hidden = (_rows(encoder, 'mlp.weights_in.weight') or 0) // 2
+    hidden = hidden or _rows(encoder, 'mlp.gate_proj.weight')
+    if not hidden:
+        ffn = 'mlp'
+        hidden = _rows(encoder, 'mlp.fc1.weight') or _rows(encoder, 'intermediate.dense.weight')
+    classes, img_size = _grid(
+        have, hints, f'{e}.position_embeddings', f'{e}.cls_token', patch, False
+    )
+    mask_token = len(have.get(f'{e}.mask_token', ())) == 2
+    pos = _positions(
+        table, f'{e}.position_embeddings', have, dim, img_size // patch, classes, not scaled
+    )
+    vit = _vit(
+        hints,
+        hidden,
+        scaled,
+        embed_dim=dim,
+        depth=depth,
+        patch_size=patch,
+        img_size=img_size,
+        num_cls_tokens=classes,
+        num_register_tokens=registers,
+        pos_embed=pos,
+        ffn=ffn,
+        mask_token=mask_token or bool(registers),
+    )
+    decoder, saved = None, any('decoder_encoder.layer.' in k for k in have)
+    if inner:
+        stack = 'decoder.decoder_encoder.layer' if saved else 'decoder.decoder_layers'
+        fc1 = '.mlp.fc1.weight' if memory else '.intermediate.dense.weight'
+        decoder = _decoder(have, hints, table, vit, 'decoder.', stack, fc1)
+    family = family_of(vit, decoder)
+    pixio = hints.get('model_type') == 'pixio' or any(k.endswith('.norm1.weight') for k in encoder)
+    if pixio and not scaled:
+        family = 'pixio'
+    names = 'memory' if memory else 'hub'
+    saved_pixio = any(k.endswith('.intermediate.dense.weight') for k in encoder)
+    if saved or (family == 'pixio' and saved_pixio):
+        names = 'saved'
+    return dict(
+        family=family,
+        layout='hf',
+        what='full' if decoder else 'backbone',
+        vit=vit,
+        decoder=decoder,
+        names=names,
+    )
+
+
+def _vit(hints, hidden, scaled, **fields):
+    """The ViT with an FFN of `hidden` channels; with layer scale it is DINOv2's."""
+    dim, depth, ffn = fields['embed_dim'], fields['depth'], fields['ffn']
+    if not hidden:
+        raise ValueError('no block has an FFN of a known kind, fc1 and fc2 or a SwiGLU.')
+    resize = 'bicubic'
+    if scaled:
+        resize = 'antialias' if fields['num_register_tokens'] else 'offset'
+    return vit_lib.ViT(
+        **fields,
+        num_heads=_num_heads(hints, dim, depth),
+        mlp_ratio=mlp_ratio(hidden, dim, ffn),
+        pos_resize=resize,
+        layer_scale=float(hints.get('layerscale_value', 1.0)) if scaled else None,
+        init_scheme='dinov2' if scaled else 'mae',
+        eps=float(hints.get('layer_norm_eps', 1e-6)),
+    )
+
+
+def _decoder(have, hints, table, vit, prefix, stack, fc1):
+    dim = have.get(f'{prefix}decoder_embed.weight', have.get(f'{prefix}mask_token', (0,)))[0]
+    depth, grid = _depth(have, stack), vit.img_size // vit.patch_size
+    if dim <= 1:
+        raise ValueError(_absent(f'{prefix}decoder_embed.weight', have))
+    hidden = next((s[0] for k, s in have.items() if k.startswith(stack) and k.endswith(fc1)), None)
+    if hidden is None:
+        raise ValueError(_absent(f'{stack}.0{fc1}', have))
+    name = f'{prefix}decoder_pos_embed'
+    heads = hints.get('decoder_num_heads', hints.get('decoder_num_attention_heads'))
+    heads = heads or DECODER_HEADS.get(dim)
+    if not heads or dim % int(heads):
+        raise ValueError(
+            f'the number of heads of a decoder of width {dim} is not in its tensors'
+            f'{f", and {heads} does not divide that" if heads else ""}; give decoder_num_heads.'
+        )
+    return Decoder(
+        embed_dim=dim,
+        depth=depth,
+        num_heads=int(heads),
+        num_patches=grid**2,
+        num_cls_tokens=vit.num_cls_tokens,
+        out_dim=3 * vit.patch_size**2,
+        pos_embed=_positions(table, name, have, dim, grid, vit.num_cls_tokens, True),
+        mlp_ratio=mlp_ratio(hidden, dim, 'mlp'),
+        eps=vit.eps,
+    )
+
+
+def _patch(have, key):
+    """(embed_dim, patch_size) of the kernel of the patch embedding."""
+    shape = have[key]
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise ValueError(
+            f'{key} has shape {shape}, expected (width, 3, patch, patch): square patches of RGB.'
+        )
+    return shape[0], shape[2]
+
+
+def _depth(have, stack):
+    found = [re.match(re.escape(stack) + r'\.(\d+)\.', k) for k in have]
+    depth = 1 + max((int(m[1]) for m in found if m), default=-1)
+    if not depth:
+        raise ValueError(_absent(f'{stack}.0', have))
+    return depth
+
+
+def _rows(have, end, axis=0):
+    """Length of an axis of the first matrix whose name ends so; None if there is none."""
+    found = sorted(k for k, s in have.items() if k.endswith(f'.{end}') and len(s) == 2)
+    found = [k for k in found if not k.startswith('decoder')]
+    return have[found[0]][axis] if found else None
+
+
+def _grid(have, hints, pos, cls, patch, folded):
+    """(class tokens, img_size) from the tables of positions and class tokens."""
+    if pos not in have:
+        raise ValueError(_absent(pos, have))
+    if len(have[pos]) != 3:
+        raise ValueError(f'{pos} has shape {have[pos]}, expected (1, positions, width).')
+    n = have[pos][1]
+    classes = have[cls][1] if len(have.get(cls, ())) == 3 else 0
+    if cls not in have and math.isqrt(n) ** 2 != n:
+        raise ValueError(_absent(cls, have))
+    side = math.isqrt(n - (0 if folded else classes))
+    if side**2 != n - (0 if folded else classes):
+        raise ValueError(
+            f'{pos} has {n} positions, and without those of {classes} class tokens that is no '
+            f'square grid; only square tables are read.'
+        )
+    given = hints.get('img_size', hints.get('image_size', side * patch))
+    given = given if isinstance(given, int) else max(given)
+    stated = hints.get('patch_size', patch)
+    if given // patch != side or stated not in (patch, [patch, patch], (patch, patch)):
+        raise ValueError(
+            f'img_size {given} and patch_size {stated} do not fit the tensors, which have '
+            f'{side} x {side} positions and patches of {patch} pixels.'
+        )
+    return classes, given
+
+
+def _positions(table, name, have, dim, grid, classes, maybe):
+    """'sincos' or 'learned'; from shapes alone, one class token or none means sin-cos."""
+    shape = (1, classes + grid**2, dim)
+    if not maybe or dim % 4 or have.get(name) != shape:
+        return 'learned'
+    value = table(name)
+    if value is None:
+        return 'sincos' if classes == 1 else 'learned'
+    same = tables.is_table(np.asarray(value, np.float32), pos_embed.sincos(dim, grid, classes))
+    return 'sincos' if same else 'learned'
+
+
+def _num_heads(hints, dim, depth):
+    """Heads leave no trace in the tensors: from the hints, or from the named sizes."""
+    heads = hints.get('num_heads', hints.get('num_attention_heads'))
+    heads = heads or (hints.get('model_args') or {}).get('num_heads')
+    heads = heads or {(d, n): h for d, n, h in vit_lib.SIZES.values()}.get((dim, depth))
+    if not heads:
+        raise ValueError(
+            f'{depth} blocks of width {dim} are no size with a name, and the number of heads is '
+            f'not in the tensors; give num_heads.'
+        )
+    if dim % int(heads):
+        raise ValueError(f'num_heads={heads} does not divide the width {dim}; give another.')
+    return int(heads)
+
+
+def mlp_ratio(hidden, dim, ffn):
+    """The ratio from which our FFN, and torch's, gets exactly `hidden` channels."""
+    if ffn == 'swiglu':
+        if layers.swiglu_hidden(dim, 4.0) == hidden:
+            return 4.0
+        if hidden % 8:
+            raise ValueError(f'a SwiGLU of {hidden} channels is no multiple of 8.')
+        return mlp_ratio(hidden * 3 // 2, dim, 'mlp')
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _absent(key, have):
+    near = difflib.get_close_matches(key, have, n=1)
+    return f'missing {key}' + (f' (nearest: {near[0]}).' if near else '.')
