@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `ssl_jax`: pretrain | eval | show | demo.
+"""The command `ssl_jax`: pretrain | eval | show | features | export | import | demo.
 
     ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+    ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
+    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
+    ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
 """
 
 import argparse
+import functools
 import os
 import sys
 
@@ -43,12 +47,44 @@ def main(argv=None):
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
     p.add_argument('--num', type=int, default=8, help='number of images')
 
+    p = commands.add_parser('features', help='features of every image in a Parquet file')
+    p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
+    p.add_argument('--data', required=True, help='folder of images, Parquet, ArrayRecord files')
+    p.add_argument('--out', required=True, help='the file; start again to continue after a kill')
+    p.add_argument('--size', type=int, help="pixels; default: the model's own")
+    p.add_argument('--batch', type=int, default=64, help='images at a time')
+
+    p = commands.add_parser('export', help='weights for PyTorch: safetensors and a model card')
+    p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
+    p.add_argument('--to', required=True, help='names of: official, hf or timm')
+    p.add_argument('--out', required=True, help='folder to write')
+    p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
+    p.add_argument('--what', default='backbone', help='backbone, or full with the decoder')
+    p.add_argument('--dtype', default='float32', help='float32 or bfloat16')
+
+    p = commands.add_parser('import', help='weights of another program as a checkpoint of step 0')
+    p.add_argument('path', help='safetensors, .pth, .npz, or an HF or timm folder')
+    p.add_argument('--workdir', required=True, help='a new one')
+    p.add_argument('hints', nargs='*', metavar='HINT=VALUE', help='e.g. num_heads=12')
+
     p = commands.add_parser('demo', help='train on rendered scenes for some minutes, then evaluate')
     p.add_argument('--workdir', default='runs/demo')
 
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if args.command == 'import' and not any(word.startswith('-') for word in more):
+        args.hints, more = args.hints + more, []  # argparse takes no FIELD=VALUE after an option
+    if more:
+        parser.error(f'unrecognized arguments: {" ".join(more)}')
     try:
-        {'pretrain': pretrain, 'eval': evaluate, 'show': show, 'demo': demo}[args.command](args)
+        {
+            'pretrain': pretrain,
+            'eval': evaluate,
+            'show': show,
+            'features': features,
+            'export': export,
+            'import': import_,
+            'demo': demo,
+        }[args.command](args)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get('SSL_JAX_TRACEBACK'):
             raise
@@ -92,6 +128,43 @@ def show(args):
 
     for path in show_lib.show(args.workdir, data=args.data, out=args.out, num=args.num):
         print(path)
+
+
+def features(args):
+    """`ssl_jax features`."""
+    from ssl_jax import features as features_lib
+
+    log = functools.partial(print, flush=True)  # a pipe sees every line at once
+    features_lib.extract(
+        args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=log
+    )
+
+
+def export(args):
+    """`ssl_jax export`."""
+    if 'jax' not in sys.modules:  # all of it happens on the host; accelerators may be busy
+        os.environ['JAX_PLATFORMS'] = 'cpu'
+    from ssl_jax.interop import export as export_lib
+
+    out = export_lib.export(
+        args.workdir, args.to, args.out, step=args.step, what=args.what, dtype=args.dtype
+    )
+    print(f'written to {out}: {", ".join(sorted(p.name for p in out.iterdir()))}')
+
+
+def import_(args):
+    """`ssl_jax import`."""
+    if 'jax' not in sys.modules:
+        os.environ['JAX_PLATFORMS'] = 'cpu'
+    from ssl_jax.interop import load
+
+    hints = {}
+    for hint in args.hints:
+        name, equals, value = hint.partition('=')
+        if not equals:
+            raise ValueError(f"'{hint}' has no '='; write HINT=VALUE, e.g. num_heads=12.")
+        hints[name] = int(value) if value.isdigit() else value
+    load.import_weights(args.path, args.workdir, **hints)
 
 
 def demo(args):

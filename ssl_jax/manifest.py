@@ -17,7 +17,8 @@ def describe(items):
     """Tensors with type and checksum, versions, PRNG settings, mesh, devices and processes."""
     sums, tensors = checksums.of(items), checksums.named(items)
     packages = ('jax', 'flax', 'optax', 'orbax-checkpoint')
-    meshes = (getattr(x.sharding, 'mesh', None) for x in tensors.values())
+    shardings = (getattr(x, 'sharding', None) for x in tensors.values())  # numpy has none
+    meshes = (getattr(s, 'mesh', None) for s in shardings)
     mesh = next((m for m in meshes if m is not None), None)
     return {
         'tensors': {k: {'type': _spell(tensors[k]), 'sum': sums[k]} for k in tensors},

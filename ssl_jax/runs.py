@@ -1,29 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished or running run, opened for reading: its config, method and weights."""
+"""A finished or running run, or imported weights, opened for reading: config, method, weights."""
 
 import dataclasses
 import json
 from typing import Any
 
+import jax
 from etils import epath
 
 from ssl_jax import checkpoint, methods
 from ssl_jax import config as config_lib
+from ssl_jax.interop import describe
+from ssl_jax.models import vit as vit_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Attributes: config (locked ConfigDict), method, params and extra (numpy), step."""
+    """What a checkpoint holds.
+
+    Attributes:
+      config: locked ConfigDict; of an imported encoder the defaults, without `method`.
+      method: None where an encoder alone was imported.
+      params, extra: numpy.
+      step: 0 for imported weights.
+      weights: `interop.layouts.Weights` of imported weights, else None.
+      meta: the checkpoint's own account, see `checkpoint`.
+    """
 
     config: Any
     method: Any
     params: Any
     extra: Any
     step: int
+    weights: Any = None
+    meta: Any = dataclasses.field(default_factory=dict)
 
     def backbone(self):
         """(ViT, its parameters): what evaluation and export see."""
+        if self.method is None:
+            return self.weights.vit, self.params['encoder']
         return self.method.backbone(self.params, self.extra)
+
+    def untrained(self, seed):
+        """(ViT, fresh parameters of the same encoder): the baseline of an evaluation."""
+        if self.method is None:
+            vit = self.weights.vit
+            return vit, jax.device_get(vit_lib.init_params(vit, jax.random.key(seed)))
+        return self.method.backbone(
+            *jax.device_get(jax.jit(self.method.init)(jax.random.key(seed)))
+        )
+
+    @property
+    def transform(self):
+        """How images become input of the encoder, see `interop.describe`."""
+        if 'imported' in self.meta:
+            return self.meta['imported']['transform']
+        size = self.config.eval.size or self.method.views()[0].size
+        return describe.transform_of(size)
 
 
 def open_run(workdir, step=None):
@@ -37,6 +70,19 @@ def open_run(workdir, step=None):
     if not workdir.exists():
         raise ValueError(f'there is no run at {workdir}; give the --workdir of a training run.')
     model, meta = checkpoint.restore_model(workdir, step=step)
-    config = config_lib.from_json(json.dumps(meta["config"]))
-    method = methods.from_config(config)
-    return Run(config, method, model['params'], model.get('extra') or {}, int(meta['step']))
+    config, method, weights = parse(meta)
+    extra = model.get('extra') or {}
+    return Run(config, method, model['params'], extra, int(meta['step']), weights, meta)
+
+
+def parse(meta):
+    """(config, method, weights) of a checkpoint's own account, as `Run` has them."""
+    imported, weights, method = meta.get('imported'), None, None
+    if imported:
+        weights = describe.from_dict(imported['weights'])
+    config = config_lib.from_json(json.dumps(meta['config']))
+    if 'method' in config:
+        method = methods.from_config(config)
+        if weights:  # a few fields, such as an odd eps, are no field of a config
+            method = dataclasses.replace(method, vit=weights.vit, decoder=weights.decoder)
+    return config, method, weights

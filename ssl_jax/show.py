@@ -17,6 +17,11 @@ def show(workdir, data=None, out=None, num=8):
       out: folder; default workdir/pictures.  num: how many images.
     """
     run = runs.open_run(workdir)
+    if run.method is None:
+        raise ValueError(
+            f'{workdir} holds an imported encoder alone, and what is shown here are crops and '
+            f'reconstructions of training; use `ssl_jax eval` or `ssl_jax features`.'
+        )
     source = sources.open_source(data or run.config.data.train)
     num = min(num, len(source))
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')

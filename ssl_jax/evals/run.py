@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ssl_jax import runs, sharding
+from ssl_jax import augment, runs, sharding
 from ssl_jax.data import sources
 from ssl_jax.evals import features as features_lib
 from ssl_jax.evals import knn, linear, monitors
@@ -44,6 +44,7 @@ def evaluate(
     temperature=0.07,
     knn_protocol='pixio',
     linear_options=None,
+    normalization='ImageNet mean and std',
     seed=0,
     should_stop=None,
     log=print,
@@ -58,6 +59,7 @@ def evaluate(
         each of the two sets.
       ks, temperature, knn_protocol: see `knn.knn`.
       linear_options: more arguments of `linear.probe`; False leaves the probe out.
+      normalization: what the forwards do to the channels, for the protocol.
       seed: of the probe.
       log: called with each line of progress; None for silence.
 
@@ -88,7 +90,7 @@ def evaluate(
         resize=resize or size,
         crop='centre',
         interpolation='bicubic, antialiased (Pillow)',
-        normalization='ImageNet mean and std',
+        normalization=normalization,
         split=how,
         train=dict(images=len(train_y), data=str(getattr(train_source, 'fingerprint', ''))),
         test=dict(images=len(test_y), data=str(getattr(test_source, 'fingerprint', ''))),
@@ -256,7 +258,7 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
     """
     workdir = epath.Path(workdir)
     run = runs.open_run(workdir, step)
-    config, method = run.config, run.method
+    config, transform = run.config, run.transform
     if data is None:
         data, test = config.data.eval_train, test or config.data.eval_test
         if data is None:
@@ -267,14 +269,16 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
     test_source = sources.open_source(test) if test is not None else None
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
     # Not with the seed of the run: any fresh encoder, not the start of this one.
-    fresh = jax.device_get(jax.jit(method.init)(jax.random.key(config.seed + 1)))
+    encoders = {'trained': run.backbone(), 'untrained': run.untrained(config.seed + 1)}
+    mean, std = transform['mean'], transform['std']
     forwards = {}
-    for name, state in {'trained': (run.params, run.extra), 'untrained': fresh}.items():
-        vit, params = method.backbone(*state)
+    for name, (vit, params) in encoders.items():
         params = jax.device_put(params, sharding.infer(params, mesh))
-        forwards[name] = features_lib.make_forward(vit, params)
+        forwards[name] = features_lib.make_forward(vit, params, mean=mean, std=std)
     forwards['raw_pixels'] = features_lib.raw_pixels()
-    size = config.eval.size or method.views()[0].size
+    size = transform['size']
+    if (tuple(mean), tuple(std)) != (augment.MEAN, augment.STD):
+        options.setdefault('normalization', f'mean {mean}, std {std}')
     main = jax.process_index() == 0
     log = print if main else None
     if main:
