@@ -28,12 +28,14 @@ OPTIONAL = {
     'method.size': str, 'method.embed_dim': int, 'method.depth': int, 'method.num_heads': int,
     'method.patch_size': int, 'method.img_size': int, 'method.mask_grid': int,
     'method.decoder_embed_dim': int, 'method.decoder_depth': int, 'method.decoder_num_heads': int,
-    'optim.lr': float, 'optim.clip': float, 'optim.layer_decay': float,
+    'optim.lr': float, 'optim.clip': float, 'optim.weight_decay_end': float, 'optim.layer_decay': float,
     'optim.warm_freeze_steps': int, 'optim.warm_freeze_epochs': float,
     'optim.warm_freeze_examples': int,
     'checkpoint.every_steps': int, 'checkpoint.every_minutes': float, 'checkpoint.keep_every': int,
     'eval.every_steps': int, 'eval.every_epochs': float, 'eval.every_examples': int,
     'eval.max_train': int, 'eval.max_test': int, 'eval.size': int,
+    'method.layer_scale': float, 'method.warmup_teacher_temp_steps': int,
+    'method.warmup_teacher_temp_epochs': float, 'method.warmup_teacher_temp_examples': int,
     'dtype': str, 'init_from': str, 'resume_from': str,
 }  # fmt: skip
 
@@ -96,17 +98,21 @@ def default():
     o.base_lr = 1.5e-4  # learning rate per `scale_batch` images: lr = base_lr * batch / scale_batch
     o.lr = None  # peak learning rate as it is; overrides base_lr
     o.scale_batch = 256  # images
+    o.lr_scaling = 'linear'  # 'linear' as above, or base_lr * 'sqrt'(batch / scale_batch)
+    o.schedule = 'mae'  # warm-up and cosine as 'mae' or as 'dinov2' has them, see ssl_jax.optim
     o.min_lr = 0.0  # learning rate at the end of the cosine
     o.b1 = 0.9  # AdamW
     o.b2 = 0.95
     o.eps = 1e-8
     o.weight_decay = 0.05  # decoupled: p <- p (1 - lr wd)
+    o.weight_decay_end = None  # the decay moves there along half a cosine; None: it stays
     o.no_decay = ()  # regexes on slash paths, exempt from decay besides biases and 1-D parameters
-    o.clip = None  # largest global gradient norm
+    o.clip = None  # largest gradient norm ...
+    o.clip_by = 'all'  # ... of 'all' gradients, of each 'network', or of each 'tensor'
     o.layer_decay = None  # factor per layer below the head, for fine-tuning
     o.lr_mult = ()  # ((regex, factor), ...): factors of all matching regexes multiply
     o.freeze = ()  # regexes: no update, no decay, no moments
-    o.warm_freeze = ()  # regexes: frozen at the start of the run, for as long as ...
+    o.warm_freeze = ()  # regexes: rate 0 at the start of the run, for as long as ...
     o.warm_freeze_steps = None  # ... one of warm_freeze_{steps,epochs,examples} says
     o.warm_freeze_epochs = None
     o.warm_freeze_examples = None
@@ -341,7 +347,7 @@ def _tuples(value):
 
 
 def steps(prefix, config, num_examples=None, batch_size=None, default=None):
-    """Converts a duration of any unit to optimizer steps.
+    """Converts a duration of any unit to optimizer steps; see `clock` for those of one config.
 
     Vocabulary: a step is one optimizer update, an example one image seen (`batch_size` per step,
     all devices and micro-batches together), an epoch `num_examples` examples. Batches run across
@@ -376,3 +382,13 @@ def steps(prefix, config, num_examples=None, batch_size=None, default=None):
             )
         value = value * num_examples
     return max(round(value / batch_size), int(value > 0))
+
+
+def clock(config, num_examples=None):
+    """`steps` of one config: (prefix, sub-dict or None for the whole, default) -> int."""
+
+    def durations(prefix, part=None, default=None):
+        part = config if part is None else part
+        return steps(prefix, part, num_examples, config.batch_size, default)
+
+    return durations

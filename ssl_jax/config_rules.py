@@ -9,8 +9,21 @@ import math
 import os
 
 UNITS = ('steps', 'epochs', 'examples')
-DTYPES = ('float32', 'bfloat16')
-REMATS = ('none', 'dots', 'full')
+# Fields that take one of a few words.
+CHOICES = {
+    'dtype': ('float32', 'bfloat16'),
+    'remat': ('none', 'dots', 'full'),
+    'optim.lr_scaling': ('linear', 'sqrt'),
+    'optim.schedule': ('mae', 'dinov2'),
+    'optim.clip_by': ('all', 'network', 'tensor'),
+    'method.pos_embed': ('sincos', 'learned'),
+    'method.pos_resize': ('bicubic', 'offset', 'antialias'),
+    'method.ffn': ('mlp', 'swiglu'),
+    'method.drop_path_mode': ('subset', 'image'),
+    'method.centering': ('sinkhorn_knopp', 'centering', 'none'),
+    'method.mask_sampler': ('dinov2', 'ibot'),
+    'method.blur': ('released', 'intended'),
+}
 # FLOP/s of one CPU core in training small models (measured: 77e9 on two cores), and how long an
 # inferred run should take there, in seconds.
 CPU_FLOPS, CPU_SECONDS = 30e9, 240
@@ -20,6 +33,16 @@ RANGES = (
     ('method.mask_ratio', 0.0, 0.999),
     ('method.drop_path', 0.0, 0.999),
     ('method.flip', 0.0, 1.0),
+    ('method.jitter_prob', 0.0, 1.0),
+    ('method.grey_prob', 0.0, 1.0),
+    ('method.mask_probability', 0.0, 1.0),
+    ('method.n_local_crops', 0, 64),
+    ('method.num_register_tokens', 0, 64),
+    ('method.center_momentum', 0.0, 1.0),
+    ('method.momentum_teacher', 0.0, 1.0),
+    ('method.final_momentum_teacher', 0.0, 1.0),
+    ('method.student_temp', 1e-4, 100.0),
+    ('method.teacher_temp', 1e-4, 100.0),
     ('method.num_cls_tokens', 0, 64),
     ('data.num_threads', 1, 1024),
     ('data.num_workers', 0, 1024),
@@ -28,6 +51,7 @@ RANGES = (
     ('optim.b2', 0.0, 0.99999),
     ('optim.base_lr', 0.0, 100.0),
     ('optim.weight_decay', 0.0, 10.0),
+    ('optim.weight_decay_end', 0.0, 10.0),
     ('optim.layer_decay', 0.01, 1.0),
     ('checkpoint.keep', 1, 10**6),
     ('log.every_steps', 1, 10**9),
@@ -75,10 +99,11 @@ def _errors(c):
             f'batch_size={c.batch_size} is not divisible by accum_steps={c.accum_steps}: '
             f'use batch_size={_near_multiple(c.batch_size, c.accum_steps)}.'
         )
-    if c.dtype not in DTYPES:
-        yield f"dtype='{c.dtype}' is unknown: use one of {', '.join(DTYPES)}."
-    if c.remat not in REMATS:
-        yield f"remat='{c.remat}' is unknown: use one of {', '.join(REMATS)}."
+    for name, words in CHOICES.items():
+        group, _, key = name.rpartition('.')
+        value = (c[group] if group else c).get(key, words[0])
+        if value not in words:
+            yield f"{name}='{value}' is unknown: use one of {', '.join(words)}."
     if c.init_from and c.resume_from:
         yield (
             'init_from (weights only) and resume_from (weights, moments and step) are both set: '
@@ -123,12 +148,40 @@ def _errors(c):
         value = parent.get(key)
         if value is not None and not low <= value <= high:
             yield f'{name}={value} is out of range: use a value from {low} to {high}.'
-    for key in ('crop_scale', 'crop_ratio'):
+    for key in ('crop_scale', 'crop_ratio', 'global_crops_scale', 'local_crops_scale'):
         if key in m and not (len(m[key]) == 2 and 0 < m[key][0] <= m[key][1]):
             yield f'method.{key}={m[key]} must be (low, high) with 0 < low <= high.'
-    if m.get('crop_scale') and m.crop_scale[1] > 1:
-        yield f'method.crop_scale={m.crop_scale} are fractions of the area: at most (.., 1.0).'
+        if key.endswith('scale') and m.get(key) and m[key][1] > 1:
+            yield f'method.{key}={m[key]} are fractions of the area: at most (.., 1.0).'
     yield from _shape_errors(m)
+    if m.name == 'dinov2':
+        yield from _dinov2_errors(c)
+
+
+def _dinov2_errors(c):
+    """Rules of crops, groups and durations of DINOv2."""
+    m, batch = c.method, c.batch_size // c.accum_steps
+    if m.n_local_crops and m.local_size % m.patch_size:
+        yield (
+            f'method.local_size={m.local_size} is not a multiple of method.patch_size='
+            f'{m.patch_size}: use local_size={_near_multiple(m.local_size, m.patch_size)}.'
+        )
+    if m.group_size < 1 or (batch > m.group_size and batch % m.group_size):
+        yield (
+            f'a batch of {batch} (batch_size / accum_steps) does not consist of groups of '
+            f'method.group_size={m.group_size}: use {math.gcd(batch, max(m.group_size, 1))}.'
+        )
+    if m.drop_path and m.drop_path_mode == 'subset' and not m.drop_path_uniform:
+        yield (
+            "method.drop_path_mode='subset' leaves out equally many images in every block: set "
+            "method.drop_path_uniform=True, or drop_path_mode='image'."
+        )
+    low, high = m.mask_ratio_min_max
+    if not 0 <= low <= high <= 1:
+        yield f'method.mask_ratio_min_max={m.mask_ratio_min_max} must be fractions (low, high).'
+    if m.koleo_weight and (batch if not m.koleo_per_group else min(batch, m.group_size)) < 2:
+        yield 'method.koleo_weight needs at least 2 images among which it keeps apart: set it to 0.'
+    duration('warmup_teacher_temp', m)
 
 
 def _shape_errors(m):
@@ -168,8 +221,6 @@ def _shape_errors(m):
                 f'method.{prefix}embed_dim={dim} is not divisible by 4, which '
                 f"pos_embed='sincos' needs: use {_near_multiple(dim, 4)} or pos_embed='learned'."
             )
-    if m.get('pos_embed') not in (None, 'sincos', 'learned'):
-        yield f"method.pos_embed='{m.pos_embed}' is unknown: use 'sincos' or 'learned'."
 
 
 def _near_multiple(value, of):

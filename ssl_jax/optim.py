@@ -8,9 +8,7 @@ look at a parameter's dimensions leave that axis out, layer decay is a vector al
 """
 
 import collections
-import functools
 import math
-import operator
 import re
 
 import jax
@@ -26,14 +24,13 @@ BOTTOM = ('cls_token', 'pos_embed', 'mask_token', 'register_tokens', 'patch_embe
 
 
 def lr_schedule(peak, total_steps, warmup_steps=0, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine to `min_lr`.
+    """MAE's schedule: linear warm-up from 0, then half a cosine to `min_lr`.
 
     lr(s) = peak s / w                                                    for s < w,
             min_lr + (peak - min_lr) (1 + cos(pi (s - w) / (T - w))) / 2  from there on,
 
     as MAE's `util/lr_sched.py` does with fractional epochs e = s / steps_per_epoch. The first step
-    has rate 0. The cosine is computed as the equal sin^2(pi (T - s) / (2 (T - w))), which keeps its
-    relative precision in float32 near the end, where the other form is rounding noise.
+    has rate 0.
 
     Args:
       peak, min_lr: learning rates at the end of the warm-up and of the run.
@@ -43,40 +40,93 @@ def lr_schedule(peak, total_steps, warmup_steps=0, min_lr=0.0):
       Function of the step. A numpy or Python number gives float64 (host, logs, tests), a jax array
       or tracer float32.
     """
-    if not 0 <= warmup_steps < max(total_steps, 1):
-        raise ValueError(
-            f'warmup_steps={warmup_steps} does not end before total_steps={total_steps}: lower it.'
-        )
+    return _warm_cosine(peak, min_lr, total_steps, warmup_steps, warmup_steps)
+
+
+def cosine(start, end, total_steps, warmup_steps=0):
+    """DINO's schedule: as `lr_schedule`, but the warm-up is s / (w - 1) and reaches the peak.
+
+    Both ends of the warm-up are included: the peak comes at step w - 1, and again at step w; `end`
+    is only reached at step T, after the last. Learning rate, weight decay and teacher momentum of
+    DINO, iBOT and DINOv2 are such schedules (`train/train.py: build_schedulers`).
+    """
+    return _warm_cosine(start, end, total_steps, warmup_steps, warmup_steps - 1)
+
+
+def _warm_cosine(peak, end, total, warmup, rise):
+    """The cosine is computed as the equal sin^2(pi (T - s) / (2 (T - w))), which keeps its relative
+    precision in float32 near the end, where the other form is rounding noise."""
+    if not 0 <= warmup < max(total, 1):
+        raise ValueError(f'warmup_steps={warmup} does not end before total_steps={total}: lower it.')
 
     def schedule(step):
-        if isinstance(step, jax.Array):
-            xp, step = jnp, step.astype(jnp.float32)
-        else:
-            xp, step = np, np.asarray(step, np.float64)
-        left = xp.clip((total_steps - step) / (total_steps - warmup_steps), 0, 1)
-        cosine = min_lr + (peak - min_lr) * xp.sin(math.pi / 2 * left) ** 2
-        return xp.where(step < warmup_steps, peak * step / max(warmup_steps, 1e-9), cosine)
+        xp, step = _floating(step)
+        left = xp.clip((total - step) / (total - warmup), 0, 1)
+        after = end + (peak - end) * xp.sin(math.pi / 2 * left) ** 2
+        return xp.where(step < warmup, peak * step / max(rise, 1e-9), after)
 
     return schedule
 
 
+def linear(start, end, steps):
+    """From `start` at step 0 to `end` at step `steps` - 1, and `end` ever after."""
+
+    def schedule(step):
+        xp, step = _floating(step)
+        return end + (start - end) * xp.clip(1 - step / max(steps - 1, 1e-9), 0, 1)
+
+    return schedule
+
+
+def _floating(step):
+    """(numpy, float64 step), or (jax.numpy, float32 step) for a jax array or tracer."""
+    if isinstance(step, jax.Array):
+        return jnp, step.astype(jnp.float32)
+    return np, np.asarray(step, np.float64)
+
+
 def scaled_lr(optim, batch_size):
-    """Peak learning rate by the linear rule base_lr * batch_size / scale_batch, unless lr is given.
+    """Peak learning rate from base_lr and the batch by `lr_scaling`, unless lr is given.
+
+    'linear': base_lr * batch / scale_batch (MAE, DINO); 'sqrt': base_lr * sqrt(batch / scale_batch)
+    (DINOv2).
 
     Returns:
       (lr, sentence for the log that says which rule gave it)
     """
     if optim.lr is not None:
         return optim.lr, f'lr {optim.lr:g} (optim.lr, not scaled with the batch)'
-    lr = optim.base_lr * batch_size / optim.scale_batch
-    rule = f'base_lr {optim.base_lr:g} x batch {batch_size} / {optim.scale_batch}'
-    return lr, f'lr {lr:g} = {rule}'
+    ratio = batch_size / optim.scale_batch
+    rule = f'batch {batch_size} / {optim.scale_batch}'
+    if optim.lr_scaling == 'sqrt':
+        ratio, rule = math.sqrt(ratio), f'sqrt({rule})'
+    lr = optim.base_lr * ratio
+    return lr, f'lr {lr:g} = base_lr {optim.base_lr:g} x {rule}'
 
 
-def schedule(config, total_steps, warmup_steps):
-    """`lr_schedule` of a whole config: peak by `scaled_lr`, end at `optim.min_lr`."""
-    peak, _ = scaled_lr(config.optim, config.batch_size)
-    return lr_schedule(peak, total_steps, warmup_steps, config.optim.min_lr)
+def schedule(config, clock):
+    """What changes from step to step, as a function of the step: arguments of the update.
+
+    Args:
+      config: a whole config.
+      clock: durations in steps, see `config.clock`.
+
+    Returns:
+      step -> dict of lr, weight_decay and warm (whether `optim.warm_freeze` still holds).
+    """
+    optim, total = config.optim, clock('total')
+    peak, _ = scaled_lr(optim, config.batch_size)
+    warmup, freeze = clock('warmup', default=0), clock('warm_freeze', optim, default=0)
+    shape = {'mae': lr_schedule, 'dinov2': dino_lr}[optim.schedule]
+    lr = shape(peak, total, warmup, optim.min_lr)
+    end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
+    weight_decay = cosine(optim.weight_decay, end, total)
+    return lambda step: dict(lr=lr(step), weight_decay=weight_decay(step), warm=step < freeze)
+
+
+def dino_lr(peak, total_steps, warmup_steps=0, min_lr=0.0):
+    """`cosine` with the arguments of `lr_schedule`."""
+    return cosine(peak, min_lr, total_steps, warmup_steps)
 
 
 def grad_norm(grads):
@@ -84,87 +134,63 @@ def grad_norm(grads):
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
-def make(optim, params, warm_freeze_steps=0):
+def make(optim, params):
     """AdamW with decoupled decay as torch, p <- p (1 - lr m wd) - lr m mhat / (sqrt(vhat) + eps).
 
     m is the parameter's multiplier (layer decay, `lr_mult`), see `lr_multipliers`; wd is 0 where
     `decays` says so; frozen parameters are left bitwise as they are, have no moments and do not
     count for the clipping norm. Moments are float32.
 
-    Parameters of `optim.warm_freeze` are frozen for the first `warm_freeze_steps` steps of the run:
-    no update, no decay, no share in the clipping norm, and their moments and their own count for
-    Adam's bias stand still, so that their first step is that of a fresh AdamW. (With the common
-    count, mhat / sqrt(vhat) would be off by (1 - b1) / sqrt(1 - b2), a step 3 times too long for
-    (0.9, 0.999).) Whether a step is frozen is `step < warm_freeze_steps` inside the one compiled
-    program: nothing is compiled at the switch and a restart needs nothing but the step. The price
-    is that moments are there, and gradients are computed, from the start.
+    Parameters of `optim.warm_freeze` have rate 0 while `warm` holds: no update and no decay, but
+    their moments go on, so that their first step is one of ordinary length. DINOv2 treats its last
+    layer so for an epoch; the recipes that continue from released weights their encoder.
 
     Args:
       optim: `config.optim`.
       params: parameters, or their shapes (`jax.eval_shape`).
-      warm_freeze_steps: `config.steps('warm_freeze', config.optim, ...)`.
 
     Returns:
-      (tx, table): `tx.init(params)`, `tx.update(grads, state, params, lr=lr, step=step) -> updates,
-      state`, to be added with `optax.apply_updates` (`step` is read only with `warm_freeze`); a
-      text with one line per parameter group.
+      (tx, table): `tx.init(params)`, `tx.update(grads, state, params, **schedule(step))` ->
+      updates, state, to be added with `optax.apply_updates`; a text with one line per group.
     """
     decay = decays(params, optim.no_decay)
     multipliers = lr_multipliers(params, optim.layer_decay, optim.lr_mult)
     train = trainable(params, optim.freeze)
-    late = _warm_frozen(params, optim.warm_freeze)
-    found = {f for f, trains in zip(*map(jax.tree.leaves, (late, train))) if trains}
-    if optim.warm_freeze and found != {True, False}:
-        raise ValueError(
-            f'optim.warm_freeze={optim.warm_freeze} matches '
-            f'{"every" if True in found else "no"} parameter that trains; their paths begin with '
-            f'{", ".join(sorted(params))}.'
-        )
+    late = _late(params, optim.warm_freeze, train)
     adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.float32)
-    if optim.warm_freeze:
-        rule = functools.partial(_warm_frozen, regexes=optim.warm_freeze)
-        first = optax.masked(adam, lambda tree: jax.tree.map(operator.not_, rule(tree)))
-        adam = optax.chain(first, optax.masked(_standing_still(adam), rule))
-    clip = clip_by_global_norm(optim.clip) if optim.clip else optax.identity()
+    clip = clip_by_norm(optim.clip, optim.clip_by) if optim.clip else optax.identity()
     tx = optax.masked(optax.chain(clip, adam), train)
 
-    def update(grads, state, params, *, lr, step=None):
-        thawed = True if not optim.warm_freeze else step >= warm_freeze_steps
-        grads = jax.tree.map(lambda g, late: jnp.where(thawed, g, 0) if late else g, grads, late)
-        directions, state = tx.update(grads, state, params, thawed=thawed)
+    def update(grads, state, params, *, lr, weight_decay, warm=False):
+        directions, state = tx.update(grads, state, params)
 
         def scale(direction, p, decays, multiplier, trains, late):
             nothing = jnp.full_like(p, -0.0)  # p + -0 is p to the bit, p + 0 is not for p = -0
             if not trains:
                 return nothing
             if decays:
-                direction = direction + optim.weight_decay * p
+                direction = direction + weight_decay * p
             direction = -(lr * multiplier) * direction
-            return jnp.where(thawed, direction, nothing) if late else direction
+            return jnp.where(warm, nothing, direction) if late else direction
 
-        updates = jax.tree.map(scale, directions, params, decay, multipliers, train, late)
-        return updates, state
+        return jax.tree.map(scale, directions, params, decay, multipliers, train, late), state
 
-    from_step = jax.tree.map(lambda late: warm_freeze_steps if late else 0, late)
-    table = describe(params, decay, multipliers, train, optim.weight_decay, from_step)
+    table = describe(params, decay, multipliers, train, late, optim.weight_decay)
     return optax.GradientTransformationExtraArgs(tx.init, update), table
 
 
-def _warm_frozen(params, regexes):
-    """Tree of bools: True where the slash path matches a regex of `warm_freeze`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: _matches(regexes, sharding.path_str(path)), params
+def _late(params, regexes, train):
+    """Tree of bools: True where the slash path matches a regex of `warm_freeze` and trains."""
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, p, trains: trains and _matches(regexes, sharding.path_str(path)), params, train
     )
-
-
-def _standing_still(tx):
-    """`tx`, but its state does not move while `thawed` is false; the updates are not for use."""
-
-    def update(grads, state, params=None, *, thawed, **_):
-        updates, new = tx.update(grads, state, params)
-        return updates, jax.tree.map(lambda a, b: jnp.where(thawed, a, b), new, state)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    found = {late for late, trains in zip(*map(jax.tree.leaves, (tree, train))) if trains}
+    if regexes and found != {True, False}:
+        raise ValueError(
+            f'optim.warm_freeze={regexes} matches {"every" if True in found else "no"} parameter '
+            f'that trains; their paths begin with {", ".join(sorted(params))}.'
+        )
+    return tree
 
 
 def decays(params, no_decay=()):
@@ -219,18 +245,18 @@ def trainable(params, freeze=()):
     return tree
 
 
-def describe(params, decay, multipliers, train, weight_decay, from_step):
+def describe(params, decay, multipliers, train, late, weight_decay):
     """Text table of the parameter groups: lr factor, weight decay, arrays, parameters, example.
 
-    A group that is frozen at first has its first step behind the factor: '0.25 from 500'.
+    The factor of a group that is frozen at first says so: '0.25 later'.
     """
     groups = collections.OrderedDict()
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    rows = zip(leaves, *map(jax.tree.leaves, (decay, multipliers, train, from_step)))
-    for (path, p), d, m, t, start in rows:
+    rows = zip(leaves, *map(jax.tree.leaves, (decay, multipliers, train, late)))
+    for (path, p), d, m, t, waits in rows:
         low, high = float(np.min(m)), float(np.max(m))
         lr = f'{low:.4g}' if low == high else f'{low:.4g}..{high:.4g}'
-        lr += f' from {start}' if start else ''
+        lr += ' later' if waits else ''
         key = (lr, f'{weight_decay:g}' if d else '0') if t else ('frozen', '-')
         groups.setdefault(key, []).append((sharding.path_str(path), math.prod(p.shape)))
     width = max(16, *(len(lr) for lr, _ in groups))
@@ -241,12 +267,26 @@ def describe(params, decay, multipliers, train, weight_decay, from_step):
     return '\n'.join(lines)
 
 
-def clip_by_global_norm(limit):
-    """Scales a tree by min(1, limit / (norm + 1e-6)), torch's `clip_grad_norm_`."""
+def clip_by_norm(limit, by='all'):
+    """Scales gradients by min(1, limit / (norm + 1e-6)), torch's `clip_grad_norm_`.
+
+    by: the norm of what: 'all' gradients; each 'network' on the first level of the tree (DINOv2:
+    backbone and heads apart); each 'tensor' (DINO, iBOT), of stacked blocks each block's.
+    """
+
+    def clipped(tree):
+        scale = jnp.minimum(1.0, limit / (grad_norm(tree) + 1e-6))
+        return jax.tree.map(lambda g: g * scale, tree)
+
+    def tensor(path, g):
+        return (jax.vmap(clipped) if _stacked(sharding.path_str(path)) else clipped)(g)
 
     def update(grads, state, params=None):
-        scale = jnp.minimum(1.0, limit / (grad_norm(grads) + 1e-6))
-        return jax.tree.map(lambda g: g * scale, grads), state
+        if by == 'tensor':
+            return jax.tree_util.tree_map_with_path(tensor, grads), state
+        if by == 'network':
+            return {name: clipped(tree) for name, tree in grads.items()}, state
+        return clipped(grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -68,8 +68,8 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
 
     Args:
       method: see `ssl_jax.methods`.
-      tx: optax transformation that takes the learning rate and step, see `optim.make`.
-      schedule: step -> learning rate.
+      tx: optax transformation that takes what `schedule` gives, see `optim.make`.
+      schedule: step -> dict of learning rate and the like, see `optim.schedule`.
       accum_steps: micro-batches per step; gradients are averaged over them.
     """
 
@@ -101,10 +101,8 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
             loss, metrics = jax.tree.map(lambda x: x.mean(axis=0), (loss, metrics))
 
         grad_norm = optim.grad_norm(grads)
-        lr = schedule(state.step)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, lr=lr, step=state.step
-        )
+        now = schedule(state.step)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **now)
         params = optax.apply_updates(state.params, updates)
         extra = method.after_update(params, extra, state.step)
 
@@ -120,8 +118,9 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
         metrics = {
             **metrics,
             'loss': loss,
-            'lr': jnp.asarray(lr, jnp.float32),
+            'lr': jnp.asarray(now['lr'], jnp.float32),
             'grad_norm': grad_norm,
+            **{f'grad_norm/{name}': optim.grad_norm(tree) for name, tree in grads.items()},
             'skipped_in_a_row': skipped[0],
             'skipped_total': skipped[1],
         }

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from ssl_jax import (
     checkpoint,
     hugepages,
+    init_from,
     launch,
     methods,
     metrics,
@@ -60,13 +61,13 @@ class Program:
     groups: str  # table of the optimizer's parameter groups
 
 
-def make_program(config, method, total_steps, warmup_steps, mesh=None, warm_freeze_steps=0):
+def make_program(config, method, clock, mesh=None):
     """Builds mesh, shardings, and the jitted init and step of `config`."""
     mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
-    tx, groups = optim.make(config.optim, params, warm_freeze_steps)
-    schedule = optim.schedule(config, total_steps, warmup_steps)
+    tx, groups = optim.make(config.optim, params)
+    schedule = optim.schedule(config, clock)
     init = state_lib.init(method, tx, config.seed)
     abstract = jax.eval_shape(init)
     shardings = sharding.infer(abstract, mesh)
@@ -99,7 +100,7 @@ def make_program(config, method, total_steps, warmup_steps, mesh=None, warm_free
     )
 
 
-def restore(config, program, saved):
+def restore(config, method, program, saved):
     """The state to start from: (state, sentence).
 
     In order of precedence: 1 the workdir's own checkpoint, 2 the full state of `resume_from`,
@@ -120,10 +121,11 @@ def restore(config, program, saved):
         return state, f'continuing {config.resume_from} at step {int(state.step)}'
     state = program.init()
     if config.init_from:
-        target = {'params': program.abstract.params, 'extra': program.abstract.extra}
-        model, meta = checkpoint.restore_model(config.init_from, target)
-        state = dataclasses.replace(state, params=model['params'], extra=model['extra'])
-        return state, f'weights of {config.init_from} (its step {meta["step"]}), step 0'
+        params, extra, lines = init_from.load_into(
+            config.init_from, method, state, program.abstract
+        )
+        log(f'weights of {config.init_from}:', *lines)
+        return dataclasses.replace(state, params=params, extra=extra), 'these weights at step 0'
     return state, 'fresh weights'
 
 
@@ -180,14 +182,11 @@ def train(config, workdir):
             config, decisions = _infer(config, source)
             log(*decisions)
         config_lib.validate(config)
-        method = methods.from_config(config)
-        units = dict(num_examples=len(source), batch_size=config.batch_size)
-        total = config_lib.steps('total', config, **units)
-        warmup = config_lib.steps('warmup', config, **units, default=0)
-        eval_every = config_lib.steps('every', config.eval, **units, default=0)
-        freeze = config_lib.steps('warm_freeze', config.optim, **units, default=0)
-        program = make_program(config, method, total, warmup, warm_freeze_steps=freeze)
-        _banner(config, method, source, program, total, warmup, workdir)
+        clock = config_lib.clock(config, len(source))
+        method = methods.from_config(config, clock)
+        total, eval_every = clock('total'), clock('every', config.eval, default=0)
+        program = make_program(config, method, clock)
+        _banner(config, source, program, clock, workdir)
         if jax.process_index() == 0:
             for field, (old, new) in rundir.save_config(workdir, config).items():
                 log(f'config changed since this run began: {field} was {old}, is {new}')
@@ -210,7 +209,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     total, eval_every = steps
     mesh, batch_size = program.mesh, config.batch_size
     meta = {'config': config.to_dict(), 'data': source.fingerprint}
-    state, how = restore(config, program, saved)
+    state, how = restore(config, method, program, saved)
     first = int(state.step)
     log(f'start: {how}, {total} steps in all')
     if first >= total:
@@ -338,12 +337,13 @@ def _infer(config, source):
     return config_lib.infer(config, len(source), typical, device.platform, jax.device_count())
 
 
-def _banner(config, method, source, program, total, warmup, workdir):
+def _banner(config, source, program, clock, workdir):
     """What runs, on what, with which learning rate."""
     count = sum(x.size for x in jax.tree.leaves(program.abstract.params))
     device = jax.devices()[0]
     where = {k: v for k, v in program.mesh.shape.items() if v > 1} or 'one device'
     per_epoch = len(source) / config.batch_size
+    total, warmup = clock('total'), clock('warmup', default=0)
     log(
         f'{config.name or config.method.name}: '
         f'ssl_jax {version.__version__}, jax {jax.__version__}',

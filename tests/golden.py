@@ -13,6 +13,7 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -91,3 +92,12 @@ class File:
         largest = float(np.abs(want).max())
         limit = max(rtol * largest, 1e-7)
         assert error <= limit, f'{key}: differs by {error:.2e} where its largest is {largest:.2e}'
+
+
+@functools.lru_cache
+def load(stem):
+    """File `stem`.npz of the golden folder; skips the test where there is none."""
+    for folder in folders():
+        if (folder / f'{stem}.npz').exists():
+            return File(folder / f'{stem}.npz')
+    pytest.skip(f'{stem}.npz is in none of {[str(f) for f in folders()]}')

@@ -139,9 +139,8 @@ def check_training(f):
         b1=h['beta1'], b2=h['beta2'], eps=h['eps'], clip=None,
     )
     params = load(method, f.under('w'))
-    schedule = optim.lr_schedule(
-        h['lr'], h['epochs'] * per_epoch, h['warmup_epochs'] * per_epoch, h['min_lr']
-    )
+    c.update(total_steps=h['epochs'] * per_epoch, warmup_steps=h['warmup_epochs'] * per_epoch)
+    schedule = optim.schedule(c, config_lib.clock(c))
     tx, _ = optim.make(c.optim, params)
 
     # The step's own method, except that images and noise come from the file.

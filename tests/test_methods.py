@@ -13,7 +13,12 @@ from ssl_jax import state as state_lib
 # The smallest recipe of each method: change only sizes here.
 SHRINK = ('method.embed_dim=32', 'method.depth=2', 'method.num_heads=2', 'batch_size=16')
 RECIPES = [r for r in config_lib.recipes() if not r.startswith('images_')]
+LENGTHS = {'total': 1000, 'warmup': 1}
 SMALL = [r for r in RECIPES if r.startswith('scenes_')]
+
+
+def clock(prefix, part=None, default=None):
+    return LENGTHS.get(prefix, 5)
 
 
 def shrunk(recipe):
@@ -36,9 +41,9 @@ def test_every_method_has_a_small_recipe():
 @pytest.mark.parametrize('recipe', SMALL)
 def test_the_loss_of_a_repeated_batch_falls_on_eight_devices(recipe):
     config = shrunk(recipe)
-    method = methods.from_config(config)
+    method = methods.from_config(config, clock)
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    program = train.make_program(config, method, 100, 1, mesh)
+    program = train.make_program(config, method, clock, mesh)
     data = sharding.to_global(batch(config, method), mesh, np.arange(16), 16)
     with jax.set_mesh(mesh):
         state, losses = program.init(), []
@@ -52,7 +57,7 @@ def test_the_loss_of_a_repeated_batch_falls_on_eight_devices(recipe):
 @pytest.mark.parametrize('recipe', SMALL)
 def test_no_gradient_reaches_extra(recipe):
     config = shrunk(recipe)
-    method = methods.from_config(config)
+    method = methods.from_config(config, clock)
     params, extra = method.init(jax.random.key(0))
     floating = [x for x in jax.tree.leaves(extra) if jnp.issubdtype(x.dtype, jnp.floating)]
     if not floating:
@@ -66,13 +71,13 @@ def test_no_gradient_reaches_extra(recipe):
 def test_every_recipe_traces_at_full_size(recipe):
     """Shapes, types and the length of the schedule fit; nothing is computed."""
     config = config_lib.load(recipe)
-    method = methods.from_config(config)
+    method = methods.from_config(config, clock)
     params, extra = jax.eval_shape(method.init, jax.random.key(0))
     tx, groups = optim.make(config.optim, params)
     state = jax.eval_shape(state_lib.init(method, tx, config.seed))
     accum = config.accum_steps
     step = state_lib.make_step(
-        method, tx, optim.schedule(config, 1000, 10), seed=0, accum_steps=accum
+        method, tx, optim.schedule(config, clock), seed=0, accum_steps=accum
     )
     size = config.batch_size
     data = {
@@ -90,7 +95,7 @@ def test_every_recipe_traces_at_full_size(recipe):
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_recipe_shards_over_fsdp_with_little_replicated(recipe):
     config = config_lib.load(recipe)
-    method = methods.from_config(config)
+    method = methods.from_config(config, clock)
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
     mesh = sharding.make_mesh(data=1, fsdp=8)
     assert sharding.replicated_fraction(params, sharding.infer(params, mesh), mesh) < 0.03
@@ -100,4 +105,4 @@ def test_an_unknown_method_is_one_sentence_with_the_nearest_name():
     config = config_lib.default()
     config.method.name = 'mea'
     with pytest.raises(ValueError, match="'mea' is unknown; did you mean 'mae'"):
-        methods.from_config(config)
+        methods.from_config(config, clock)

@@ -52,7 +52,8 @@ def flat(values):
 def run(c, params, grads, lrs):
     tx, _ = optim.make(c, params)
     state = tx.init(params)
-    update = jax.jit(lambda g, s, p, lr: tx.update(g, s, p, lr=lr))
+    wd = c.weight_decay
+    update = jax.jit(lambda g, s, p, lr: tx.update(g, s, p, lr=lr, weight_decay=wd))
     for grad, lr in zip(grads, lrs):
         updates, state = update(grad, state, params, jnp.float32(lr))
         params = optax.apply_updates(params, updates)
@@ -218,7 +219,7 @@ def test_clipping_equals_torch():
     for k, t in tensors.items():
         t.grad = torch.tensor(np.array(flat(grads)[k]))
     norm = torch.nn.utils.clip_grad_norm_(tensors.values(), 0.7)
-    clipped, _ = optim.clip_by_global_norm(0.7).update(grads, optax.EmptyState())
+    clipped, _ = optim.clip_by_norm(0.7).update(grads, optax.EmptyState())
     assert float(optim.grad_norm(grads)) == pytest.approx(float(norm), rel=1e-6)
     for k, value in flat(clipped).items():
         np.testing.assert_allclose(value, tensors[k].grad.numpy(), rtol=1e-5, atol=1e-8)
@@ -226,14 +227,14 @@ def test_clipping_equals_torch():
 
 def test_clipping_leaves_small_gradients_as_they_are():
     grads = tree(3)
-    same, _ = optim.clip_by_global_norm(1e6).update(grads, optax.EmptyState())
+    same, _ = optim.clip_by_norm(1e6).update(grads, optax.EmptyState())
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(grads)):
         np.testing.assert_array_equal(a, b)
 
 
 def test_clip_is_part_of_the_optimizer():
     huge = jax.tree.map(lambda g: 1e3 * g, tree(1))
-    clipped, _ = optim.clip_by_global_norm(0.1).update(huge, optax.EmptyState())
+    clipped, _ = optim.clip_by_norm(0.1).update(huge, optax.EmptyState())
     # Large eps, for Adam hides the scale of its gradients otherwise.
     with_clip, _ = run(settings(clip=0.1, eps=1.0), tree(), [huge], [1.0])
     by_hand, _ = run(settings(eps=1.0), tree(), [clipped], [1.0])
@@ -275,11 +276,12 @@ def test_freezing_everything_is_refused():
 
 
 def warm_run(c, grads, start=0, params=None, state=None, steps=2):
-    """Steps start, start + 1, ... of a run whose encoder is frozen for `steps` steps."""
+    """Steps start, start + 1, ... of a run whose encoder has rate 0 for `steps` steps."""
     params = tree() if params is None else params
-    tx, _ = optim.make(c, params, steps)
+    tx, _ = optim.make(c, params)
     state = tx.init(params) if state is None else state
-    update = jax.jit(lambda g, s, p, step: tx.update(g, s, p, lr=0.1, step=step))
+    rest = dict(lr=0.1, weight_decay=c.weight_decay)
+    update = jax.jit(lambda g, s, p, step: tx.update(g, s, p, warm=step < steps, **rest))
     for step, grad in enumerate(grads, start):
         updates, state = update(grad, state, params, jnp.int32(step))
         params = optax.apply_updates(params, updates)
@@ -290,25 +292,24 @@ def warm_run(c, grads, start=0, params=None, state=None, steps=2):
 WARM = dict(warm_freeze=('^encoder/',), weight_decay=0.5)
 
 
-def test_warm_frozen_parameters_and_moments_stand_still_to_the_bit_and_then_move():
+def test_warm_frozen_parameters_stand_still_to_the_bit_and_then_move():
     c, start = settings(**WARM), tree()
     start['encoder']['norm']['bias'] = start['encoder']['norm']['bias'].at[0].set(-0.0)
     after, state = warm_run(c, [tree(1), tree(2)], params=start)
     for path, value in flat(after).items():
         same = np.asarray(value).tobytes() == np.asarray(flat(start)[path]).tobytes()
         assert same == path.startswith('encoder/'), path
-    late = [x for k, x in jax.tree_util.tree_leaves_with_path(state) if 'encoder' in str(k)]
-    assert late and not any(np.any(x) for x in late)
     after, state = warm_run(c, [tree(3)], 2, after, state)
     for path, value in flat(after).items():
         assert np.asarray(value).tobytes() != np.asarray(flat(start)[path]).tobytes(), path
 
 
-def test_after_the_warm_freeze_the_encoder_steps_as_with_a_fresh_optimizer():
-    c, grads = settings(**WARM), [tree(k) for k in range(1, 6)]
-    thawed, _ = warm_run(c, grads)
-    fresh, _ = run(settings(weight_decay=0.5), tree(), grads[2:], [0.1] * 3)
-    assert_same(thawed['encoder'], fresh['encoder'])
+def test_moments_of_warm_frozen_parameters_go_on_as_in_dinov2():
+    """The first steps afterwards are those of a run in which the parameter had rate 0 until then."""
+    grads = [tree(k) for k in range(1, 6)]
+    thawed, _ = warm_run(settings(**WARM), grads)
+    same, _ = run(settings(weight_decay=0.5), tree(), grads, [0.0, 0.0, 0.1, 0.1, 0.1])
+    assert_same(thawed['encoder'], same['encoder'])
     whole, _ = run(settings(weight_decay=0.5), tree(), grads, [0.1] * 5)
     assert_same(thawed['decoder'], whole['decoder'])
 
@@ -318,18 +319,42 @@ def assert_same(a, b):
         np.testing.assert_allclose(x, y, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
-def test_warm_frozen_gradients_do_not_count_for_the_clipping_norm():
-    grads = tree(1)
-    grads['encoder'] = jax.tree.map(lambda g: 1e6 * g, grads['encoder'])
-    clipped, _ = warm_run(settings(clip=1e3, eps=1.0, **WARM), [grads])
-    free, _ = warm_run(settings(eps=1.0, **WARM), [grads])
-    np.testing.assert_array_equal(clipped['decoder']['mask_token'], free['decoder']['mask_token'])
-
-
-def test_table_says_from_which_step_a_group_trains():
-    _, table = optim.make(settings(warm_freeze=('^encoder/',)), tree(), 500)
-    trains = {'encoder' in line: '1 from 500 ' in line for line in table.splitlines()[1:]}
+def test_table_says_which_groups_train_later():
+    _, table = optim.make(settings(warm_freeze=('^encoder/',)), tree())
+    trains = {'encoder' in line: '1 later ' in line for line in table.splitlines()[1:]}
     assert trains == {True: True, False: False}
+
+
+def test_weight_decay_moves_along_half_a_cosine():
+    c = config.default()
+    c.update(total_steps=100, warmup_steps=10)
+    c.optim.update(weight_decay=0.04, weight_decay_end=0.4)
+    values = optim.schedule(c, config.clock(c))
+    np.testing.assert_allclose(
+        [values(s)['weight_decay'] for s in (0, 50, 100)], [0.04, 0.22, 0.4], rtol=1e-9
+    )
+
+
+def test_the_official_dinov2_schedules_have_their_published_values():
+    """Spec section 6.2: vitl16_short at 2048 images."""
+    lr = optim.cosine(4e-3 * 2**0.5, 1e-6, 125_000, 12_500)
+    want = {1: 4.52584547e-07, 1250: 5.65730683e-4, 12499: 0.00565685425, 62500: 0.00331999152}
+    np.testing.assert_allclose([lr(s) for s in want], list(want.values()), rtol=1e-8)
+    assert lr(12_499) == pytest.approx(lr(12_500))
+    temp = optim.linear(0.04, 0.07, 37_500)
+    assert float(temp(12_500)) == pytest.approx(0.0500002667) and temp(10**6) == 0.07
+
+
+@pytest.mark.parametrize('by', ['network', 'tensor'])
+def test_each_network_or_tensor_is_clipped_by_its_own_norm(by):
+    grads = tree(1)
+    grads['encoder'] = jax.tree.map(lambda g: 1e3 * g, grads['encoder'])
+    clipped, _ = optim.clip_by_norm(0.5, by).update(grads, optax.EmptyState())
+    parts = clipped.values()
+    if by == 'tensor':
+        kernel = clipped['decoder']['decoder_blocks']['fc']['kernel']  # a tensor per block
+        parts = [*kernel, clipped['encoder']['cls_token'], clipped['decoder']['mask_token']]
+    np.testing.assert_allclose([float(optim.grad_norm(p)) for p in parts], 0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +368,7 @@ def test_table_says_from_which_step_a_group_trains():
 )
 def test_a_warm_freeze_of_nothing_or_everything_is_refused(freeze, warm, says):
     with pytest.raises(ValueError) as error:
-        optim.make(settings(freeze=freeze, warm_freeze=warm), tree(), 5)
+        optim.make(settings(freeze=freeze, warm_freeze=warm), tree())
     assert says in str(error.value) and 'begin with decoder, encoder' in str(error.value)
 
 
@@ -367,7 +392,7 @@ def test_moments_are_float32_whatever_the_gradients_are():
     tx, _ = optim.make(settings(), tree())
     params = tree()
     grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), tree(1))
-    _, state = tx.update(grads, tx.init(params), params, lr=0.1)
+    _, state = tx.update(grads, tx.init(params), params, lr=0.1, weight_decay=0.0)
     adam = state.inner_state[1]
     assert {x.dtype for x in jax.tree.leaves((adam.mu, adam.nu))} == {jnp.dtype('float32')}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
+from ssl_jax import config as config_lib
 from ssl_jax import checkpoint, methods, metrics, optim, rundir, sharding, train
 from ssl_jax import state as state_lib
 from ssl_jax.data import pipeline, sources
@@ -16,7 +17,7 @@ from ssl_jax.data import pipeline, sources
 
 def final_state(workdir, config):
     """The last checkpoint of a run as numpy."""
-    program = train.make_program(config, methods.from_config(config), config.total_steps, 0)
+    program = train.make_program(config, methods.from_config(config), config_lib.clock(config))
     saved = checkpoint.Checkpointer(workdir / 'checkpoints')
     state, _ = saved.restore(program.abstract)
     saved.close()
@@ -95,12 +96,18 @@ def test_other_loader_threads_and_seeds(unbroken, tmp_path):
     assert rows(tmp_path / 'seed') != rows(want)
 
 
+LENGTHS = {'total': 100, 'warmup': 10}
+
+
+RATES = dict(lr=1e-3, weight_decay=0.05)
+
+
 def losses_on(devices, steps, accum_steps=1, **mesh):
     """Losses and initial weights of the tiny run on a mesh."""
     config = tiny.config(total_steps=steps, accum_steps=accum_steps)
     method = methods.from_config(config)
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
-    program = train.make_program(config, method, 100, 10, mesh)
+    program = train.make_program(config, method, lambda prefix, *_, **__: LENGTHS.get(prefix, 0), mesh)
     rows = sharding.process_rows(mesh, config.batch_size)
     found = []
     with jax.set_mesh(mesh):
@@ -191,7 +198,7 @@ def test_a_non_finite_loss_leaves_weights_and_moments_bit_for_bit():
     method = poisoned(methods.from_config(config), at=[1])
     params, extra = method.init(jax.random.key(0))
     tx, _ = optim.make(config.optim, params)
-    step = jax.jit(state_lib.make_step(method, tx, lambda s: 1e-3, seed=0))
+    step = jax.jit(state_lib.make_step(method, tx, lambda s: RATES, seed=0))
     batch = {'image': np.full((16, 1, 32, 32, 3), 7, np.uint8) * np.arange(1, 4, dtype=np.uint8)}
     first, _ = step(state_lib.TrainState.create(params, extra, tx), batch)
     second, m = step(first, batch)
@@ -208,7 +215,7 @@ def test_a_non_finite_loss_leaves_weights_and_moments_bit_for_bit():
 def test_a_run_of_non_finite_steps_ends_with_a_sentence(tmp_path, monkeypatch):
     config = tiny.config(total_steps=20, nonfinite__in_a_row=2)
     method = poisoned(methods.from_config(config), at=list(range(3, 20)))
-    monkeypatch.setattr(methods, 'from_config', lambda _: method)
+    monkeypatch.setattr(methods, 'from_config', lambda *_: method)
     with pytest.raises(metrics.NonFiniteError, match='3 steps in a row'):
         train.train(config, tmp_path)
     assert np.isfinite(final_state(tmp_path, config).params['encoder']['cls_token']).all()

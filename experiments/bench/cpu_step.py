@@ -54,7 +54,7 @@ def jax_side(batch_size):
     m.pos_embed, m.flip = 'learned', 0.0
     config.optim.lr = 1e-4
     method = methods.from_config(config)
-    program = train.make_program(config, method, config.total_steps, 0)
+    program = train.make_program(config, method, config_lib.clock(config))
     jax.set_mesh(program.mesh)
     state = program.init()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per method; each has `from_config(config) -> Method`.
+"""One file per method; each has `from_config(config, clock) -> Method`.
 
 A Method is a frozen dataclass of pure functions (B is the global batch):
 
@@ -11,6 +11,8 @@ A Method is a frozen dataclass of pure functions (B is the global batch):
                                            augment.sample_keys(rng, batch['row'])
   after_update(params, extra, step)     -> extra, e.g. the EMA teacher
   backbone(params, extra)               -> (ViT, its params), what evaluation and export see
+  with_backbone(params, extra, encoder) -> params, extra with these parameters wherever the method
+                                           has an encoder (student and teacher), for init_from
   flops(batch_size)                     -> useful FLOPs of one step, recomputation not counted
 
 A method that reconstructs pixels also has `reconstruct(params, images, keys)`, which the loop
@@ -27,11 +29,17 @@ def names():
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def from_config(config):
-    """The Method that `config.method.name` names."""
+def from_config(config, clock=None):
+    """The Method that `config.method.name` names.
+
+    Args:
+      config: a whole config.
+      clock: durations in steps, see `config.clock`; without it (where nothing trains) all are 1.
+    """
     name = config.method.name
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(names())}.'
         raise ValueError(f'method.name={name!r} is unknown; {hint}')
-    return importlib.import_module(f'ssl_jax.methods.{name}').from_config(config)
+    module = importlib.import_module(f'ssl_jax.methods.{name}')
+    return module.from_config(config, clock or (lambda prefix, part=None, default=None: 1))

@@ -93,6 +93,9 @@ class MAE:
         del extra
         return self.vit, params['encoder']
 
+    def with_backbone(self, params, extra, encoder):
+        return {**params, 'encoder': encoder}, extra
+
     def flops(self, batch_size):
         vit, dec = self.vit, self.decoder
         n, c = dec.num_patches, vit.num_cls_tokens
@@ -134,8 +137,9 @@ class MAE:
         }
 
 
-def from_config(config):
+def from_config(config, clock=None):
     """Builds the method from `config.method`, `config.dtype` and `config.remat`."""
+    del clock  # nothing here changes from step to step
     m = config.method
     dim, depth, heads = vit_lib.SIZES[m.size] if m.size else (None, None, None)
     common = dict(

@@ -5,6 +5,7 @@ Submodules carry the names of the torch modules (attn/qkv, mlp/fc1, ls1/gamma), 
 tables are renames and nothing else.  Parameters are float32; `dtype` is what is computed in.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,18 +68,32 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the fused qkv has rows [q | k | v], each head-major."""
+    """Multi-head self-attention; the fused qkv has rows [q | k | v], each head-major.
+
+    With `segments` the tokens of a row belong to several images, see `split`: the projections run
+    over all of them at once, attention within each image.
+    """
 
     num_heads: int
     dtype: Any
     kernel_init: Callable
 
     @nn.compact
-    def __call__(self, x):  # (B, N, D)
+    def __call__(self, x, segments=None):  # (B, T, D)
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         qkv = Dense(3 * dim, name='qkv', **dense)(x)
-        return Dense(dim, name='proj', **dense)(ops.attention(qkv, self.num_heads))
+        if segments is None:
+            y = ops.attention(qkv, self.num_heads)
+        else:
+
+            def attend(part):  # (B, n, N, 3 D)
+                flat = part.reshape(-1, *part.shape[2:])
+                y = ops.attention(flat, self.num_heads)
+                return y.reshape(*part.shape[:3], dim)
+
+            y = join([attend(part) for part in split(qkv, segments)])
+        return Dense(dim, name='proj', **dense)(y)
 
 
 class Mlp(nn.Module):
@@ -120,11 +135,29 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)
 
 
+def split(x, segments):
+    """(B, T, D) -> one (B, n, N, D) per segment (n, N): n images of N tokens each, in order."""
+    parts, start = [], 0
+    for n, tokens in segments:
+        part = x[:, start : start + n * tokens]
+        parts.append(part.reshape(x.shape[0], n, tokens, x.shape[-1]))
+        start += n * tokens
+    return parts
+
+
+def join(parts):
+    """Inverse of `split`."""
+    return jnp.concatenate([p.reshape(p.shape[0], -1, p.shape[-1]) for p in parts], axis=1)
+
+
 class Block(nn.Module):
     """Pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
 
-    `keep` (B, 2) scales the two residual branches of each sample: 0 drops the branch, 1/(1-rate)
-    keeps it (stochastic depth); None keeps both as they are.
+    `drop` is the stochastic depth of the two residual branches:
+      None           both branches as they are;
+      (B, n, 2)      a factor per image: 0 drops the branch, 1/(1-rate) keeps it;
+      a tuple of (B, 2, k) per segment: the k images of that segment which go through the branch,
+                     weighted by n/k; the others skip it and cost nothing (DINOv2's form).
     """
 
     num_heads: int
@@ -135,38 +168,76 @@ class Block(nn.Module):
     dtype: Any
     kernel_init: Callable
     capture: bool
+    segments: tuple | None = None
 
     @nn.compact
-    def __call__(self, x, keep):
+    def __call__(self, x, drop):
         dim = x.shape[-1]
         parts = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-
-        def residual(x, y, i):
-            if self.layer_scale is not None:
-                y = LayerScale(self.layer_scale, name=f'ls{i + 1}')(y)
-            if keep is not None:
-                y = y * keep[:, i, None, None].astype(y.dtype)
-            return x + y
-
-        y = LayerNorm(self.eps, name='norm1')(x)
-        x = residual(x, Attention(self.num_heads, name='attn', **parts)(y), 0)
-        y = LayerNorm(self.eps, name='norm2')(x)
+        attn = Attention(self.num_heads, name='attn', **parts)
         if self.ffn == 'mlp':
             mlp = Mlp(int(dim * self.mlp_ratio), name='mlp', **parts)
         elif self.ffn == 'swiglu':
             mlp = SwiGLU(swiglu_hidden(dim, self.mlp_ratio), name='mlp', **parts)
         else:
             raise ValueError(f"ffn={self.ffn!r} is unknown; use 'mlp' or 'swiglu'.")
+        norms = [LayerNorm(self.eps, name=f'norm{i}') for i in (1, 2)]
+        scales = [lambda y: y] * 2
+        if self.layer_scale is not None:
+            scales = [LayerScale(self.layer_scale, name=f'ls{i}') for i in (1, 2)]
+
+        def branch(i, x, segments):
+            y = norms[i](x)
+            return scales[i](attn(y, segments) if i == 0 else mlp(y))
+
+        for i in (0, 1):
+            if drop is None:
+                x = x + branch(i, x, self.segments)
+            elif isinstance(drop, tuple):
+                x = subset_residual(
+                    functools.partial(branch, i), x, self.segments, [ids[:, i] for ids in drop]
+                )
+            else:
+                factor = _per_token(drop[..., i], self.segments)
+                x = x + branch(i, x, self.segments) * factor.astype(x.dtype)
         # One constraint per block keeps activations split over the batch.  Without it XLA may
         # replicate them: measured 12.6 GiB against 3.0 GiB per chip on ViT-L.
-        x = sharding.constrain(residual(x, mlp(y), 1))
+        x = sharding.constrain(x)
         return x, (x if self.capture else None)
+
+
+def _per_token(factor, segments):
+    """A factor per image (B, n) -> per token (B, T, 1), or (B, 1, 1) for one image per row."""
+    if segments is None:
+        return factor[..., None]
+    repeats = np.concatenate([np.full(n, tokens) for n, tokens in segments])
+    return jnp.repeat(factor, repeats, axis=1, total_repeat_length=int(repeats.sum()))[..., None]
+
+
+def subset_residual(branch, x, segments, ids):
+    """x + branch on some images only, times n/k for the k of n images that are kept.
+
+    ids: per segment (B, k), the positions of the kept images among the n of their row.
+    Reference: dinov2 `layers/block.py: drop_add_residual_stochastic_depth_list`.
+    """
+    images = split(x, segments)
+    taken = [jnp.take_along_axis(p, i[..., None, None], axis=1) for p, i in zip(images, ids)]
+    kept = tuple((i.shape[1], tokens) for i, (_, tokens) in zip(ids, segments))
+    changes = split(branch(join(taken), kept), kept)
+    add = jax.vmap(lambda p, i, y: p.at[i].add(y, unique_indices=True))
+    return join(
+        [
+            add(p, i, y * jnp.asarray(p.shape[1] / i.shape[1], y.dtype))
+            for p, i, y in zip(images, ids, changes)
+        ]
+    )
 
 
 def block_stack(depth, *, remat, name, **kw):
     """`depth` blocks as one scan: parameters stacked on axis 0, one block compiled.
 
-    Returns a module (x, keep) -> (x, outputs of all blocks or None); keep: (depth, B, 2) or None.
+    Returns a module (x, drop) -> (x, outputs of all blocks or None); drop as `Block` takes it,
+    with a leading depth axis.
     """
     block = Block
     if REMAT[remat] is not None:
@@ -181,13 +252,31 @@ def block_stack(depth, *, remat, name, **kw):
     return stack(name=name, **kw)
 
 
-def drop_path_keep(keys, depth, rate, uniform=False):
-    """Per-sample stochastic depth, (depth, B, 2): 0 with the block's rate, else 1/(1-rate).
+def drop_path_keep(keys, depth, rate, uniform=False, num_images=1):
+    """Per-image stochastic depth, (depth, B, n, 2): 0 with the block's rate, else 1/(1-rate).
 
     The rate of block i is linspace(0, rate, depth)[i], or `rate` for all where `uniform`.
-    Both residual branches of a block draw independently; one key (B,) per sample.
+    Both residual branches of a block draw independently; one key (B,) per row of n images.
     """
     rates = np.full(depth, rate) if uniform else np.linspace(0.0, rate, depth)
-    kept = jnp.asarray(1.0 - rates, jnp.float32)[:, None]  # (depth, 1)
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)  # (B, depth, 2)
-    return jnp.where(draws < kept, 1.0 / kept, 0.0).transpose(1, 0, 2)
+    kept = jnp.asarray(1.0 - rates, jnp.float32)[:, None, None]  # (depth, 1, 1)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, num_images, 2)))(keys)
+    return jnp.where(draws < kept, 1.0 / kept, 0.0).transpose(1, 0, 2, 3)
+
+
+def drop_path_subsets(keys, depth, rate, counts):
+    """DINOv2's stochastic depth: per segment of n images, (depth, B, 2, k) positions that stay.
+
+    k = max(floor(n (1 - rate)), 1), the same for every block as shapes must be; blocks, branches,
+    segments and rows draw independently.  keys: one per row (B,); counts: n of each segment.
+    """
+
+    def draw(key, n):
+        kept = max(int(n * (1 - rate)), 1)
+        return jnp.argsort(jax.random.uniform(key, (depth, 2, n)), axis=-1)[..., :kept]
+
+    def row(key):
+        parts = jax.random.split(key, len(counts))
+        return tuple(draw(k, n) for k, n in zip(parts, counts))
+
+    return tuple(ids.swapaxes(0, 1) for ids in jax.vmap(row)(keys))

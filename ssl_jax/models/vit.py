@@ -12,10 +12,11 @@ DINOv2 `models/vision_transformer.py`.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ssl_jax import losses, sharding
-from ssl_jax.models import layers, pos_embed
+from ssl_jax.models import layers, ops, pos_embed
 
 # name: (embed_dim, depth, num_heads)
 SIZES = {
@@ -88,56 +89,77 @@ class ViT(nn.Module):
     remat: str = 'none'
 
     @nn.compact
-    def __call__(self, images, *, ids_keep=None, mask=None, drop_keys=None, capture=()):
-        """Runs the encoder.
+    def __call__(self, images, *, ids_keep=None, mask=None, drop_keys=None, drop=None, capture=()):
+        """Runs the encoder on images of one size, or on crops of several sizes at once.
 
         Args:
-          images: (B, H, W, 3), multiples of patch_size.
+          images: (B, H, W, 3), multiples of patch_size; or a tuple of (B, n, H, W, 3), one per
+            size.  The tokens of all crops of a row then share the dense layers in one pass, while
+            each crop attends to itself.
           ids_keep: (B, K) patches to keep, dropped before the embedding (MAE); all if None.
-          mask: bool (B, N), patches whose embedding becomes the mask token (iBOT).
-          drop_keys: one key per sample (B,); stochastic depth acts only where given.
-          capture: block numbers whose raw outputs are wanted.
+          mask: bool (B, N), patches whose embedding becomes the mask token (iBOT); (B, n, N) for
+            the first of several sizes.
+          drop_keys: one key per row (B,); per-image stochastic depth acts only where given.
+          drop: stochastic depth drawn by the caller, see `layers.drop_path_subsets`.
+          capture: block numbers whose raw outputs are wanted (one size only).
 
         Returns:
+          A dict, for several sizes a list of dicts with a crop axis after B:
           cls_tokens (B, C, D), reg_tokens (B, R, D), patch_tokens (B, K or N, D) after the final
           norm; pre_norm (B, C + R + patches, D) before it; blocks (len(capture), B, ., D).
         """
-        c, r = self.num_cls_tokens, self.num_register_tokens
+        single = not isinstance(images, tuple)
+        if single:
+            images = (images[:, None],)
+            mask = mask if mask is None else mask[:, None]
+        batch, c, r = images[0].shape[0], self.num_cls_tokens, self.num_register_tokens
         xavier = self.init_scheme == 'mae'
         normal = nn.initializers.normal(0.02)
         token_init = normal if xavier else nn.initializers.normal(1e-6)
         kernel_init = nn.initializers.xavier_uniform() if xavier else normal
 
-        def tokens(name, n, init):
-            return self.param(name, init, (1, n, self.embed_dim))
-
-        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-        pos = self.position_table(grid)
-        patches = losses.patchify(images, self.patch_size)  # (B, N, p*p*3)
-        patch_pos = pos[:, c:]
+        table = self.position_table()
+        patches, positions = [], []
+        for crops in images:
+            n, height, width = crops.shape[1:4]
+            grid = (height // self.patch_size, width // self.patch_size)
+            x = losses.patchify(crops.reshape(-1, height, width, 3), self.patch_size)
+            patches.append(x.reshape(batch, n, *x.shape[1:]))  # (B, n, N, p*p*3)
+            positions.append(pos_embed.resize(table, grid, c, self.pos_resize))
+        patch_positions = [pos[:, None, c:] for pos in positions]
         if ids_keep is not None:
-            patches = jnp.take_along_axis(patches, ids_keep[..., None], axis=1)
-            patch_pos = patch_pos[0][ids_keep]  # (B, K, D)
+            patches = [jnp.take_along_axis(patches[0], ids_keep[:, None, :, None], axis=2)]
+            patch_positions = [positions[0][0, c:][ids_keep][:, None]]  # (B, 1, K, D)
+        counts = [p.shape[1:3] for p in patches]
         embed = PatchEmbed(
             self.embed_dim, self.dtype, kernel_init if xavier else None, name='patch_embed'
         )
-        x = embed(patches)
+        tokens = layers.split(embed(layers.join(patches)), counts)
         if self.mask_token:
             token = self.param('mask_token', nn.initializers.zeros, (1, self.embed_dim))
             if mask is not None:
-                x = jnp.where(mask[..., None], token.astype(x.dtype), x)
-        parts = [x + patch_pos.astype(x.dtype)]
-        if r:
-            parts.insert(0, tokens('register_tokens', r, token_init))
-        if c:
-            parts.insert(0, tokens('cls_token', c, token_init) + pos[:, :c])
-        parts = [jnp.broadcast_to(p, (x.shape[0], *p.shape[1:])).astype(x.dtype) for p in parts]
-        x = sharding.constrain(jnp.concatenate(parts, axis=1))  # (B, C + R + K, D)
+                tokens[0] = jnp.where(mask[..., None], token.astype(self.dtype), tokens[0])
 
-        keep = None
+        def parameter(name, count):
+            return self.param(name, token_init, (1, count, self.embed_dim))[:, None]
+
+        registers = [parameter('register_tokens', r)] if r else []
+        cls_token = parameter('cls_token', c) if c else None
+        parts = []
+        for x, pos, patch_pos in zip(tokens, positions, patch_positions):
+            first = [cls_token + pos[:, None, :c]] if c else []
+            first = [
+                jnp.broadcast_to(p, (*x.shape[:2], *p.shape[2:])).astype(x.dtype)
+                for p in first + registers
+            ]
+            parts.append(jnp.concatenate([*first, x + patch_pos.astype(x.dtype)], axis=2))
+        segments = tuple(p.shape[1:3] for p in parts)  # (n, C + R + N) of each size
+        x = sharding.constrain(layers.join(parts))  # (B, all tokens, D)
+
         if drop_keys is not None and self.drop_path:
-            keep = layers.drop_path_keep(
-                drop_keys, self.depth, self.drop_path, self.drop_path_uniform
+            num_images = sum(n for n, _ in segments)
+            drop = layers.drop_path_keep(
+                drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
             )
         blocks = layers.block_stack(
             self.depth,
@@ -151,37 +173,63 @@ class ViT(nn.Module):
             dtype=self.dtype,
             kernel_init=kernel_init,
             capture=bool(capture),
+            segments=None if single and not isinstance(drop, tuple) else segments,
         )
-        x, captured = blocks(x, keep)
+        x, captured = blocks(x, drop)
         norm = layers.LayerNorm(self.eps, name='norm')
         y = norm(x)
-        out = {
-            'cls_tokens': y[:, :c],
-            'reg_tokens': y[:, c : c + r],
-            'patch_tokens': y[:, c + r :],
+        if single:
+            out = self._named(y, x)
+            if capture:
+                ids = list(capture)
+                if max(ids) >= self.depth:
+                    raise ValueError(f'capture={capture} names a block beyond depth {self.depth}.')
+                out['blocks'] = captured[jnp.asarray(ids)]
+            return out
+        return [self._named(*p) for p in zip(layers.split(y, segments), layers.split(x, segments))]
+
+    def _named(self, y, x):
+        """Tokens (..., C + R + N, D) after and before the final norm -> the dict of `__call__`."""
+        c, r = self.num_cls_tokens, self.num_register_tokens
+        return {
+            'cls_tokens': y[..., :c, :],
+            'reg_tokens': y[..., c : c + r, :],
+            'patch_tokens': y[..., c + r :, :],
             'pre_norm': x,
         }
-        if capture:
-            ids = list(capture)
-            if max(ids) >= self.depth:
-                raise ValueError(f'capture={capture} names a block beyond depth {self.depth}.')
-            out['blocks'] = captured[jnp.asarray(ids)]
-        return out
 
-    def position_table(self, grid):
-        """The (1, C + h*w, D) table in float32 for a grid of h x w patches."""
+    def position_table(self):
+        """The (1, C + M*M, D) table in float32 for the native grid of M x M patches."""
         native = self.img_size // self.patch_size
         if self.pos_embed == 'sincos':
-            table = jnp.asarray(pos_embed.sincos(self.embed_dim, native, self.num_cls_tokens))
-        else:
-            shape = (1, self.num_cls_tokens + native**2, self.embed_dim)
-            table = self.param('pos_embed', nn.initializers.normal(0.02), shape)
-        return pos_embed.resize(table, grid, self.num_cls_tokens, self.pos_resize)
+            return jnp.asarray(pos_embed.sincos(self.embed_dim, native, self.num_cls_tokens))
+        shape = (1, self.num_cls_tokens + native**2, self.embed_dim)
+        return self.param('pos_embed', nn.initializers.normal(0.02), shape)
 
 
 def final_norm(params, tokens, eps=1e-6):
     """The final norm applied to any tokens (B, ., D), as Pixio does to every tapped block."""
     return layers.LayerNorm(eps).apply({'params': params['norm']}, tokens)
+
+
+def last_attention(vit, params, images):
+    """Attention weights of the last block, (B, heads, tokens, tokens) float32, rows sum to 1.
+
+    Tokens are ordered cls, registers, patches: [:, :, 0, C + R:] is where the class token looks.
+    Needs memory for all of them at once, so pass few images.
+
+    Reference: DINO `visualize_attention.py`.
+    """
+    # A block whose parameters are all zero adds nothing: what comes out is the last block's input.
+    skipped = jax.tree.map(lambda p: p.at[-1].set(0), params['blocks'])
+    x = vit.apply({'params': {**params, 'blocks': skipped}}, images)['pre_norm']
+    last = jax.tree.map(lambda p: p[-1], params['blocks'])
+    x = layers.LayerNorm(vit.eps).apply({'params': last['norm1']}, x)
+    dense = last['attn']['qkv']
+    qkv = ops.dense(*(a.astype(vit.dtype) for a in (x, dense['kernel'], dense['bias'])))
+    q, k, _ = jnp.split(qkv.reshape(*x.shape[:2], 3 * vit.num_heads, -1), 3, axis=2)
+    logits = jnp.einsum('bnhd,bmhd->bhnm', q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
 
 
 def flops_per_image(embed_dim, depth, num_tokens, mlp_ratio=4.0):
