@@ -331,15 +331,18 @@ def _num_heads(hints, dim, depth):
 
 
 def mlp_ratio(hidden, dim, ffn):
-    """The ratio from which our FFN, and torch's, gets exactly `hidden` channels."""
+    """The shortest ratio from which our FFN, and torch's, gets exactly `hidden` channels."""
     if ffn == 'swiglu':
         if layers.swiglu_hidden(dim, 4.0) == hidden:
             return 4.0
         if hidden % 8:
             raise ValueError(f'a SwiGLU of {hidden} channels is no multiple of 8.')
         return mlp_ratio(hidden * 3 // 2, dim, 'mlp')
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+    for digits in range(17):
+        ratio = round(hidden / dim, digits)
+        if int(dim * ratio) == hidden:
+            return ratio
+    return math.nextafter(hidden / dim, math.inf)
 
 
 def _absent(key, have):
