@@ -28,7 +28,8 @@ OPTIONAL = {
     'method.size': str, 'method.embed_dim': int, 'method.depth': int, 'method.num_heads': int,
     'method.patch_size': int, 'method.img_size': int, 'method.mask_grid': int,
     'method.decoder_embed_dim': int, 'method.decoder_depth': int, 'method.decoder_num_heads': int,
-    'optim.lr': float, 'optim.clip': float, 'optim.weight_decay_end': float, 'optim.layer_decay': float,
+    'optim.lr': float, 'optim.clip': float, 'optim.weight_decay_end': float,
+    'optim.layer_decay': float,
     'optim.warm_freeze_steps': int, 'optim.warm_freeze_epochs': float,
     'optim.warm_freeze_examples': int,
     'checkpoint.every_steps': int, 'checkpoint.every_minutes': float, 'checkpoint.keep_every': int,
@@ -116,6 +117,7 @@ def default():
     o.warm_freeze_steps = None  # ... one of warm_freeze_{steps,epochs,examples} says
     o.warm_freeze_epochs = None
     o.warm_freeze_examples = None
+    o.warm_freeze_moments = True  # whether their moments go on meanwhile (DINOv2), or wait too
 
     c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices; -1: the rest
 

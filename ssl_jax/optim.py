@@ -8,7 +8,9 @@ look at a parameter's dimensions leave that axis out, layer decay is a vector al
 """
 
 import collections
+import functools
 import math
+import operator
 import re
 
 import jax
@@ -57,7 +59,9 @@ def _warm_cosine(peak, end, total, warmup, rise):
     """The cosine is computed as the equal sin^2(pi (T - s) / (2 (T - w))), which keeps its relative
     precision in float32 near the end, where the other form is rounding noise."""
     if not 0 <= warmup < max(total, 1):
-        raise ValueError(f'warmup_steps={warmup} does not end before total_steps={total}: lower it.')
+        raise ValueError(
+            f'warmup_steps={warmup} does not end before total_steps={total}: lower it.'
+        )
 
     def schedule(step):
         xp, step = _floating(step)
@@ -141,9 +145,15 @@ def make(optim, params):
     `decays` says so; frozen parameters are left bitwise as they are, have no moments and do not
     count for the clipping norm. Moments are float32.
 
-    Parameters of `optim.warm_freeze` have rate 0 while `warm` holds: no update and no decay, but
-    their moments go on, so that their first step is one of ordinary length. DINOv2 treats its last
-    layer so for an epoch; the recipes that continue from released weights their encoder.
+    Parameters of `optim.warm_freeze` have rate 0 while `warm` holds: no update and no decay. With
+    `optim.warm_freeze_moments` theirs go on, as those of DINOv2's last layer do. Without it they
+    are as if absent: moments and their own count for Adam's bias stand still, and they do not count
+    for the clipping norm, so that nothing a fresh decoder sends into a released encoder is ever
+    used, and the first step is that of a fresh AdamW (with the common count it would be
+    (1 - b1) / sqrt(1 - b2) times as long, 3 times for (0.9, 0.999)). `warm` is a comparison with
+    the step inside the one compiled program: nothing is compiled at the switch, and a restart needs
+    nothing but the step. The price is that their moments exist, and their gradients are computed,
+    from the start.
 
     Args:
       optim: `config.optim`.
@@ -158,11 +168,18 @@ def make(optim, params):
     train = trainable(params, optim.freeze)
     late = _late(params, optim.warm_freeze, train)
     adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.float32)
+    waits = bool(optim.warm_freeze) and not optim.warm_freeze_moments
+    if waits:
+        rule = functools.partial(_matching, optim.warm_freeze)
+        first = optax.masked(adam, lambda tree: jax.tree.map(operator.not_, rule(tree)))
+        adam = optax.chain(first, optax.masked(_waiting(adam), rule))
     clip = clip_by_norm(optim.clip, optim.clip_by) if optim.clip else optax.identity()
     tx = optax.masked(optax.chain(clip, adam), train)
 
     def update(grads, state, params, *, lr, weight_decay, warm=False):
-        directions, state = tx.update(grads, state, params)
+        if waits:
+            grads = jax.tree.map(lambda g, late: jnp.where(warm, 0, g) if late else g, grads, late)
+        directions, state = tx.update(grads, state, params, warm=warm)
 
         def scale(direction, p, decays, multiplier, trains, late):
             nothing = jnp.full_like(p, -0.0)  # p + -0 is p to the bit, p + 0 is not for p = -0
@@ -181,9 +198,7 @@ def make(optim, params):
 
 def _late(params, regexes, train):
     """Tree of bools: True where the slash path matches a regex of `warm_freeze` and trains."""
-    tree = jax.tree_util.tree_map_with_path(
-        lambda path, p, trains: trains and _matches(regexes, sharding.path_str(path)), params, train
-    )
+    tree = jax.tree.map(operator.and_, _matching(regexes, params), train)
     found = {late for late, trains in zip(*map(jax.tree.leaves, (tree, train))) if trains}
     if regexes and found != {True, False}:
         raise ValueError(
@@ -191,6 +206,16 @@ def _late(params, regexes, train):
             f'that trains; their paths begin with {", ".join(sorted(params))}.'
         )
     return tree
+
+
+def _waiting(tx):
+    """`tx` whose state stands still while `warm` holds; its updates are not for use then."""
+
+    def update(updates, state, params=None, *, warm, **_):
+        updates, new = tx.update(updates, state, params)
+        return updates, jax.tree.map(lambda old, new: jnp.where(warm, old, new), state, new)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def decays(params, no_decay=()):
@@ -237,9 +262,7 @@ def lr_multipliers(params, layer_decay=None, lr_mult=()):
 
 def trainable(params, freeze=()):
     """Tree of bools: False where the slash path matches a regex of `freeze`."""
-    tree = jax.tree_util.tree_map_with_path(
-        lambda path, p: not _matches(freeze, sharding.path_str(path)), params
-    )
+    tree = jax.tree.map(operator.not_, _matching(freeze, params))
     if not any(jax.tree.leaves(tree)):
         raise ValueError(f'optim.freeze={freeze} freezes every parameter: narrow the regexes.')
     return tree
@@ -325,6 +348,13 @@ def lars(lr, momentum=0.9, trust=0.001, weight_decay=0.0):
 
 def _stacked(path):
     return bool(set(path.split('/')) & set(STACKS))
+
+
+def _matching(regexes, tree):
+    """Tree of bools: whether the slash path matches one of `regexes`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _matches(regexes, sharding.path_str(path)), tree
+    )
 
 
 def _matches(regexes, path):

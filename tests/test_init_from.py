@@ -252,6 +252,7 @@ def warm(run, tmp_path_factory):
         total_steps=6,
         optim__warm_freeze=('^encoder',),
         optim__warm_freeze_steps=3,
+        optim__warm_freeze_moments=False,
         checkpoint__every_steps=1,
         checkpoint__keep=10,
     )

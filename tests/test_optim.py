@@ -292,8 +292,9 @@ def warm_run(c, grads, start=0, params=None, state=None, steps=2):
 WARM = dict(warm_freeze=('^encoder/',), weight_decay=0.5)
 
 
-def test_warm_frozen_parameters_stand_still_to_the_bit_and_then_move():
-    c, start = settings(**WARM), tree()
+@pytest.mark.parametrize('moments', [True, False])
+def test_warm_frozen_parameters_stand_still_to_the_bit_and_then_move(moments):
+    c, start = settings(warm_freeze_moments=moments, **WARM), tree()
     start['encoder']['norm']['bias'] = start['encoder']['norm']['bias'].at[0].set(-0.0)
     after, state = warm_run(c, [tree(1), tree(2)], params=start)
     for path, value in flat(after).items():
@@ -305,7 +306,7 @@ def test_warm_frozen_parameters_stand_still_to_the_bit_and_then_move():
 
 
 def test_moments_of_warm_frozen_parameters_go_on_as_in_dinov2():
-    """The first steps afterwards are those of a run in which the parameter had rate 0 until then."""
+    """The first steps afterwards are those of a run in which the rate was 0 until then."""
     grads = [tree(k) for k in range(1, 6)]
     thawed, _ = warm_run(settings(**WARM), grads)
     same, _ = run(settings(weight_decay=0.5), tree(), grads, [0.0, 0.0, 0.1, 0.1, 0.1])
@@ -317,6 +318,29 @@ def test_moments_of_warm_frozen_parameters_go_on_as_in_dinov2():
 def assert_same(a, b):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
         np.testing.assert_allclose(x, y, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+WAIT = dict(warm_freeze_moments=False, **WARM)
+
+
+def test_moments_can_wait_as_well_and_the_first_steps_are_those_of_a_fresh_optimizer():
+    grads = [tree(k) for k in range(1, 6)]
+    _, state = warm_run(settings(**WAIT), grads[:2])
+    late = [x for k, x in jax.tree_util.tree_leaves_with_path(state) if 'encoder' in str(k)]
+    assert late and not any(np.any(x) for x in late)
+    thawed, _ = warm_run(settings(**WAIT), grads)
+    fresh, _ = run(settings(weight_decay=0.5), tree(), grads[2:], [0.1] * 3)
+    assert_same(thawed['encoder'], fresh['encoder'])
+    whole, _ = run(settings(weight_decay=0.5), tree(), grads, [0.1] * 5)
+    assert_same(thawed['decoder'], whole['decoder'])
+
+
+def test_gradients_of_waiting_parameters_do_not_count_for_the_clipping_norm():
+    grads = tree(1)
+    grads['encoder'] = jax.tree.map(lambda g: 1e6 * g, grads['encoder'])
+    clipped, _ = warm_run(settings(clip=1e3, eps=1.0, **WAIT), [grads])
+    free, _ = warm_run(settings(eps=1.0, **WAIT), [grads])
+    np.testing.assert_array_equal(clipped['decoder']['mask_token'], free['decoder']['mask_token'])
 
 
 def test_table_says_which_groups_train_later():
@@ -372,8 +396,9 @@ def test_a_warm_freeze_of_nothing_or_everything_is_refused(freeze, warm, says):
     assert says in str(error.value) and 'begin with decoder, encoder' in str(error.value)
 
 
-def test_warm_freeze_and_freeze_go_together():
-    c = settings(freeze=('cls_token',), **WARM)
+@pytest.mark.parametrize('warm', [WARM, dict(WARM, warm_freeze_moments=False)])
+def test_warm_freeze_and_freeze_go_together(warm):
+    c = settings(freeze=('cls_token',), **warm)
     after, _ = warm_run(c, [tree(k) for k in range(1, 4)])
     same = {k for k, v in flat(after).items() if np.array_equal(v, flat(tree())[k])}
     assert same == {'encoder/cls_token'}
