@@ -119,7 +119,7 @@ def load_model(path, *, dtype=None, **hints):
       path: the workdir of a run, a checkpoint folder, an export, an HF or timm folder, or a file
         of weights, see `interop.load.load_backbone`.
       dtype: in which the layers compute, e.g. 'bfloat16'; default as the run did, else float32.
-      hints: num_heads, patch_size, img_size, family, layout, where the tensors leave them open.
+      hints: see `interop.load.HINTS`, where the tensors leave them open.
 
     Returns:
       `Model`.

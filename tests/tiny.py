@@ -46,12 +46,12 @@ def config(**fields):
     return config_lib.lock(c)
 
 
-def save(config, workdir, seed=0):
-    """Saves the fresh state of a run as its step 0, without training; returns its parameters."""
+def save(config, workdir, seed=0, step=0):
+    """Saves the fresh state of a run as if it were that of `step`; returns its parameters."""
     method = methods.from_config(config)
     params, extra = jax.jit(method.init)(jax.random.key(seed))
     tx, _ = optim.make(config.optim, params)
     saved = checkpoint.Checkpointer(workdir / 'checkpoints')
-    saved.save(0, state_lib.TrainState.create(params, extra, tx), {'config': config.to_dict()})
+    saved.save(step, state_lib.TrainState.create(params, extra, tx), {'config': config.to_dict()})
     saved.close()
     return jax.device_get(params)

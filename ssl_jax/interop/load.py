@@ -16,7 +16,7 @@ from ssl_jax.models.vit import ViT
 
 # The key in a safetensors header under which `export` says what it wrote.
 METADATA = 'ssl_jax'
-HINTS = ('num_heads', 'patch_size', 'img_size', 'family', 'layout', 'decoder_num_heads')
+HINTS = ('num_heads', 'decoder_num_heads', 'img_size', 'patch_size')
 
 
 @dataclasses.dataclass(frozen=True)
