@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run starts from weights that exist: what fits is taken to the bit, what does not is said."""
 
+import contextlib
 import dataclasses
+import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +23,9 @@ LEARNED = dict(method__pos_embed='learned', method__num_cls_tokens=2)
 def start(path, config, change=lambda method: method, mesh=None):
     """(fresh params, params after init_from, the lines that were printed)."""
     method = change(methods.from_config(config))
-    params, extra = jax.jit(method.init)(jax.random.key(7))
+    shapes, extra = jax.eval_shape(method.init, jax.random.key(0))  # nothing is compiled
+    rng = np.random.default_rng(7)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
     if mesh is not None:
         params = jax.device_put(params, sharding.infer(params, mesh))
     state = state_lib.TrainState(0, params, {}, extra, 0)
@@ -129,17 +134,36 @@ def test_a_decoder_of_other_sizes_stays_fresh_and_the_table_says_so(run, field):
 
 
 def test_a_mask_token_that_the_file_lacks_stays_fresh_and_one_too_many_is_left_out(
-    run, tmp_path
+    run, tmp_path, monkeypatch
 ):
     workdir, want = run
+    folder = export.export(workdir, 'official', tmp_path / 'x')
 
     def with_token(method):
         return dataclasses.replace(method, vit=method.vit.clone(mask_token=True))
 
-    fresh, got, lines = start(workdir, tiny.config(), with_token)
+    fresh, got, lines = start(folder, tiny.config(), with_token)
     assert same_bits(got['encoder'].pop('mask_token'), fresh['encoder']['mask_token'])
     assert same_bits(got['encoder'], want['encoder'])
-    assert any(line.split()[:2] == ['fresh', 'encoder/mask_token'] for line in lines)
+    assert lines[1].split()[:2] == ['fresh', 'encoder/mask_token']
+
+    loaded = load.load_backbone(folder)
+    params = {**loaded.params, 'mask_token': np.zeros((1, 32), np.float32)}
+    loaded = dataclasses.replace(loaded, params=params)
+    monkeypatch.setattr(load, 'load_backbone', lambda path: loaded)
+    _, got, lines = start(folder, tiny.config())
+    assert same_bits(got['encoder'], want['encoder'])
+    assert lines[1].split()[:3] == ['left', 'out', 'encoder/mask_token']
+
+
+def test_another_normalisation_and_eps_are_said(run, tmp_path, monkeypatch):
+    loaded = load.load_backbone(run[0])
+    view = {**loaded.transform, 'mean': [0.5] * 3, 'std': [0.5] * 3}
+    loaded = dataclasses.replace(loaded, vit=loaded.vit.clone(eps=1e-12), transform=view)
+    monkeypatch.setattr(load, 'load_backbone', lambda path: loaded)
+    _, _, lines = start(tmp_path, tiny.config())
+    assert [line.split()[0] for line in lines] == ['taken', 'differs', 'differs', 'taken']
+    assert '1e-12 there, 1e-06 here' in lines[1] and 'mean [0.5, 0.5, 0.5] there' in lines[2]
 
 
 # Positions
@@ -245,7 +269,7 @@ def rows(workdir):
 
 @pytest.fixture(scope='module')
 def warm(run, tmp_path_factory):
-    """(config, workdir) of 6 steps, of which the encoder, an exported one, waits for 3."""
+    """(config, workdir, what it printed) of 6 steps; an exported encoder waits for 3 of them."""
     folder = export.export(run[0], 'hf', tmp_path_factory.mktemp('x') / 'x')
     config = tiny.config(
         init_from=str(folder),
@@ -257,8 +281,9 @@ def warm(run, tmp_path_factory):
         checkpoint__keep=10,
     )
     workdir = tmp_path_factory.mktemp('warm')
-    train.train(config, workdir)
-    return config, workdir
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.train(config, workdir)
+    return config, workdir, said.getvalue()
 
 
 def test_the_encoder_keeps_every_bit_while_it_waits_and_moves_after_the_switch(run, warm):
@@ -273,7 +298,7 @@ def test_the_encoder_keeps_every_bit_while_it_waits_and_moves_after_the_switch(r
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize('kill', [2, 3, 4])
+@pytest.mark.parametrize('kill', [2, 3])
 def test_a_run_killed_around_the_switch_continues_to_the_same_bits(
     warm, tmp_path, monkeypatch, kill
 ):
@@ -288,7 +313,7 @@ def test_a_run_killed_around_the_switch_continues_to_the_same_bits(
             raise Killed
         return real(self)
 
-    config, want = warm
+    config, want, _ = warm
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pipeline.Stream, '__next__', dying)
         train.train(config, tmp_path)
@@ -298,12 +323,7 @@ def test_a_run_killed_around_the_switch_continues_to_the_same_bits(
     assert rows(tmp_path) == rows(want)
 
 
-def test_a_run_says_what_it_took(warm, tmp_path, capsys):
-    config, _ = warm
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
-    config.total_steps, config.optim.warm_freeze_steps, config.warmup_steps = 2, 1, 0
-    train.train(config, tmp_path)
-    said = capsys.readouterr().out
+def test_a_run_says_what_it_took(warm):
+    config, _, said = warm
     assert f'weights of {config.init_from}:\n  taken     encoder' in said
-    assert '  fresh     decoder' in said and 'start: these weights at step 0, 2 steps' in said
+    assert '  fresh     decoder' in said and 'start: these weights at step 0, 6 steps' in said
