@@ -37,7 +37,7 @@ def build(f, weights):
     )
     abstract = jax.eval_shape(functools.partial(vit.init_params, model), jax.random.key(0))
     if h['block_chunks']:
-        weights = tables.chunked(weights)
+        weights = {tables.plain(k): v for k, v in weights.items()}
     return model, tables.from_torch(tables.encoder(model, ours=''), weights, abstract)
 
 

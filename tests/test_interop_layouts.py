@@ -325,7 +325,9 @@ def test_what_cannot_leave_says_why():
     assert 'only MAE and Pixio have a decoder' in why('dinov2')['official', 'full']
     assert 'registers' in why('mae', num_register_tokens=4)['hf', 'backbone']
     assert 'whole numbers' in why('dinov2', mlp_ratio=2.5)['hf', 'backbone']
-    assert 'eps 1e-6' in why('vit', eps=1e-12)['timm', 'backbone']
+    assert 'eps 1e-6' in why('vit', eps=1e-5)['timm', 'backbone']
+    assert 'eps 1e-6' in why('pixio', eps=1e-5)['official', 'backbone']
+    assert why('mae', eps=1e-12)['timm', 'backbone'] == ''
     assert 'one class token' in why('dinov2', num_cls_tokens=2)['official', 'backbone']
     assert 'mask token' in why('dinov2_reg', mask_token=False)['hf', 'backbone']
     assert 'learned' in why('mae', num_register_tokens=4)['timm', 'backbone']

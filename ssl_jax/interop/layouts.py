@@ -85,7 +85,9 @@ def available(vit, decoder, family):
     named = f'a {family} encoder with {c} class tokens and {r} registers'
     decoders = 'only MAE and Pixio have a decoder' if decoder is None else ''
 
-    out['official', 'backbone'] = ''
+    # 1e-12, in some configs of transformers, moves features by less than 1e-5 and is let through.
+    eps = f'normalises with eps 1e-6, and this model with {vit.eps:g}' if vit.eps > 1e-6 else ''
+    out['official', 'backbone'] = f'the official code {eps}' if eps else ''
     if family == 'dinov2' and (c != 1 or not vit.mask_token):
         out['official', 'backbone'] = 'the official DINOv2 has one class token and a mask token'
 
@@ -114,13 +116,13 @@ def available(vit, decoder, family):
         why = f'the timm models known here have one class token, and this is {named}'
     elif r and vit.pos_embed == 'sincos':
         why = 'the timm models with registers have learned positions'
-    elif vit.eps != 1e-6:
-        why = f'timm normalises with eps 1e-6, this model with {vit.eps:g}'
+    elif eps:
+        why = f'timm {eps}'
     elif vit.ffn == 'swiglu' and not scaled:
         why = 'the timm models with SwiGLU have layer scale'
     out['timm', 'backbone'] = why
 
-    out['official', 'full'] = decoders
+    out['official', 'full'] = decoders or out['official', 'backbone']
     out['hf', 'full'] = decoders or (
         'transformers has a decoder only in ViTMAEForPreTraining, with one class token and no '
         'register, and PixioModel is the encoder alone; use official'

@@ -363,8 +363,3 @@ def plain(key, prefix=''):
     """
     key = key[len(prefix) :].replace('_fsdp_wrapped_module.', '')
     return re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', key)
-
-
-def chunked(state_dict):
-    """DINOv2's training names -> those of the hub, see `plain`; others are left alone."""
-    return {plain(k): v for k, v in state_dict.items()}
