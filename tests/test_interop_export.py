@@ -318,6 +318,16 @@ def test_transformers_takes_the_folder_with_its_processor(exported, kind, what, 
     np.testing.assert_allclose(pixels[0], ours, atol=0.02)
 
 
+@pytest.mark.parametrize('kind,to,what', [w for w in WAYS if w[1] == 'hf'])
+def test_the_lines_of_the_card_work_as_printed(exported, kind, to, what):
+    pytest.importorskip('transformers')
+    folder = exported(kind, to, what)
+    code = (folder / 'README.md').read_text().split('```python')[1].split('```')[0]
+    found = {}
+    exec(code.replace('DIR', str(folder)), found)
+    assert (type(found['model']).__name__ == 'ViTMAEForPreTraining') == (what == 'full')
+
+
 def _as_in_our_evaluation(image, size):
     from ssl_jax import augment
     from ssl_jax.data import ops
@@ -611,15 +621,16 @@ def test_an_imported_encoder_has_no_crops_to_show(dinov2, capsys):
     assert 'ssl_jax eval' in fails(['show', '--workdir', dinov2[2]], capsys)
 
 
+# Not ru_maxrss, which a process inherits from the one that started it.
 MEASURE = """
-import resource, sys
+import pathlib, re, sys
 import jax
 import orbax.checkpoint
 from ssl_jax.interop import export
 from ssl_jax.evals import run
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1])
 
 jax.devices()
 before = peak()
@@ -669,4 +680,4 @@ def test_an_export_of_vit_l_needs_at_most_twice_the_size_of_the_model(tmp_path):
         assert out.returncode == 0, out.stderr
         ratio = 1024 * int(out.stdout.split('KIB')[1]) / size
         print(f'{to} {what} {dtype}: {ratio:.2f} x the size of the model')
-        assert ratio <= 2
+        assert 0.9 < ratio <= 2

@@ -77,7 +77,7 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
         _json(folder / 'config.json', _config(run.method, weights, dtype, transform))
         _json(folder / 'preprocessor_config.json', describe.processor_of(transform))
         _json(folder / PROVENANCE, provenance)
-        card = _card(run, workdir, weights, provenance, transform, list(extra))
+        card = _card(run, workdir, weights, params, provenance, transform, list(extra))
         (folder / 'README.md').write_text(card)
     return out
 
@@ -192,7 +192,7 @@ def _json(path, value):
     path.write_text(json.dumps(value, indent=2) + '\n')
 
 
-def _card(run, workdir, weights, provenance, transform, extra):
+def _card(run, workdir, weights, params, provenance, transform, extra):
     """The model card, in Markdown."""
     imported, config = run.meta.get('imported'), run.config
     lines = [
@@ -206,7 +206,7 @@ def _card(run, workdir, weights, provenance, transform, extra):
         f'Weights of a Vision Transformer in the layout `{weights.layout}`, written by ssl_jax '
         f'{version.__version__} in {provenance["dtype"]}.',
         '',
-        *(f'- {line}' for line in describe.text(weights, run.params, provenance['tensors'])),
+        *(f'- {line}' for line in describe.text(weights, params, provenance['tensors'])),
         '',
         '## Training',
         '',
