@@ -17,7 +17,11 @@ GREY = (0.2989, 0.587, 0.114)
 # Probability of a Gaussian blur for the first global crop, the second, and local crops.  'intended'
 # is what DINO's paper and code say.  DINOv2's code hands 1 - p to the wrapper that expects p, so
 # this is what its released weights have seen (facebookresearch/dinov2, pull request 411).
-BLUR = {'released': (0.0, 0.9, 0.5), 'intended': (1.0, 0.1, 0.5)}
+BLUR = {
+    'released': (0.0, 0.9, 0.5),
+    'intended': (1.0, 0.1, 0.5),
+    'none': (0.0, 0.0, 0.0),
+}
 
 
 def normalize(images, mean=MEAN, std=STD):
@@ -163,7 +167,7 @@ def apply_photometry(images, draws, *, taps=9, threshold=128, skip=(False,) * 4)
         return every(images, draws)
 
     # One sample at a time, a CPU runs only the operations that were drawn, within its cache: 6 to
-    # 20 times as fast.  Accelerators want all samples at once, with selects for `cond` and `switch`.
+    # 20 times as fast.  Accelerators take all samples at once, and select after the fact.
     def loop(images, draws):
         return jax.lax.map(lambda xs: one(*xs), (images, draws))
 

@@ -99,8 +99,10 @@ def block_masks(
     h, w = grid
     limit = h * w if max_patches is None else max_patches
     targets = jnp.broadcast_to(jnp.asarray(targets, jnp.float32), keys.shape)
-    # All draws at once: a loop over small draws is mostly latency.
-    u = jax.vmap(lambda key: jax.random.uniform(key, (ROUNDS, 4, TRIALS)))(keys)
+    # All draws at once, for a loop over small draws is mostly latency; and along one axis, for
+    # XLA takes 2 s longer to compile random numbers of three.
+    u = jax.vmap(lambda key: jax.random.uniform(key, (ROUNDS * 4 * TRIALS,)))(keys)
+    u = u.reshape(-1, ROUNDS, 4, TRIALS)
     rows, columns = jnp.arange(h), jnp.arange(w)
 
     def round_(state, u):
@@ -134,28 +136,29 @@ def block_masks(
     return mask
 
 
-def _ratios(num_crops, num_patches, probability, ratio):
-    """Ends of the strata of DINOv2's targets in patches, float64 (masked crops + 1,)."""
-    masked = int(num_crops * probability)
+def _strata(num_crops, grid, sampler, probability, ratio):
+    """Ends of the intervals of DINOv2's targets, float64 (masked crops + 1,); of iBOT's, (2,)."""
     low, high = ratio
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f'mask_ratio_min_max={tuple(ratio)} is no range within 0 and 1.')
+    masked = 1
+    if sampler == 'dinov2':
+        masked = int(num_crops * probability)
+    elif sampler != 'ibot':
+        raise ValueError(f"mask_sampler={sampler!r} is unknown; give 'dinov2' or 'ibot'.")
     if masked < 1:
         raise ValueError(
             f'mask_probability={probability} masks none of {num_crops} crops; '
             f'give {1 / num_crops:.3g} or more.'
         )
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f'mask_ratio_min_max={tuple(ratio)} is no range within 0 and 1.')
-    # The sum keeps 0.3 of 100 patches from becoming 29.
-    return num_patches * np.linspace(low, high, masked + 1) + 1e-6
+    # The small sum keeps 0.3 of 100 patches from becoming 29.
+    return grid[0] * grid[1] * np.linspace(low, high, masked + 1) + 1e-6
 
 
 def upper_bound(num_crops, grid, *, sampler='dinov2', probability=0.5, ratio=(0.1, 0.5)):
     """Most patches that `crop_masks` masks in one group, an int that depends on nothing drawn."""
-    n = grid[0] * grid[1]
-    ends = _ratios(num_crops, n, probability, ratio)
-    if sampler == 'ibot':
-        return num_crops * int(ends[-1])
-    return int(np.floor(ends[1:]).sum())
+    most = np.floor(_strata(num_crops, grid, sampler, probability, ratio)).astype(int)[1:]
+    return int(most.sum()) if sampler == 'dinov2' else num_crops * int(most[-1])
 
 
 def crop_masks(keys, num_crops, grid, *, sampler='dinov2', probability=0.5, ratio=(0.1, 0.5)):
@@ -175,13 +178,13 @@ def crop_masks(keys, num_crops, grid, *, sampler='dinov2', probability=0.5, rati
     """
     h, w = grid
     groups = len(keys)
-    ends = _ratios(num_crops, h * w, probability, ratio)
+    ends = _strata(num_crops, grid, sampler, probability, ratio)
     if sampler == 'ibot':
 
         def draw(key):
             coin_key, ratio_key, key = jax.random.split(key, 3)
             coin = jax.random.bernoulli(coin_key, probability, (num_crops,))
-            target = jax.random.uniform(ratio_key, (num_crops,), minval=ends[0], maxval=ends[-1])
+            target = jax.random.uniform(ratio_key, (num_crops,), minval=ends[0], maxval=ends[1])
             return jax.random.split(key, num_crops), jnp.where(coin, target, 0.0)
 
         block_keys, targets = jax.vmap(draw)(keys)
@@ -189,8 +192,7 @@ def crop_masks(keys, num_crops, grid, *, sampler='dinov2', probability=0.5, rati
             block_keys.reshape(-1), grid, targets.reshape(-1), min_patches=(min(h, w) // 3) ** 2
         )
         return masks.reshape(groups, num_crops, h * w)
-    if sampler != 'dinov2':
-        raise ValueError(f"mask_sampler={sampler!r} is unknown; give 'dinov2' or 'ibot'.")
+
     masked = len(ends) - 1
     low, high = jnp.asarray(ends[:-1], jnp.float32), jnp.asarray(ends[1:], jnp.float32)
     most = jnp.asarray(np.floor(ends[1:]), jnp.float32)  # rounding may not exceed the bound
