@@ -13,8 +13,8 @@ Command:
 
 Expected, of the published models: fine-tuned 86.9 %, linear probe 76.6 % (1600 epochs; 85.8 %
 fine-tuned after 800).
-Cost: 3.0e20 useful FLOPs for 800 epochs: 66 h on TPU v5e-16, 3.5 h on v5p-128 or 26 h on 8 H100 at
-40 % of peak.
+Cost: 3.0e20 useful FLOPs for 800 epochs: 66 h on TPU v5e-16, 3.5 h on 128 v5p chips or 26 h on
+8 H100 at 40 % of peak.
 """
 
 from ssl_jax import config

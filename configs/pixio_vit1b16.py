@@ -13,7 +13,7 @@ Command:
 
 Expected: nothing is published for this size trained from scratch; the released 1B (k-NN 66.4, NYUv2
 depth RMSE 0.247 with DPT, ADE20K linear 50.8) is distilled from the 5B model.
-Cost: 1.6e22 useful FLOPs: 190 h on TPU v5p-128 at 40 % of peak.
+Cost: 1.6e22 useful FLOPs: 190 h on 128 TPU v5p chips at 40 % of peak.
 """
 
 from ssl_jax import config

@@ -13,7 +13,7 @@ Command:
 
 Expected: with the paper's web images k-NN 68.4, NYUv2 depth RMSE 0.238 with DPT, ADE20K linear
 50.2, VOC linear 82.0 (table 8).
-Cost: 5.3e22 useful FLOPs: 630 h on TPU v5p-128 at 40 % of peak.
+Cost: 5.3e22 useful FLOPs: 630 h on 128 TPU v5p chips at 40 % of peak.
 """
 
 from ssl_jax import config

@@ -13,7 +13,7 @@ Command:
 Expected: no result of exactly this run is published. Nearest, 5.26B images of ImageNet-21k with 4 x
 4 masks and 1 class token: k-NN 63.5, NYUv2 depth RMSE 0.387, ADE20K 43.5 (table 14). The released
 ViT-H (k-NN 63.2, RMSE 0.268 with DPT) is distilled from the 5B model.
-Cost: 2.4e21 useful FLOPs: 28 h on TPU v5p-128 or 207 h on 8 H100 at 40 % of peak.
+Cost: 2.4e21 useful FLOPs: 28 h on 128 TPU v5p chips or 207 h on 8 H100 at 40 % of peak.
 """
 
 from ssl_jax import config

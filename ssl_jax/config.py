@@ -35,6 +35,8 @@ OPTIONAL = {
     'checkpoint.every_steps': int, 'checkpoint.every_minutes': float, 'checkpoint.keep_every': int,
     'eval.every_steps': int, 'eval.every_epochs': float, 'eval.every_examples': int,
     'eval.max_train': int, 'eval.max_test': int, 'eval.size': int,
+    'method.teacher': str, 'method.teacher_size': str, 'method.teacher_embed_dim': int,
+    'method.teacher_depth': int, 'method.teacher_num_heads': int,
     'method.layer_scale': float, 'method.warmup_teacher_temp_steps': int,
     'method.warmup_teacher_temp_epochs': float, 'method.warmup_teacher_temp_examples': int,
     'dtype': str, 'init_from': str, 'resume_from': str,
@@ -198,6 +200,17 @@ def load(spec, overrides=()):
         ValueError: unknown recipe, field or value, in one sentence.
     """
     name, _, arg = str(spec).partition(':')
+    config = recipe(name, arg)
+    for override in overrides:
+        set_value(config, override)
+    config_rules.fill_size(config.method)
+    if not config.infer:
+        validate(config)
+    return lock(config)
+
+
+def recipe(name, arg=''):
+    """The unlocked config of a recipe, by name or path; recipes that vary another start with it."""
     path = pathlib.Path(name)
     if path.suffix != '.py':
         path = folder() / f'{name}.py'
@@ -208,13 +221,7 @@ def load(spec, overrides=()):
     loader = importlib.util.spec_from_file_location(f'ssl_jax_recipe_{path.stem}', path)
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
-    config = module.get_config(arg)
-    for override in overrides:
-        set_value(config, override)
-    config_rules.fill_size(config.method)
-    if not config.infer:
-        validate(config)
-    return lock(config)
+    return module.get_config(arg)
 
 
 def lock(config):

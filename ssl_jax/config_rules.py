@@ -19,10 +19,15 @@ CHOICES = {
     'method.pos_embed': ('sincos', 'learned'),
     'method.pos_resize': ('bicubic', 'offset', 'antialias'),
     'method.ffn': ('mlp', 'swiglu'),
+    'method.teacher_ffn': ('mlp', 'swiglu'),
+    'method.form': ('features', 'dino'),
+    'method.cls_loss': ('cosine', 'l1', 'mse'),
+    'method.patch_loss': ('cosine', 'l1', 'mse'),
+    'method.fuse': ('avg', 'sum'),
     'method.drop_path_mode': ('subset', 'image'),
     'method.centering': ('sinkhorn_knopp', 'centering', 'none'),
     'method.mask_sampler': ('dinov2', 'ibot'),
-    'method.blur': ('released', 'intended'),
+    'method.blur': ('released', 'intended', 'none'),
 }
 # FLOP/s of one CPU core in training small models (measured: 77e9 on two cores), and how long an
 # inferred run should take there, in seconds.
@@ -154,7 +159,7 @@ def _errors(c):
         if key.endswith('scale') and m.get(key) and m[key][1] > 1:
             yield f'method.{key}={m[key]} are fractions of the area: at most (.., 1.0).'
     yield from _shape_errors(m)
-    if m.name == 'dinov2':
+    if 'group_size' in m:
         yield from _dinov2_errors(c)
 
 

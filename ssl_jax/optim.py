@@ -167,7 +167,7 @@ def make(optim, params):
     multipliers = lr_multipliers(params, optim.layer_decay, optim.lr_mult)
     train = trainable(params, optim.freeze)
     late = _late(params, optim.warm_freeze, train)
-    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.float32)
+    adam = scale_by_adam(optim.b1, optim.b2, optim.eps)
     waits = bool(optim.warm_freeze) and not optim.warm_freeze_moments
     if waits:
         rule = functools.partial(_matching, optim.warm_freeze)
@@ -194,6 +194,28 @@ def make(optim, params):
 
     table = describe(params, decay, multipliers, train, late, optim.weight_decay)
     return optax.GradientTransformationExtraArgs(tx.init, update), table
+
+
+def scale_by_adam(b1, b2, eps):
+    """`optax.scale_by_adam` with float32 moments and an exact correction of their bias.
+
+    optax computes 1 - b2^t in float32, which for b2 = 0.999 and the first t is off by 1e-5 of its
+    value; -expm1(t log b2) is not. That alone decides the tolerance of the golden trajectories.
+    """
+    logs = [math.log(b) if b else -math.inf for b in (b1, b2)]
+
+    def update(grads, state, params=None):
+        del params
+        count = state.count + 1
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        c1, c2 = (-jnp.expm1(count.astype(jnp.float32) * log) for log in logs)
+        mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, grads, state.mu)
+        nu = jax.tree.map(lambda g, v: (1 - b2) * jnp.square(g) + b2 * v, grads, state.nu)
+        updates = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    init = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32).init
+    return optax.GradientTransformation(init, update)
 
 
 def _late(params, regexes, train):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import config as config_lib
 from ssl_jax import checkpoint, methods, metrics, optim, rundir, sharding, train
+from ssl_jax import config as config_lib
 from ssl_jax import state as state_lib
 from ssl_jax.data import pipeline, sources
 
@@ -107,7 +107,7 @@ def losses_on(devices, steps, accum_steps=1, **mesh):
     config = tiny.config(total_steps=steps, accum_steps=accum_steps)
     method = methods.from_config(config)
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
-    program = train.make_program(config, method, lambda prefix, *_, **__: LENGTHS.get(prefix, 0), mesh)
+    program = train.make_program(config, method, lambda name, *_, **__: LENGTHS.get(name, 0), mesh)
     rows = sharding.process_rows(mesh, config.batch_size)
     found = []
     with jax.set_mesh(mesh):
