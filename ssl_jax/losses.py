@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-TINY = 1e-37  # a sum of exponentials below this is a sum of nothing
+TINY = 1e-37  # keeps a sum over no rows from being divided by
 
 
 def patchify(images, patch_size):
@@ -116,15 +116,15 @@ def sinkhorn_knopp(logits, temp, valid=None, num_iters=3):
     z = jax.lax.stop_gradient(logits).astype(jnp.float32) / temp
     if valid is None:
         valid = jnp.ones(z.shape[:1], bool)
-    z = jnp.where(valid[:, None], z, -jnp.inf)
-    # The first column scaling cancels any factor per column, so the largest entry of each may be
-    # taken out: nothing overflows, and no column can underflow as a whole.
-    top = z.max(axis=0)
-    q = jnp.exp(z - jnp.where(jnp.isfinite(top), top, 0))
-    rows = valid.astype(jnp.float32)
-    for _ in range(num_iters):
+    exists = valid[:, None]
+    # The first iteration in logarithms.  It leaves every row with an entry of at least 1/K, from
+    # where on no sum can vanish: plain products are safe, whatever the range of the logits was.
+    z = z - jax.nn.logsumexp(z, axis=0, where=exists)
+    q = jnp.where(exists, jax.nn.softmax(jnp.where(exists, z, 0), axis=1), 0)
+    rows, columns = valid.astype(jnp.float32), jnp.ones(z.shape[1])
+    for _ in range(num_iters - 1):
         columns = 1 / jnp.maximum((q * rows[:, None]).sum(axis=0), TINY)
-        rows = jnp.where(valid, 1 / jnp.maximum((q * columns).sum(axis=1), TINY), 0)
+        rows = valid / jnp.maximum((q * columns).sum(axis=1), TINY)
     return q * columns * rows[:, None]
 
 
@@ -190,9 +190,7 @@ def ibot_loss(targets, logits, weights, num_images, temp=0.1):
 
     Reference: iBOT, arXiv 2111.07832, `main_ibot.py`; DINOv2 `loss/ibot_patch_loss.py`.
     """
-    rows = cross_entropy(targets, logits, temp)
-    # Padding may hold anything: 0 * inf must not become nan.
-    return jnp.where(weights > 0, weights * rows, 0).sum() / num_images
+    return (weights * cross_entropy(targets, logits, temp)).sum() / num_images
 
 
 def koleo(x, eps=1e-8, groups=1):

@@ -84,12 +84,12 @@ def softmax(rows, k, scale, seed=0):
 
 
 def named(p):
-    return monitors.suspect_targets(monitors.targets(p), p.shape[-1])
+    return monitors.suspect_teacher(monitors.teacher_monitors(p), p.shape[-1])
 
 
 def test_numbers_of_targets_match_their_definitions():
     p = softmax(40, 12, 3)
-    got = monitors.targets(p)
+    got = monitors.teacher_monitors(p)
     wide = p.astype(np.float64)
     mean = wide.mean(axis=0)
     entropy = -(wide * np.log(wide)).sum(axis=1).mean()
@@ -101,14 +101,16 @@ def test_numbers_of_targets_match_their_definitions():
 def test_rows_that_do_not_exist_count_nowhere():
     p = softmax(30, 12, 3)
     padded = np.concatenate([p[:20], np.full((10, 12), np.nan, np.float32)])
-    got = jax.jit(monitors.targets)(padded, np.arange(30) < 20)
-    for name, want in monitors.targets(p[:20]).items():
+    got = jax.jit(monitors.teacher_monitors)(padded, np.arange(30) < 20)
+    for name, want in monitors.teacher_monitors(p[:20]).items():
         assert float(got[name]) == pytest.approx(float(want), abs=1e-6), name
 
 
 def test_every_row_with_a_prototype_of_its_own_uses_all_it_could():
-    assert float(monitors.targets(np.eye(8, 100, dtype=np.float32))['prototype_use']) == 1
-    assert float(monitors.targets(np.eye(100, 8, dtype=np.float32)[:9])['prototype_use']) == 1
+    assert float(monitors.teacher_monitors(np.eye(8, 100, dtype=np.float32))['prototype_use']) == 1
+    assert (
+        float(monitors.teacher_monitors(np.eye(100, 8, dtype=np.float32)[:9])['prototype_use']) == 1
+    )
 
 
 def test_spread_targets_are_not_suspect():
@@ -136,11 +138,13 @@ def test_targets_that_share_few_prototypes_are_named():
 
 
 def test_targets_that_are_not_finite_are_named():
-    assert 'nan' in monitors.suspect_targets(
+    assert 'nan' in monitors.suspect_teacher(
         dict(teacher_entropy=np.nan, kl_uniform=0.1, prototype_use=0.5), 64
     )
 
 
 def test_monitored_targets_get_no_gradient():
-    grad = jax.grad(lambda p: monitors.targets(p)['teacher_entropy'])(jnp.full((4, 8), 0.125))
+    grad = jax.grad(lambda p: monitors.teacher_monitors(p)['teacher_entropy'])(
+        jnp.full((4, 8), 0.125)
+    )
     assert not np.any(grad)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 EPS = 1e-7  # of RankMe
 NAMES = ('std', 'rankme', 'rankme_max', 'cosine')
-TARGET_NAMES = ('teacher_entropy', 'kl_uniform', 'prototype_use')
+TEACHER_NAMES = ('teacher_entropy', 'kl_uniform', 'prototype_use')
 
 
 @jax.jit
@@ -85,7 +85,7 @@ def suspect(values):
     return None
 
 
-def targets(p, valid=None):
+def teacher_monitors(targets, valid=None):
     """How a self-distillation teacher spreads a batch over its K prototypes, in float32.
 
     With p_i the rows and p their mean:
@@ -96,17 +96,17 @@ def targets(p, valid=None):
         that agree on their first choice while their tails still differ.
 
     log K - kl_uniform - teacher_entropy is what a target tells about its image (their mutual
-    information, at most the log of the rows): 0 in both kinds of collapse, see `suspect_targets`.
+    information, at most the log of the rows): 0 in both kinds of collapse, see `suspect_teacher`.
 
     Args:
-      p: (..., K), teacher targets; rows sum to 1.
+      targets: (..., K), of the teacher; rows sum to 1.
       valid: bool (...), rows that exist; all if None.
 
     Returns:
       dict of float32 scalars; cheap enough to be computed inside the loss.
     """
-    k = p.shape[-1]
-    p = jax.lax.stop_gradient(p).astype(jnp.float32).reshape(-1, k)
+    k = targets.shape[-1]
+    p = jax.lax.stop_gradient(targets).astype(jnp.float32).reshape(-1, k)
     valid = jnp.ones(len(p), bool) if valid is None else valid.reshape(-1)
     rows = jnp.maximum(valid.sum(), 1)
     mean = jnp.where(valid[:, None], p, 0).sum(axis=0) / rows
@@ -122,18 +122,18 @@ def _entropy(p):
     return -jax.scipy.special.xlogy(p, p).sum(axis=-1)
 
 
-def suspect_targets(values, num_prototypes):
+def suspect_teacher(values, num_prototypes):
     """One sentence that names a collapse of the teacher and what to try; None if healthy.
 
-    The number that decides is what a target tells about its image, see `targets`: in small trials
-    2 to 3.5 nats where training went well, below 0.01 within 200 steps where it collapsed.  Before
-    anything is learned, targets can be near uniform as well: ask only once the warm-up is over.
+    The number that decides is what a target tells about its image, see `teacher_monitors`: in small
+    trials 2 to 3.5 nats where training went well, below 0.01 within 200 steps where it collapsed.
+    Before anything is learned, targets can be near uniform too: ask once the warm-up is over.
 
     Args:
-      values: what `targets` returned, as numbers.
+      values: what `teacher_monitors` returned, as numbers.
       num_prototypes: K.
     """
-    v = {name: float(values[name]) for name in TARGET_NAMES}
+    v = {name: float(values[name]) for name in TEACHER_NAMES}
     bad = [name for name, x in v.items() if not abs(x) < float('inf')]
     if bad:
         return (

@@ -62,8 +62,11 @@ class Prototypes(nn.Module):
         b = x.shape[-1]
         v = self.param('weight_v', layers.torch_uniform(b), (b, self.out_dim))
         g = self.param('weight_g', nn.initializers.ones, (1, self.out_dim))
-        # The matrix is normalised, not the logits scaled: it has fewer rows than they have.
-        w = (g * losses.l2_normalize(v, axis=0)).astype(self.dtype)
+        # `sum_rows`, as XLA on CPU puts a plain sum into the product below and takes 200 times as
+        # long for 65536 prototypes (42 s against 0.2 s for 8 rows).
+        norm = jnp.sqrt(jnp.maximum(ops.sum_rows(jnp.square(v)), 1e-24))
+        # The matrix is scaled, not the logits: it has fewer rows than they have.
+        w = (v * (g / norm)).astype(self.dtype)
         return _float32_product(x.astype(self.dtype), w)
 
 

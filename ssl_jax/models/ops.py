@@ -154,7 +154,7 @@ def _dense_backward(residuals, grad):
 def _dense_gradients(x, kernel, grad):
     rows = grad.reshape(-1, grad.shape[-1])  # (B * N, M)
     d_kernel = _transposed_product(x.reshape(-1, x.shape[-1]), rows)
-    return grad @ kernel.T, d_kernel, _sum_rows(rows)
+    return grad @ kernel.T, d_kernel, sum_rows(rows)
 
 
 def _transposed_product(a, b):
@@ -177,7 +177,7 @@ def _transposed_product(a, b):
 dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _sum_rows(x):
+def sum_rows(x):
     """(..., M) -> (M,), accumulated in float32.
 
     XLA on CPU adds up a leading axis about ten times slower than a matrix product does.
@@ -294,7 +294,7 @@ def _layer_norm_backward(eps, residuals, grad):
     across = jnp.mean(d_normal, axis=-1, keepdims=True)
     along = jnp.mean(d_normal * normal, axis=-1, keepdims=True)
     d_x = (d_normal - across - normal * along) * inverse
-    d_scale, d_bias = _sum_rows(grad * normal), _sum_rows(grad)
+    d_scale, d_bias = sum_rows(grad * normal), sum_rows(grad)
     return d_x.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
