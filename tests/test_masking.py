@@ -122,7 +122,7 @@ def distance(a, b):
         ((14, 14), 98, 16, 75),  # SplitMask
         ((14, 14), 40, 4, 98),  # DINOv2
         ((8, 8), 32, 5, 24),
-        ((9, 6), 20, 4, 27),
+        ((4, 9), 14, 4, 18),
     ],
 )
 def test_blocks_are_distributed_as_in_the_reference(grid, target, min_patches, max_patches):
@@ -136,6 +136,12 @@ def test_blocks_are_distributed_as_in_the_reference(grid, target, min_patches, m
     assert distance(edges(ours, grid), edges(theirs, grid)) < 4
     spread = np.sqrt((ours.var(0) + theirs.var(0)) / 1500)
     assert np.abs((ours.mean(0) - theirs.mean(0)) / spread).max() < 4.5
+
+
+def test_no_block_is_as_high_or_as_wide_as_the_grid():
+    # 36 patches of 4 x 9 would be one block of the grid's height, or none.
+    assert not block_masks((4, 9), 36, n=200, min_patches=36).any()
+    assert not block_masks((9, 4), 36, n=200, min_patches=36).any()
 
 
 def test_a_patch_is_masked_as_often_as_its_mirror_images():
