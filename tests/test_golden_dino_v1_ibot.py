@@ -5,8 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ssl_jax import losses
+from ssl_jax import losses, optim
 from ssl_jax.interop import tables
 from ssl_jax.models import heads, vit
 
@@ -89,7 +90,7 @@ def test_golden_dino_v1_ibot_epsilon_matches(golden):
 
 
 def gradients(f):
-    """Official name -> gradient of sum(logits * cotangent) at the first size."""
+    """(gradients of sum(logits * cotangent) at the first size, rename table)."""
     model, head, params, rows = build(f, f.under('w'))
     images, cotangent = images_of(f, f.hyper['sizes'][0]), jnp.asarray(f['in/head_cot'])
 
@@ -98,17 +99,50 @@ def gradients(f):
         logits = head.apply({'params': params['head']}, out['cls_tokens'][:, 0])
         return (logits * cotangent).sum()
 
-    return tables.to_torch(rows, jax.jit(jax.grad(value))(params))
+    return jax.jit(jax.grad(value))(params), rows
 
 
 def test_golden_dino_v1_ibot_gradients_match(golden):
     f = golden('dino_v1_ibot')
-    grads = gradients(f)
+    grads = tables.to_torch(*reversed(gradients(f)))
     assert f.hyper['norm_last_layer'] == ('head.last_layer.weight_g' not in f.under('grad'))
     for key, grad in grads.items():
         if f'grad/{key}' in f.keys:  # weight_g is frozen
             f.check(f'grad/{key}', grad)
     assert {k for k in f.under('grad') if k.startswith(('backbone', 'head'))} <= set(grads)
+
+
+def test_golden_dino_v1_ibot_clipping_of_every_tensor_matches(golden):
+    f = golden('dino_v1_ibot')
+    grads, rows = gradients(f)
+    names = [f'backbone.{name}' for name in f.meta['clip_norm_order']]
+    before = tables.to_torch(rows, grads)
+    f.check('out/clip_norms', [np.linalg.norm(before[name]) for name in names])
+    clip = optim.clip_by_norm(f.hyper['clip_grad'], by='tensor')
+    clipped, _ = clip.update(grads, clip.init(grads))
+    after = tables.to_torch(rows, clipped)
+    assert set(f.under('grad_clipped')) == set(names)
+    for name in names:
+        f.check(f'grad_clipped/{name}', after[name])
+
+
+def test_golden_dino_v1_ibot_schedules_match(golden):
+    f = golden('dino_v1_ibot')
+    for i, row in enumerate(f.hyper['cosine']):
+        base, final, epochs, length, warmup_epochs, start = (*row, 0, 0)[:6]
+        total, warmup = epochs * length, warmup_epochs * length
+        steps = np.arange(total)
+        got = optim.cosine(base, final, total, warmup)(steps)
+        if start:  # ours starts at 0, as all training scripts do
+            got = np.where(steps < warmup, optim.linear(start, base, warmup)(steps), got)
+        np.testing.assert_allclose(got, f[f'out/schedule{i}'], rtol=1e-12, atol=1e-18)
+
+
+def test_golden_dino_v1_ibot_teacher_temperatures_match(golden):
+    f = golden('dino_v1_ibot')
+    h = f.hyper
+    rise = (h['warmup_teacher_temp'], h['teacher_temp'], h['warmup_teacher_temp_epochs'])
+    f.check('out/teacher_temp_schedule', optim.linear(*rise)(np.arange(h['nepochs'])))
 
 
 def steps(f):
