@@ -23,9 +23,10 @@ def load_into(path, method, state, abstract):
     """The weights at `path` in place of the fresh ones of `state`.
 
     A checkpoint that holds all parameters of this method in these sizes is taken whole, with its
-    `extra`. Of all else the encoder is taken (and given to `method.with_backbone`), and the decoder
-    of a MAE or Pixio where it fits. A position table of another grid is resized by the rule of the
-    encoder that it comes with.
+    `extra`; so is one that differs in the size of its images only, with its position tables resized
+    (the high-resolution stage). Of all else the encoder is taken (and given to
+    `method.with_backbone`), and the decoder of a MAE or Pixio where it fits. A position table of
+    another grid is resized by the rule of the encoder that it comes with.
 
     Args:
       path: a run, a checkpoint folder, imported weights, an export, an HF or timm folder, a file.
@@ -44,7 +45,10 @@ def load_into(path, method, state, abstract):
         try:
             model, meta = checkpoint.restore_model(path, target)
         except checkpoint.MismatchError:
-            pass  # another method, another size, or the encoder alone
+            # Another method, another size, or the encoder alone.
+            whole = _other_grid(path, method, state)
+            if whole is not None:
+                return whole
         else:
             _, other, weights = runs.parse(meta)
             _check(path, weights.vit if weights else other.vit, method.vit)
@@ -54,7 +58,7 @@ def load_into(path, method, state, abstract):
                 return model['params'], model['extra'], lines
     loaded = load.load_backbone(path)
     _check(path, loaded.vit, method.vit)
-    encoder, lines = _fit(path, loaded, method, state)
+    encoder, lines = _fit(path, loaded, *method.backbone(state.params, state.extra))
     params, extra = method.with_backbone(state.params, state.extra, encoder)
     new = jax.tree.leaves(encoder)
     for name in [k for k in params if params[k] is state.params[k]]:
@@ -96,9 +100,58 @@ def _same_decoder(theirs, ours):
     return all(getattr(theirs, name) == getattr(ours, name) for name in DECODER)
 
 
-def _fit(path, loaded, method, state):
+def encoder(path, vit, fresh):
+    """The encoder at `path` (as `load_into` takes it) for `vit`, in the place of `fresh`."""
+    loaded = load.load_backbone(path)
+    _check(path, loaded.vit, vit)
+    return jax.tree.map(jnp.copy, _fit(path, loaded, vit, fresh)[0])
+
+
+def placed(path, found, fresh):
+    """The numpy tree `found` with the types and shardings of `fresh`; its shapes must be equal."""
+    theirs, ours = _shapes(found), _shapes(fresh)
+    differ = [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f'{path} does not fit, nothing was loaded: {name} is {theirs.get(name, "absent")} '
+            f'there and {ours.get(name, "absent")} here ({len(differ)} such arrays); set the '
+            f'sizes of `method` as they are there.'
+        )
+    return jax.tree.map(lambda x, like: jnp.copy(_place(x, like)), found, fresh)
+
+
+def _other_grid(path, method, state):
+    """The whole of a run of the same method for another image size; None if it is not that."""
+    run = runs.open_run(path)
+    if run.method is None or type(run.method) is not type(method):
+        return None
+    theirs = {'params': run.params, 'extra': run.extra}
+    fresh = {'params': state.params, 'extra': state.extra}
+    there, here = _shapes(theirs), _shapes(fresh)
+    differ = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+    if not differ or not all(k.endswith('pos_embed') and k in there and k in here for k in differ):
+        return None
+    _check(path, run.method.vit, method.vit)
+    vit, lines = method.vit, []
+
+    def fit(name, value, like):
+        if name in differ:
+            side = round((like.shape[1] - vit.num_cls_tokens) ** 0.5)
+            value = pos_embed.resize(value, (side, side), vit.num_cls_tokens, vit.pos_resize)
+            lines.append(_line('resized', name, f'to {side}x{side} patches, {vit.pos_resize}'))
+        return jnp.copy(_place(value, like))
+
+    flat = {k: fit(k, v, checksums.named(fresh)[k]) for k, v in checksums.named(theirs).items()}
+    model = jax.tree.unflatten(jax.tree.structure(fresh), [flat[k] for k in checksums.named(fresh)])
+    taken = [_line('taken', k, _count(tree)) for k, tree in model['params'].items()]
+    if model['extra']:
+        taken.append(_line('taken', 'extra', _count(model['extra'])))
+    return model['params'], model['extra'], taken + lines
+
+
+def _fit(path, loaded, vit, fresh):
     """The encoder of a file in the shapes and on the devices of the run's, and what was done."""
-    vit, fresh = method.backbone(state.params, state.extra)
     theirs, ours = checksums.named(loaded.params), checksums.named(fresh)
     there, here = (v.img_size // v.patch_size for v in (loaded.vit, vit))
     grids, lines = f'{there}x{there} to {here}x{here} patches', []

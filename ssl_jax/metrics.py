@@ -172,6 +172,11 @@ class Writer:
         if self._is_main:
             self._show(self._line(step, values, timing))
 
+    @property
+    def last(self):
+        """The newest value written of every metric."""
+        return dict(self._last)
+
     def eval(self, step, metrics):
         """Writes the results of an evaluation at once, as a row of their own."""
         self.flush()

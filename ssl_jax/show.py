@@ -1,33 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a run: reconstructions of any images, the training crops, and the curves."""
+"""Pictures of a run: crops, reconstructions, features and attention of any images, curves."""
 
 import jax
 from etils import epath
 
-from ssl_jax import runs, viz
+from ssl_jax import augment, runs, viz
 from ssl_jax.data import pipeline, sources
 from ssl_jax.evals import online
+from ssl_jax.models import vit as vit_lib
 
 
 def show(workdir, data=None, out=None, num=8):
     """Writes the pictures of a run and returns their paths.
 
     Args:
-      workdir: a run.  data: images to show, a path or spec; default its own training set.
+      workdir: a run, or an imported encoder (then without what belongs to training).
+      data: images to show, a path or spec; default the run's own training set.
       out: folder; default workdir/pictures.  num: how many images.
     """
     run = runs.open_run(workdir)
-    if run.method is None:
-        raise ValueError(
-            f'{workdir} holds an imported encoder alone, and what is shown here are crops and '
-            f'reconstructions of training; use `ssl_jax eval` or `ssl_jax features`.'
-        )
+    if run.method is None and not data:
+        raise ValueError(f'{workdir} holds an imported encoder, which has no images: give --data.')
     source = sources.open_source(data or run.config.data.train)
     num = min(num, len(source))
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')
     out.mkdir(parents=True, exist_ok=True)
-    views = run.method.views()
-    paths = []
+    vit, params = run.backbone()
+    images = online.first_images(source, vit.img_size, num)
+    paths = _inside(vit, params, images, run.transform, out)
+    if run.method is not None:
+        paths += _training(run, source, images, num, out)
+    if (workdir / 'metrics.jsonl').exists():
+        paths.append(out / 'curves.png')
+        viz.curves(workdir / 'metrics.jsonl', paths[-1])
+    return paths
+
+
+def _inside(vit, params, images, transform, out):
+    """Principal components of the patch tokens, and where the class token looks."""
+    side = vit.img_size // vit.patch_size
+    x = augment.normalize(images, transform['mean'], transform['std'])
+    paths = [out / 'pca.png']
+    tokens = jax.jit(lambda p, x: vit.apply({'params': p}, x)['patch_tokens'])(params, x)
+    viz.pca_patches(tokens, (side, side), images, paths[0])
+    if vit.num_cls_tokens:
+        paths.append(out / 'attention.png')
+        weights = jax.jit(lambda p, x: vit_lib.last_attention(vit, p, x))(params, x)
+        first = vit.num_cls_tokens + vit.num_register_tokens
+        maps = weights[:, :, 0, first:].reshape(len(images), vit.num_heads, side, side)
+        viz.attention_maps(maps, images, paths[1])
+    return paths
+
+
+def _training(run, source, images, num, out):
+    """Crops as the run trains on them, and reconstructions where the method makes them."""
+    paths, views = [], run.method.views()
     with pipeline.train_stream(
         source, views, batch_size=num, seed=run.config.seed, start_step=run.step
     ) as stream:
@@ -37,12 +64,8 @@ def show(workdir, data=None, out=None, num=8):
         paths.append(out / f'crops_{view.name}.png')
         viz.contact_sheet(crops.reshape(-1, *crops.shape[2:]), paths[-1])
     if hasattr(run.method, 'reconstruct'):
-        images = online.first_images(source, views[0].size, num)
         keys = jax.random.split(jax.random.key(run.config.seed), len(images))
         made = jax.jit(run.method.reconstruct)(run.params, images, keys)
         paths.append(out / f'reconstruction_{run.step:07d}.png')
         viz.reconstruction_grid(made, paths[-1])
-    if (workdir / 'metrics.jsonl').exists():
-        paths.append(out / 'curves.png')
-        viz.curves(workdir / 'metrics.jsonl', paths[-1])
     return paths

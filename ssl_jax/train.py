@@ -125,8 +125,11 @@ def restore(config, method, program, saved):
             config.init_from, method, state, program.abstract
         )
         log(f'weights of {config.init_from}:', *lines)
-        return dataclasses.replace(state, params=params, extra=extra), 'these weights at step 0'
-    return state, 'fresh weights'
+        state = dataclasses.replace(state, params=params, extra=extra)
+    if getattr(method, 'teacher', None):
+        state = dataclasses.replace(state, extra=method.load_teacher(state.extra))
+        log(f'teacher: {method.teacher}')
+    return state, 'these weights at step 0' if config.init_from else 'fresh weights'
 
 
 def _checkpoint_dir(path):
@@ -262,7 +265,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
     )
-    result = {'step': first, 'preempted': False}
+    result, named = {'step': first, 'preempted': False}, None
     try:
         if first < total:
             with timers('compile'):
@@ -289,6 +292,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
             at_log = done % config.log.every_steps == 0 or done == total
             if at_log:
                 writer.log(done, step_metrics)
+                named = name_collapse(method, writer.last, done, named)
             # Before the save of the same step, or a kill in between would lose the row.
             look(state, done)
             if clock.due(done, at_log) and done < total:
@@ -317,6 +321,14 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     if not result['preempted']:
         _farewell(workdir, result, bad)
     return result
+
+
+def name_collapse(method, values, step, named):
+    """Prints what the method suspects of its last numbers, once until it is well again."""
+    sentence = method.suspect(values, step) if hasattr(method, 'suspect') else None
+    if sentence and not named:
+        log(f'step {step:,}: {sentence}')
+    return sentence
 
 
 def _infer(config, source):

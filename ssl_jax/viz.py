@@ -45,6 +45,23 @@ def reconstruction_grid(pictures, path):
     _sheet(rows, [name for _, name in columns], path)
 
 
+def attention_maps(weights, images, path, num_heads=6):
+    """Each image beside the attention of the first heads, as brightness.
+
+    Args:
+      weights: (B, heads, h, w), non-negative; each map is scaled by its own largest value.
+      images: (B, H, W, 3) uint8 or in [0, 1].
+      path: of the PNG.
+    """
+    weights, images = np.asarray(weights, np.float32)[:, :num_heads], _uint8(images)
+    (b, heads, h, w), (height, width) = weights.shape, images.shape[1:3]
+    bright = weights / np.maximum(weights.max(axis=(2, 3), keepdims=True), 1e-12)
+    rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
+    large = _uint8(np.repeat(bright[:, :, rows][..., columns][..., None], 3, axis=-1))
+    headers = ['image', *(f'head {i + 1}' for i in range(heads))]
+    _sheet([[images[i], *large[i]] for i in range(b)], headers, path)
+
+
 def contact_sheet(images, path, columns=None):
     """All images (B, H, W, 3), uint8 or in [0, 1], in raster order on one sheet.
 

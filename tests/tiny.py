@@ -4,7 +4,7 @@
 import jax
 import ml_collections
 
-from ssl_jax import checkpoint, methods, optim
+from ssl_jax import checkpoint, config_dinov2, methods, optim
 from ssl_jax import config as config_lib
 from ssl_jax import state as state_lib
 
@@ -44,6 +44,41 @@ def config(**fields):
         with node.ignore_type():
             node[key] = value
     return config_lib.lock(c)
+
+
+def dinov2(**fields):
+    """The same for DINOv2, with masks and dropped images; no photometry, it compiles for long."""
+    m = config_dinov2.method()
+    config_dinov2.small(m)
+    m.update(
+        size=None,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        patch_size=8,
+        img_size=32,
+        local_size=16,
+        n_local_crops=2,
+        group_size=8,
+        drop_path=0.3,
+        num_register_tokens=1,
+        pos_resize='antialias',
+        dino_out_dim=64,
+        ibot_out_dim=32,
+        dino_bottleneck_dim=16,
+        ibot_bottleneck_dim=16,
+        head_hidden_dim=32,
+        centering='centering',
+        jitter_prob=0.0,
+        grey_prob=0.0,
+        blur='none',
+        solarize=(0.0, 0.0, 0.0),
+    )
+    c = config_lib.default()
+    config_dinov2.optim(c.optim)
+    optim = {f'optim__{k}': v for k, v in c.optim.items()}
+    optim.update(optim__warm_freeze_steps=3, optim__lr=1e-3)
+    return config(**{'method': m, **optim, **fields})
 
 
 def save(config, workdir, seed=0, step=0):

@@ -16,7 +16,9 @@ A Method is a frozen dataclass of pure functions (B is the global batch):
   flops(batch_size)                     -> useful FLOPs of one step, recomputation not counted
 
 A method that reconstructs pixels also has `reconstruct(params, images, keys)`, which the loop
-turns into pictures.
+turns into pictures.  One with a frozen teacher has `teacher`, where its weights are, and
+`load_teacher(extra) -> extra`, called once at the start of a run.  One that can collapse has
+`suspect(values, step)`, a sentence on the newest metrics or None.
 """
 
 import difflib

@@ -42,6 +42,7 @@ class DINOv2:
     teacher_temp: Callable  # functions of the step
     patch_teacher_temp: Callable
     ema_rate: Callable  # 1 - momentum of the teacher: keeps its precision near momentum 1
+    warmup_steps: int = 0  # before which no collapse is suspected
     teacher_vit: vit_lib.ViT | None = None  # None: the student's
     local_size: int = 96
     n_local_crops: int = 8
@@ -301,6 +302,12 @@ class DINOv2:
         teacher = jax.tree.map(lambda t, s: t + rate * (s - t), extra['teacher'], params)
         return {**extra, 'teacher': teacher}
 
+    def suspect(self, values, step):
+        """Names a collapse of the teacher; None if it is healthy or the warm-up is not over."""
+        if step < self.warmup_steps or 'teacher_entropy' not in values:
+            return None
+        return monitors.suspect_teacher(values, self.dino_head.out_dim)
+
     def backbone(self, params, extra):
         del params
         return self.vit, extra['teacher']['backbone']
@@ -380,6 +387,7 @@ def from_config(config, clock):
         teacher_temp=optim.linear(m.warmup_teacher_temp, m.teacher_temp, warmup),
         patch_teacher_temp=optim.linear(m.warmup_teacher_temp, m.patch_teacher_temp, warmup),
         ema_rate=optim.cosine(1 - m.momentum_teacher, 1 - m.final_momentum_teacher, total),
+        warmup_steps=max(clock('warmup', default=0), warmup),
         local_size=m.local_size,
         n_local_crops=m.n_local_crops,
         group_size=m.group_size,

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses, masking
+from ssl_jax import augment, init_from, losses, masking, runs
 from ssl_jax.data import pipeline
 from ssl_jax.methods import dinov2
 from ssl_jax.models import layers, ops
@@ -96,8 +96,9 @@ class Features:
         return params, {'teacher': vit_lib.init_params(self.teacher_vit, rngs[2])}
 
     def load_teacher(self, extra):
-        """`extra` with the weights of `method.teacher`; None where there is none to load."""
-        return None if self.teacher is None else {**extra, 'teacher': _encoder(self, extra)}
+        """`extra` with the weights at `teacher` for its fresh ones."""
+        teacher = init_from.encoder(self.teacher, self.teacher_vit, extra['teacher'])
+        return {**extra, 'teacher': teacher}
 
     def loss(self, params, extra, batch, rng, step):
         del step
@@ -188,8 +189,16 @@ class Dino:
         return params, {**extra, 'teacher': teacher.init(teacher_rng)[0], 'student': params}
 
     def load_teacher(self, extra):
-        """`extra` with networks and centres of the run `method.teacher`; None without one."""
-        return None if self.teacher is None else _networks(self, extra)
+        """`extra` with the teacher (the average, not the student) and centres of a DINOv2 run."""
+        run = runs.open_run(self.teacher)
+        if 'teacher' not in (run.extra or {}):
+            raise ValueError(
+                f'method.teacher={self.teacher} has no projection heads; give a run of dinov2 '
+                f'(released weights hold the backbone alone).'
+            )
+        names = [k for k in extra if k in run.extra and k != 'student']
+        found = {k: run.extra[k] for k in names}
+        return {**extra, **init_from.placed(self.teacher, found, {k: extra[k] for k in names})}
 
     def loss(self, params, extra, batch, rng, step):
         crops = self.dino.augment(batch, rng)
@@ -212,6 +221,9 @@ class Dino:
         student = jax.tree.map(lambda a, s: a + rate * (s - a), extra['student'], params)
         return {**extra, 'student': student}
 
+    def suspect(self, values, step):
+        return self.dino.suspect(values, step)
+
     def backbone(self, params, extra):
         del params
         return self.dino.vit, extra['student']['backbone']
@@ -227,28 +239,6 @@ class Dino:
         student = dataclasses.replace(self.dino, teacher_vit=None).flops(batch_size)
         small = _encoder_flops(self.vit, side + 1 + self.vit.num_register_tokens, side)
         return student + 2 * batch_size * (_encoder_flops(big, tokens, side) - small)
-
-
-def _encoder(method, extra):
-    """The encoder at `method.teacher`, checked against `teacher_vit`, in the place of the fresh."""
-    from ssl_jax import init_from
-
-    return init_from.encoder(method.teacher, method.teacher_vit, extra['teacher'])
-
-
-def _networks(method, extra):
-    """Backbone and heads of a DINOv2 run (its average, the better one), and its centres."""
-    from ssl_jax import init_from, runs
-
-    run = runs.open_run(method.teacher)
-    if 'teacher' not in (run.extra or {}):
-        raise ValueError(
-            f'method.teacher={method.teacher} has no projection heads; give a run of dinov2 '
-            f'(released weights hold the backbone alone).'
-        )
-    names = [k for k in extra if k == 'teacher' or k.endswith('_center') and k in run.extra]
-    found = {k: run.extra[k] for k in names}
-    return {**extra, **init_from.placed(method.teacher, found, {k: extra[k] for k in names})}
 
 
 def from_config(config, clock):
