@@ -239,7 +239,7 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
     epochs, for few images up to 1600.
 
     Args:
-      config: a config with `infer=True` (recipes `images_mae`, `images_pixio`).
+      config: a config with `infer=True` (recipes `images_mae`, `images_pixio`, `images_dinov2`).
       num_images: size of the training set.
       image_hw: (height, width) in pixels of a typical image.
       platform: 'cpu', 'gpu' or 'tpu'.
@@ -267,14 +267,20 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
 
     with config.unlocked():
         config.infer = False
-        _infer_images(choose, m, min(image_hw), cpu)
-        _infer_widths(choose, m, num_images, cpu)
+        if m.name == 'mae':
+            _infer_images(choose, m, min(image_hw), cpu)
+            _infer_encoder(choose, m, num_images, cpu)
+            _infer_decoder(choose, m)
+        else:
+            _infer_crops(choose, m, min(image_hw), num_images, cpu)
+            _infer_encoder(choose, m, num_images, cpu)
         choose('dtype', 'float32' if cpu else 'bfloat16', f'the fast type on {platform}')
 
         limit = 32 if cpu else 128 * device_count
         batch = 2 ** math.floor(math.log2(max(min(limit, 4096, num_images / 4), 1)))
         ways = device_count * config.accum_steps
-        batch = max(batch // ways, 1) * ways
+        # KoLeo compares the images of a batch.
+        batch = max(batch // ways, 2 if m.get('koleo_weight') else 1) * ways
         choose('batch_size', batch, f'{num_images:,} images, {device_count} device(s)')
         if config.optim.lr is None:
             # Square root instead of MAE's linear rule, which would starve small batches.
@@ -295,6 +301,8 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
         total = _total_steps(config, num_images)
         if duration('warmup', config)[0] is None:
             choose('warmup_steps', total // 20, 'a twentieth of the run')
+        if 'teacher_temp' in m and duration('warmup_teacher_temp', m)[0] is None:
+            choose('method.warmup_teacher_temp_steps', total // 5, 'a fifth of the run')
         if duration('every', config.eval)[0] is None:
             choose('eval.every_steps', max(total // 5, 1), 'five rounds of pictures and scores')
         validate(config)
@@ -304,11 +312,7 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
 def _infer_images(choose, m, short_side, cpu):
     """Crop, patch and mask size from the short side of the images."""
     size = m.img_size or min(short_side, 96 if cpu else 256 if m.mask_grid is None else 224)
-    patch = choose(
-        'method.patch_size',
-        4 if size < 64 else 8 if size < 160 else 16,
-        f'for crops of about {size} pixels',
-    )
+    patch = _patch_size(choose, size)
     coarse = 1 if m.mask_grid == 1 else 4 if size >= 16 * patch else 2
     unit = patch * (m.mask_grid or coarse)
     size = max(size // unit, 2) * unit
@@ -318,8 +322,27 @@ def _infer_images(choose, m, short_side, cpu):
     choose('method.mask_grid', grid, f'squares on the grid of {side}x{side} patches')
 
 
-def _infer_widths(choose, m, num_images, cpu):
-    """Encoder from the number of images, decoder from the encoder and the masks."""
+def _patch_size(choose, size):
+    """Patch size for crops of about so many pixels."""
+    patch = 4 if size < 64 else 8 if size < 160 else 16
+    return choose('method.patch_size', patch, f'for crops of about {size} pixels')
+
+
+def _infer_crops(choose, m, short_side, num_images, cpu):
+    """Global and local crops of DINOv2, and its prototypes."""
+    size = m.img_size or min(short_side, 64 if cpu else 224)
+    patch = _patch_size(choose, size)
+    size = max(size // patch, 2) * patch
+    size = choose('method.img_size', size, f'short side of the images {short_side}')
+    local = max(round(size * 3 / 7 / patch), 1) * patch
+    choose('method.local_size', local, f'three sevenths of {size}, in whole patches')
+    count = 1024 if num_images < 20_000 else 8192 if num_images < 2_000_000 else 65_536
+    for head in ('dino', 'ibot'):
+        choose(f'method.{head}_out_dim', count, f'prototypes for {num_images:,} images')
+
+
+def _infer_encoder(choose, m, num_images, cpu):
+    """Encoder from the number of images."""
     if m.size is None and m.embed_dim is None:
         if cpu:
             why = 'small enough for a CPU'
@@ -329,6 +352,10 @@ def _infer_widths(choose, m, num_images, cpu):
             size = 'S' if num_images < 30_000 else 'B' if num_images < 2_000_000 else 'L'
             choose('method.size', size, f'for {num_images:,} images')
     fill_size(m)
+
+
+def _infer_decoder(choose, m):
+    """Decoder from the encoder and the masks."""
     small = m.embed_dim < 300
     width = 96 if small else 256 if m.embed_dim < 700 else 512
     # Large masked squares want a deep decoder (Pixio, table 13), single patches do not.

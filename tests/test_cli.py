@@ -76,7 +76,8 @@ def test_eval_prints_the_run_beside_the_untrained_encoder_and_raw_pixels(run, fo
 def test_show_writes_pictures_of_other_images(run, folder, tmp_path, capsys):
     cli.main(['show', '--workdir', str(run), '--data', str(folder), '--out', str(tmp_path)])
     paths = capsys.readouterr().out.split()
-    assert any('reconstruction' in p for p in paths) and any('crops' in p for p in paths)
+    for kind in ('reconstruction', 'crops', 'pca', 'attention', 'curves'):
+        assert any(kind in p for p in paths), kind
     assert all(np.prod(cv2.imread(p).shape) > 0 for p in paths)
 
 

@@ -353,7 +353,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize('recipe', ['images_mae', 'images_pixio'])
+@pytest.mark.parametrize('recipe', ['images_mae', 'images_pixio', 'images_dinov2'])
 @pytest.mark.parametrize('place', PLACES)
 def test_inferred_config_is_complete_and_valid_everywhere(recipe, place):
     num_images, hw, platform, devices, cores = PLACES[place]
@@ -367,7 +367,7 @@ def test_inferred_config_is_complete_and_valid_everywhere(recipe, place):
     assert len(decisions) > 8
 
 
-@pytest.mark.parametrize('recipe', ['images_mae', 'images_pixio'])
+@pytest.mark.parametrize('recipe', ['images_mae', 'images_pixio', 'images_dinov2'])
 def test_inferred_run_on_a_cpu_lasts_minutes(recipe):
     c, _ = config.infer(config.load(recipe), *PLACES['street scenes on two cores'])
     steps = config.steps('total', c, 367, c.batch_size)

@@ -112,6 +112,17 @@ def test_pca_refuses_class_tokens_among_the_patches(tmp_path):
         viz.pca_patches(np.zeros((1, 5, 8)), (2, 2), images(1), tmp_path / 'p.png')
 
 
+def test_attention_is_drawn_beside_its_image_with_its_largest_value_white(tmp_path):
+    weights = np.zeros((2, 3, 2, 2))
+    weights[1, 2] = [[0, 0.1], [0.2, 0.05]]
+    pictures = images(2, 128)
+    viz.attention_maps(weights, pictures, tmp_path / 'a.png')
+    sheet = read(tmp_path / 'a.png')
+    assert sheet.shape == sheet_size(2, 4, 128)
+    np.testing.assert_array_equal(tile(sheet, 1, 0, 128), pictures[1])
+    np.testing.assert_array_equal(tile(sheet, 1, 3, 128)[::64, ::64, 0], [[0, 128], [255, 64]])
+
+
 def test_curves_draw_the_panels_that_have_data(tmp_path):
     rows = [{'step': s, 'loss': 1 / s} for s in range(1, 9)]
     write_rows(tmp_path / 'm.jsonl', rows)

@@ -1,16 +1,29 @@
 #!/usr/bin/env bash
-# Both runs of this folder, each stopped once on the way and started again, then evaluated.
-# Usage: SSL_JAX_DATA=/data experiments/cifar10/run.sh [OUT]
+# The runs of this folder side by side, one core each, stopped once on the way and started again,
+# then evaluated.
+# Usage: SSL_JAX_DATA=/data experiments/cifar10/run.sh [OUT [METHOD ...]]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/cifar10}
+shift || true
+methods=("${@:-mae pixio}")
 mkdir -p "$out"
-for method in mae pixio; do
-  run=(ssl_jax pretrain --config "cifar10_$method" --workdir "$out/$method")
-  "${run[@]}" > "$out/$method.log" & pid=$!
-  until grep -q '^step 1,000/' "$out/$method.log"; do sleep 5; kill -0 $pid; done
+
+one() {  # method, core
+  run=(taskset -c "$2" ssl_jax pretrain --config "cifar10_$1" --workdir "$out/$1")
+  SECONDS=0
+  "${run[@]}" > "$out/$1.log" & pid=$!
+  until grep -q '^step 1,000/' "$out/$1.log"; do sleep 5; kill -0 $pid; done
   kill -TERM $pid
   wait $pid
-  "${run[@]}" >> "$out/$method.log"
-  ssl_jax eval --workdir "$out/$method" | tee "$out/${method}_eval.txt"
+  "${run[@]}" >> "$out/$1.log"
+  echo "$1: trained in $((SECONDS / 60)) min $((SECONDS % 60)) s" | tee -a "$out/$1.log"
+  taskset -c "$2" ssl_jax eval --workdir "$out/$1" > "$out/$1_eval.txt"
+}
+
+core=0 pids=()
+for method in ${methods[@]}; do
+  one "$method" $((core++ % $(nproc))) & pids+=($!)
 done
+for pid in "${pids[@]}"; do wait "$pid"; done
+tail -n 40 "$out"/*_eval.txt
