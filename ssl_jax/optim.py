@@ -170,7 +170,7 @@ def make(optim, params):
     adam = scale_by_adam(optim.b1, optim.b2, optim.eps)
     waits = bool(optim.warm_freeze) and not optim.warm_freeze_moments
     if waits:
-        rule = functools.partial(_matching, optim.warm_freeze)
+        rule = functools.partial(matching, optim.warm_freeze)
         first = optax.masked(adam, lambda tree: jax.tree.map(operator.not_, rule(tree)))
         adam = optax.chain(first, optax.masked(_waiting(adam), rule))
     clip = clip_by_norm(optim.clip, optim.clip_by) if optim.clip else optax.identity()
@@ -220,7 +220,7 @@ def scale_by_adam(b1, b2, eps):
 
 def _late(params, regexes, train):
     """Tree of bools: True where the slash path matches a regex of `warm_freeze` and trains."""
-    tree = jax.tree.map(operator.and_, _matching(regexes, params), train)
+    tree = jax.tree.map(operator.and_, matching(regexes, params), train)
     found = {late for late, trains in zip(*map(jax.tree.leaves, (tree, train))) if trains}
     if regexes and found != {True, False}:
         raise ValueError(
@@ -284,7 +284,7 @@ def lr_multipliers(params, layer_decay=None, lr_mult=()):
 
 def trainable(params, freeze=()):
     """Tree of bools: False where the slash path matches a regex of `freeze`."""
-    tree = jax.tree.map(operator.not_, _matching(freeze, params))
+    tree = jax.tree.map(operator.not_, matching(freeze, params))
     if not any(jax.tree.leaves(tree)):
         raise ValueError(f'optim.freeze={freeze} freezes every parameter: narrow the regexes.')
     return tree
@@ -372,7 +372,7 @@ def _stacked(path):
     return bool(set(path.split('/')) & set(STACKS))
 
 
-def _matching(regexes, tree):
+def matching(regexes, tree):
     """Tree of bools: whether the slash path matches one of `regexes`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _matches(regexes, sharding.path_str(path)), tree

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from golden import load
+from ssl_jax import checksums, config_dinov2, methods, optim
 from ssl_jax import config as config_lib
-from ssl_jax import config_dinov2, methods, optim
 from ssl_jax import state as state_lib
 from ssl_jax.interop import tables
 from ssl_jax.models import layers, vit
@@ -356,3 +356,59 @@ def test_subsets_of_stochastic_depth_have_the_official_sizes():
         drop = layers.drop_path_subsets(jax.random.split(jax.random.key(0), 2), 3, rate, [count])
         assert drop[0].shape == (3, 2, 2, kept)
         assert all(len(set(ids)) == kept for ids in np.asarray(drop[0]).reshape(-1, kept))
+
+
+def named_groups(method, o):
+    """Torch name -> [lr multiplier, weight decay multiplier, is in the last layer]."""
+    params, _ = jax.eval_shape(method.init, jax.random.key(0))
+    factors = optim.lr_multipliers(params, o.layer_decay, o.lr_mult)
+    decays = optim.decays(params, o.no_decay)
+    late = optim.matching(o.warm_freeze, params)
+    flat = [checksums.named(tree) for tree in (params, factors, decays, late)]
+    found = {}
+    for path, key, _ in tables.dinov2(method):
+        p, factor, decay, last = (tree[path] for tree in flat)
+        for i in range(p.shape[0] if '{i}' in key else 1):
+            each = np.broadcast_to(factor, p.shape)[i] if '{i}' in key else factor
+            found[key.format(i=i)] = [float(np.max(each)), float(decay), last]
+    return found
+
+
+def check_groups(found, want):
+    want = {tables.plain(k.removeprefix('backbone.')): v for k, v in want.items()}
+    found = {k.removeprefix('backbone.'): v for k, v in found.items()}
+    assert set(found) == set(want)
+    for name, (factor, decay, last) in want.items():
+        assert found[name][0] == pytest.approx(factor, rel=1e-6), name
+        assert found[name][1:] == [decay, last], name
+
+
+@pytest.mark.parametrize('name', TRAINS)
+def test_golden_dinov2_train_parameter_groups_match(name):
+    f = load(f'dinov2_{name}')
+    c = config(f.hyper)
+    check_groups(named_groups(method_of(c, f.hyper), c.optim), f.meta['param_groups'])
+
+
+def test_golden_dinov2_schedules_param_groups_groups_match():
+    f = load('dinov2_schedules_param_groups')
+    h = f.hyper
+    for variant, want in f.meta['param_groups'].items():
+        c = config_lib.default()
+        c.method = m = config_dinov2.method()
+        m.update(
+            size=None,
+            embed_dim=8,
+            depth=h['depth'],
+            num_heads=2,
+            ffn='swiglu' if 'swiglu' in variant else 'mlp',
+            num_register_tokens=h['registers'],
+            separate_heads=h['separate_head'],
+            dino_out_dim=8,
+            ibot_out_dim=8,
+            head_hidden_dim=8,
+        )
+        config_dinov2.optim(c.optim)
+        c.optim.layer_decay = h['layerwise_decay']
+        c.optim.lr_mult = (('patch_embed', h['patch_embed_lr_mult']),)
+        check_groups(named_groups(methods.from_config(c), c.optim), want)
