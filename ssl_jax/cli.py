@@ -40,6 +40,12 @@ def main(argv=None):
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
     p.add_argument('--limit', type=int, help='at most so many images of each set')
     p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
+    p.add_argument(
+        '--last-blocks',
+        type=int,
+        default=0,
+        help='probe the class tokens of so many blocks too (DINOv2: 4)',
+    )
 
     p = commands.add_parser('show', help='pictures of a run')
     p.add_argument('--workdir', required=True)
@@ -119,6 +125,7 @@ def evaluate(args):
         step=args.step,
         limit=args.limit,
         out=args.out,
+        last_blocks=args.last_blocks,
     )
 
 

@@ -129,3 +129,26 @@ def test_split_is_disjoint_complete_and_stable():
     assert [test[i]['label'] for i in range(10)] == [int(i) % 5 for i in picked]
     rest = [i for i in range(50) if i not in set(picked.tolist())]
     assert [train[i]['label'] for i in range(40)] == [i % 5 for i in rest]
+
+
+def test_golden_dinov2_eval_depth_knn_linear_inputs_of_the_linear_classifier(golden):
+    f = golden('dinov2_eval_depth_knn_linear')
+    cls, patches = jnp.asarray(f['in/lin_cls']), jnp.asarray(f['in/lin_patch'])
+    names = f.under('out')
+    found = [k for k in names if k.startswith('linear_input')]
+    assert found
+    for name in found:
+        n, avgpool = (int(part.strip('navg')) for part in name.split('_')[2:])
+        patch = patches[-1].mean(axis=1) if avgpool else None
+        f.check(f'out/{name}', features.linear_input(cls[-n:], patch))
+
+
+def test_class_tokens_of_the_last_blocks_end_with_the_usual_one():
+    vit = vit_lib.ViT(embed_dim=16, depth=3, num_heads=2, patch_size=4, img_size=8)
+    params = vit_lib.init_params(vit, jax.random.key(0))
+    images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    out = features.make_forward(vit, params, last_blocks=2)(images)
+    assert out['cls2'].shape == (2, 32) and out['cls2_patch'].shape == (2, 48)
+    np.testing.assert_allclose(out['cls2'][:, 16:], out['cls'], atol=1e-6)
+    np.testing.assert_array_equal(out['cls2_patch'][:, 32:], out['patch'])
+    assert np.abs(out['cls2'][:, :16] - out['cls']).max() > 1e-3

@@ -14,13 +14,16 @@ from jax.experimental import multihost_utils
 
 from ssl_jax import augment, sharding
 from ssl_jax.data import pipeline
+from ssl_jax.models import vit as vit_lib
 
 
 class Stopped(Exception):
     """`should_stop` became true in the middle of an extraction; nothing is returned."""
 
 
-def make_forward(vit, params, *, dtype=None, mean=augment.MEAN, std=augment.STD):
+def make_forward(
+    vit, params, *, dtype=None, mean=augment.MEAN, std=augment.STD, last_blocks=0
+):
     """The forward of an encoder; images are normalised, by default with ImageNet's statistics.
 
     Its features, in float32:
@@ -28,6 +31,8 @@ def make_forward(vit, params, *, dtype=None, mean=augment.MEAN, std=augment.STD)
       cls_pre:    mean of the class tokens before it (what Pixio's kNN takes)
       patch:      mean of the patch tokens after the norm
       cls_patch:  cls and patch side by side
+      cls<n>, cls<n>_patch: the same with the class tokens of the last n = `last_blocks` blocks,
+                  each after the final norm (DINOv2's linear protocol takes n = 4)
     An encoder without class tokens has only `patch`.
 
     Args:
@@ -35,17 +40,38 @@ def make_forward(vit, params, *, dtype=None, mean=augment.MEAN, std=augment.STD)
       params: its parameters.
       dtype: of the layers; default the one that the ViT was made with.
       mean, std: of the channels, for values in [0, 1].
+      last_blocks: 0 for none; needs memory for the tokens of all blocks.
     """
     if dtype is not None:
         vit = vit.clone(dtype=dtype)
-    return lambda images: _features(vit, params, images, tuple(mean), tuple(std))
+    channels = tuple(mean), tuple(std)
+    return lambda images: _features(vit, params, images, *channels, last_blocks)
 
 
 # One compilation per ViT, however many forwards.
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _features(vit, params, images, mean, std):
-    tokens = vit.apply({'params': params}, augment.normalize(images, mean, std))
-    return pooled(vit, tokens)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _features(vit, params, images, mean, std, last_blocks):
+    last = tuple(range(vit.depth))[-last_blocks:] if last_blocks else ()
+    tokens = vit.apply({'params': params}, augment.normalize(images, mean, std), capture=last)
+    found = pooled(vit, tokens)
+    if last and vit.num_cls_tokens:
+        cls = vit_lib.final_norm(params, tokens['blocks'][:, :, : vit.num_cls_tokens], vit.eps)
+        cls = cls.astype(jnp.float32).mean(axis=2)  # (n, B, D)
+        found[f'cls{len(last)}'] = linear_input(cls)
+        found[f'cls{len(last)}_patch'] = linear_input(cls, found['patch'])
+    return found
+
+
+def linear_input(cls, patch=None):
+    """DINOv2's input of a linear classifier, (B, n D) or (B, (n + 1) D).
+
+    Args:
+      cls: (n, B, D), normed class tokens of the last n blocks, oldest first.
+      patch: (B, D), mean of the normed patch tokens of the last block; None to do without.
+
+    Reference: dinov2 `eval/linear.py: create_linear_input`.
+    """
+    return jnp.concatenate([*cls, *([] if patch is None else [patch])], axis=-1)
 
 
 def pooled(vit, tokens):

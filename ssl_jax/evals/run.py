@@ -8,6 +8,7 @@ comparable where the ids are equal.
 
 import hashlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ FEATURES = {
     'cls_patch': 'cls and patch side by side',
     'pixels': 'pixels of the (downsized) image',
 }
-NOT_KNN = ('cls_patch',)  # a cosine of the pair is that of the longer half
+# A cosine of several vectors side by side is that of the longest.
+SIDE_BY_SIDE = re.compile(r'cls_patch|cls\d+(_patch)?')
 NOT_LINEAR = ('cls_pre',)  # after BatchNorm hardly different from cls
 MONITORED = 1024  # images
 
@@ -101,7 +103,7 @@ def evaluate(
     for model in forwards:
         mine = [k.split('/', 1)[1] for k in train if k.split('/', 1)[0] == model]
         for name in mine:
-            if name in NOT_KNN:
+            if SIDE_BY_SIDE.fullmatch(name):
                 continue
             x, z = train[f'{model}/{name}'], test[f'{model}/{name}']
             scores = knn.knn(
@@ -240,7 +242,9 @@ def write_json(rows, path):
     partial.replace(path)
 
 
-def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=None, **options):
+def evaluate_run(
+    workdir, *, data=None, test=None, step=None, limit=None, out=None, last_blocks=0, **options
+):
     """`ssl_jax eval`: the encoder of a run beside the same one untrained, and raw pixels.
 
     Args:
@@ -251,6 +255,7 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
       step: which checkpoint; default the newest.
       limit: at most so many images of each set.
       out: the JSON file; default eval_<step>.json in `workdir`.
+      last_blocks: see `features.make_forward`.
       options: further arguments of `evaluate`.
 
     Returns:
@@ -274,7 +279,9 @@ def evaluate_run(workdir, *, data=None, test=None, step=None, limit=None, out=No
     forwards = {}
     for name, (vit, params) in encoders.items():
         params = jax.device_put(params, sharding.infer(params, mesh))
-        forwards[name] = features_lib.make_forward(vit, params, mean=mean, std=std)
+        forwards[name] = features_lib.make_forward(
+            vit, params, mean=mean, std=std, last_blocks=last_blocks
+        )
     forwards['raw_pixels'] = features_lib.raw_pixels()
     size = transform['size']
     if (tuple(mean), tuple(std)) != (augment.MEAN, augment.STD):
