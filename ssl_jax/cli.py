@@ -65,7 +65,7 @@ def main(argv=None):
     p.add_argument('--to', required=True, help='names of: official, hf or timm')
     p.add_argument('--out', required=True, help='folder to write')
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
-    p.add_argument('--what', default='backbone', help='backbone, or full with the decoder')
+    p.add_argument('--what', default='backbone', help='backbone, or full with decoder or heads')
     p.add_argument('--dtype', default='float32', help='float32 or bfloat16')
 
     p = commands.add_parser('import', help='weights of another program as a checkpoint of step 0')

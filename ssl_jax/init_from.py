@@ -122,18 +122,26 @@ def placed(path, found, fresh):
 
 
 def _other_grid(path, method, state):
-    """The whole of a run of the same method for another image size; None if it is not that."""
+    """The whole of a run of the same method for another image size; None if it is not that.
+
+    Centres (of DINO, iBOT) that it lacks, as imported weights do, stay fresh: they soon find
+    themselves.
+    """
     run = runs.open_run(path)
     if run.method is None or type(run.method) is not type(method):
         return None
     theirs = {'params': run.params, 'extra': run.extra}
     fresh = {'params': state.params, 'extra': state.extra}
     there, here = _shapes(theirs), _shapes(fresh)
-    differ = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
-    if not differ or not all(k.endswith('pos_embed') and k in there and k in here for k in differ):
+    centres = [k for k in here if k.endswith('_center') and k not in there]
+    names = sorted({*there, *here} - {*centres})
+    differ = [k for k in names if there.get(k) != here.get(k)]
+    if not all(k.endswith('pos_embed') and k in there and k in here for k in differ):
         return None
-    _check(path, run.method.vit, method.vit)
-    vit, lines = method.vit, []
+    if not differ and not centres:
+        return None
+    vit, lines = run.method.vit, []
+    _check(path, vit, method.vit)
 
     def fit(name, value, like):
         if name in differ:
@@ -142,11 +150,14 @@ def _other_grid(path, method, state):
             lines.append(_line('resized', name, f'to {side}x{side} patches, {vit.pos_resize}'))
         return jnp.copy(_place(value, like))
 
-    flat = {k: fit(k, v, checksums.named(fresh)[k]) for k, v in checksums.named(theirs).items()}
-    model = jax.tree.unflatten(jax.tree.structure(fresh), [flat[k] for k in checksums.named(fresh)])
+    found, named = checksums.named(theirs), checksums.named(fresh)
+    flat = [like if k in centres else fit(k, found[k], like) for k, like in named.items()]
+    model = jax.tree.unflatten(jax.tree.structure(fresh), flat)
+    lines += [_line('fresh', k, 'the file has none') for k in centres]
     taken = [_line('taken', k, _count(tree)) for k, tree in model['params'].items()]
-    if model['extra']:
-        taken.append(_line('taken', 'extra', _count(model['extra'])))
+    extra = {k: tree for k, tree in model['extra'].items() if f'extra/{k}' not in centres}
+    if extra:
+        taken.append(_line('taken', 'extra', _count(extra)))
     return model['params'], model['extra'], taken + lines
 
 

@@ -41,6 +41,21 @@ class Run:
             return self.weights.vit, self.params['encoder']
         return self.method.backbone(self.params, self.extra)
 
+    def whole(self):
+        """(modules, parameters): the network that `backbone` is the encoder of, all of it.
+
+        modules: {'decoder'} of a MAE or Pixio, {'dino_head'[, 'ibot_head']} of DINOv2 (the teacher;
+          of its distillation the student's average), {} of an encoder alone.
+        parameters: a tree with the same names and 'encoder'.
+        """
+        method = getattr(self.method, 'dino', self.method)
+        names = ('decoder', 'dino_head', 'ibot_head')
+        modules = {k: m for k in names if (m := getattr(method, k, None)) is not None}
+        network = self.params
+        if 'dino_head' in modules:
+            network = self.extra['teacher' if method is self.method else 'student']
+        return modules, {**{k: network[k] for k in modules}, 'encoder': self.backbone()[1]}
+
     def untrained(self, seed):
         """(ViT, fresh parameters of the same encoder): the baseline of an evaluation."""
         if self.method is None:
@@ -84,5 +99,7 @@ def parse(meta):
     if 'method' in config:
         method = methods.from_config(config)
         if weights:  # a few fields, such as an odd eps, are no field of a config
-            method = dataclasses.replace(method, vit=weights.vit, decoder=weights.decoder)
+            names = ('vit', 'decoder', 'dino_head', 'ibot_head')
+            found = {k: getattr(weights, k) for k in names if hasattr(method, k)}
+            method = dataclasses.replace(method, **found)
     return config, method, weights

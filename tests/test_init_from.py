@@ -169,10 +169,11 @@ def test_another_normalisation_and_eps_are_said(run, tmp_path, monkeypatch):
 # Positions
 
 
-def test_learned_positions_are_resized_to_the_grid_of_the_recipe(learned):
+def test_learned_positions_are_resized_to_the_grid_of_the_recipe(learned, tmp_path):
     workdir, want = learned
+    folder = export.export(workdir, 'official', tmp_path / 'x')
     config = tiny.config(method__img_size=48, **LEARNED)
-    _, got, lines = start(workdir, config)
+    _, got, lines = start(folder, config)
     table = want['encoder'].pop('pos_embed')
     expected = pos_embed.resize(table, (6, 6), 2, 'bicubic')
     np.testing.assert_array_equal(got['encoder']['pos_embed'], expected)
@@ -187,8 +188,9 @@ def test_learned_positions_are_resized_to_the_grid_of_the_recipe(learned):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_the_rule_of_the_files_own_encoder_resizes(learned, monkeypatch):
+def test_the_rule_of_the_files_own_encoder_resizes(learned, tmp_path, monkeypatch):
     workdir, want = learned
+    folder = export.export(workdir, 'official', tmp_path / 'x')
     real = load.load_backbone
 
     def offset(path):
@@ -196,7 +198,7 @@ def test_the_rule_of_the_files_own_encoder_resizes(learned, monkeypatch):
         return dataclasses.replace(loaded, vit=loaded.vit.clone(pos_resize='offset'))
 
     monkeypatch.setattr(load, 'load_backbone', offset)
-    _, got, _ = start(workdir, tiny.config(method__img_size=48, **LEARNED))
+    _, got, _ = start(folder, tiny.config(method__img_size=48, **LEARNED))
     expected = pos_embed.resize(want['encoder']['pos_embed'], (6, 6), 2, 'offset')
     np.testing.assert_array_equal(got['encoder']['pos_embed'], expected)
 

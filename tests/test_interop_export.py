@@ -463,6 +463,23 @@ def test_a_method_made_from_tensors_is_that_of_the_run(trained, exported, tmp_pa
         assert (got.mask_grid > 1) == (want.mask_grid > 1)
 
 
+@pytest.mark.parametrize('stated', [True, False, None])
+def test_what_a_decoder_predicts_is_what_the_config_of_the_folder_says(exported, tmp_path, stated):
+    out = tmp_path / 'out'
+    shutil.copytree(exported('mae', 'hf', 'full'), out)
+    config = json.loads((out / 'config.json').read_text())
+    assert config.pop('norm_pix_loss') is True
+    if stated is not None:
+        config['norm_pix_loss'] = stated
+    (out / 'config.json').write_text(json.dumps(config))
+    load.import_weights(out, tmp_path / 'w', log=None)
+    run = runs.open_run(tmp_path / 'w')
+    assert run.method.norm_pix_loss is (stated is not False)
+    again = export.export(tmp_path / 'w', 'hf', tmp_path / 'again', what='full')
+    config = json.loads((again / 'config.json').read_text())
+    assert config['norm_pix_loss'] is (stated is not False)
+
+
 # What is refused, and that nothing is touched
 
 
@@ -617,8 +634,8 @@ def test_a_run_is_not_imported(trained, tmp_path):
         load.import_weights(trained('mae'), tmp_path / 'w')
 
 
-def test_an_imported_encoder_has_no_crops_to_show(dinov2, capsys):
-    assert 'ssl_jax eval' in fails(['show', '--workdir', dinov2[2]], capsys)
+def test_an_imported_encoder_has_no_images_to_show(dinov2, capsys):
+    assert 'give --data' in fails(['show', '--workdir', dinov2[2]], capsys)
 
 
 # Not ru_maxrss, which a process inherits from the one that started it.

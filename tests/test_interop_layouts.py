@@ -23,6 +23,7 @@ CASES += [(name, 'hf', 'backbone') for name in BACKBONES]
 CASES += [(name, 'timm', 'backbone') for name in TIMM]
 CASES += [(name, 'official', 'full') for name in tiny_weights.DECODERS]
 CASES += [(name, 'hf', 'full') for name in MAES]
+CASES += [(name, 'official', 'full') for name in tiny_weights.HEADS]
 
 
 @functools.cache
@@ -303,8 +304,9 @@ def test_projection_heads_and_the_student_are_left_out_and_named():
     assert 'teacher.module.ibot_head.last_layer.weight_v' in found.left_out
     assert 'student.backbone.cls_token' in found.left_out
     assert not any(k.startswith(found.prefix) for k in found.left_out)
-    (note,) = layouts.notes(found)
-    assert note.startswith('Left out') and 'student.backbone' in note
+    first, second = layouts.notes(found)
+    assert first.startswith('dino_head has no ')
+    assert second.startswith('Left out') and 'student.backbone' in second
 
 
 def test_heads_beside_a_bare_backbone_are_left_out_too():
@@ -339,7 +341,7 @@ def test_what_cannot_leave_says_why():
 @pytest.mark.parametrize('name,layout,what', CASES)
 def test_what_is_tested_here_is_available(name, layout, what):
     w = tiny_weights.weights(name, layout, what)
-    assert layouts.available(w.vit, w.decoder, w.family)[layout, what] == ''
+    assert layouts.available(w.vit, w.decoder, w.family, w.dino_head)[layout, what] == ''
 
 
 # Key lists of the official modules, from the golden files.

@@ -12,6 +12,8 @@ import pytest
 import tiny_weights
 from ssl_jax.interop import layouts, torch_io
 
+# timm that is there but not able to start, say without torchvision, is as good as none.
+import_timm = functools.partial(pytest.importorskip, 'timm', exc_type=ImportError)
 NAMES = [name for name in tiny_weights.ENCODERS if not name.startswith('pixio')]
 
 
@@ -151,7 +153,7 @@ def arguments(w):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_timm_creates_the_model_from_the_file(name, tmp_path):
-    timm = pytest.importorskip('timm')
+    timm = import_timm()
     w, params, folder = write(tmp_path, name)
     architecture, args = arguments(w)
     path = str(folder / 'model.safetensors')
@@ -161,7 +163,7 @@ def test_timm_creates_the_model_from_the_file(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_timm_creates_the_model_from_the_folder(name, tmp_path):
-    timm = pytest.importorskip('timm')
+    timm = import_timm()
     w, params, folder = write(tmp_path, name)
     expect_same(w, params, timm.create_model(f'local-dir:{folder}', pretrained=True))
 
@@ -169,7 +171,7 @@ def test_timm_creates_the_model_from_the_folder(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_the_key_list_of_this_file_is_what_timm_has(name):
-    timm = pytest.importorskip('timm')
+    timm = import_timm()
     w, _, _ = exported(name)
     architecture, args = arguments(w)
     model = timm.create_model(architecture, **args)

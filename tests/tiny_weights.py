@@ -9,6 +9,7 @@ import numpy as np
 from ssl_jax.interop import layouts
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
+from ssl_jax.models.heads import DINOHead
 
 PLAIN = dict(embed_dim=32, depth=2, num_heads=4, patch_size=8, img_size=32)
 # Heads of width 12, three blocks, patches of 14 pixels, a grid of odd side.
@@ -35,11 +36,23 @@ DECODERS = {
     'pixio': dict(embed_dim=16, depth=1, num_heads=2),
     'pixio_odd': dict(embed_dim=20, depth=2, num_heads=5),
 }
+# The projection head for class tokens and, where there is one, that for patches.
+HEADS = {
+    'dinov2': [dict(out_dim=24, hidden_dim=20, bottleneck_dim=8)],
+    'dinov2_odd': [
+        dict(out_dim=10, hidden_dim=12, bottleneck_dim=6, num_layers=2),
+        dict(out_dim=14, hidden_dim=16, bottleneck_dim=5, num_layers=4),
+    ],
+    'dinov2_reg': [dict(out_dim=24, bottleneck_dim=8, num_layers=1)],
+}
 
 
 def weights(name, layout, what='backbone'):
-    """`layouts.Weights` of one of ENCODERS, 'full' with the decoder of that name."""
+    """`layouts.Weights` of one of ENCODERS, 'full' with the decoder or the heads of that name."""
     vit, decoder = vit_lib.ViT(**ENCODERS[name]), None
+    if what == 'full' and name in HEADS:
+        heads = dict(zip(('dino_head', 'ibot_head'), (DINOHead(**h) for h in HEADS[name])))
+        return layouts.Weights('dinov2', layout, what, vit, prefix='backbone.', **heads)
     if what == 'full':
         decoder = Decoder(
             num_patches=(vit.img_size // vit.patch_size) ** 2,

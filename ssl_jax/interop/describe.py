@@ -18,22 +18,29 @@ import numpy as np
 from ssl_jax import augment
 from ssl_jax.interop import layouts
 from ssl_jax.models import decoder as decoder_lib
+from ssl_jax.models import heads as heads_lib
 from ssl_jax.models import vit as vit_lib
 
 RESAMPLE = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 # How a module computes, not what it is.
 NOT_SAVED = ('dtype', 'remat', 'parent', 'name')
+# The networks beside an encoder, by their fields of `layouts.Weights`.
+PARTS = {
+    'decoder': decoder_lib.Decoder,
+    'dino_head': heads_lib.DINOHead,
+    'ibot_head': heads_lib.DINOHead,
+}
 
 
 def to_dict(weights):
     """`Weights` as JSON can hold it; inverse of `from_dict`."""
-    decoder = None if weights.decoder is None else _fields(weights.decoder)
+    parts = {k: getattr(weights, k) for k in PARTS}
     return dict(
         family=weights.family,
         layout=weights.layout,
         what=weights.what,
         vit=_fields(weights.vit),
-        decoder=decoder,
+        **{k: None if part is None else _fields(part) for k, part in parts.items()},
         prefix=weights.prefix,
     )
 
@@ -45,8 +52,8 @@ def from_dict(d):
       ValueError: if it has fields that this version does not know.
     """
     try:
-        decoder = None if d['decoder'] is None else decoder_lib.Decoder(**d['decoder'])
-        return layouts.Weights(**{**d, 'vit': vit_lib.ViT(**d['vit']), 'decoder': decoder})
+        parts = {k: cls(**d[k]) for k, cls in PARTS.items() if d.get(k) is not None}
+        return layouts.Weights(**{**d, 'vit': vit_lib.ViT(**d['vit']), **parts})
     except (KeyError, TypeError) as error:
         raise ValueError(
             f'these weights were described by another version of ssl_jax ({error}); use that one.'
@@ -63,9 +70,11 @@ def text(weights, params, num_tensors):
     v = weights.vit
     widths = (v.embed_dim, v.depth, v.num_heads)
     size = next((name for name, x in vit_lib.SIZES.items() if x == widths), '')
+    heads = {k: getattr(weights, k) for k in ('dino_head', 'ibot_head')}
+    beside = ' and decoder' if weights.decoder is not None else ''
+    beside = ' and projection heads' if weights.dino_head is not None else beside
     parts = {
-        'family': f'{weights.family}, {weights.layout} names, '
-        + ('encoder and decoder' if weights.what == 'full' else 'encoder'),
+        'family': f'{weights.family}, {weights.layout} names, encoder{beside}',
         'encoder': f'{f"ViT-{size}, " if size else ""}{v.depth} blocks of {v.embed_dim} channels, '
         f'{v.num_heads} heads',
         'input': f'{v.img_size} px, patches of {v.patch_size} px',
@@ -78,6 +87,12 @@ def text(weights, params, num_tensors):
     if weights.decoder is not None:
         d = weights.decoder
         parts['decoder'] = f'{d.depth} blocks of {d.embed_dim} channels, {d.num_heads} heads'
+    for name, head in heads.items():
+        if head is not None:
+            parts[name] = f'{head.out_dim:,} prototypes of {head.bottleneck_dim} channels, '
+            parts[name] += f'{head.num_layers} layers' + (
+                f' of {head.hidden_dim}' if head.num_layers > 1 else ''
+            )
     parts['tensors'] = f'{num_tensors}, {num_parameters(params):,} parameters'
     return [f'{name + ":":11}{value}' for name, value in parts.items()]
 

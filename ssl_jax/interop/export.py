@@ -38,7 +38,8 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
       to: 'official', 'hf' or 'timm'.
       out: a local folder, new, empty or an earlier export.
       step: which checkpoint; default the newest.
-      what: 'backbone', or 'full' with the decoder of a MAE or Pixio.
+      what: 'backbone', or 'full' with the decoder of a MAE or Pixio, or with the projection heads
+        of DINOv2 (official names; the teacher, of a distillation the student's average).
       dtype: 'float32' or 'bfloat16'.
 
     Returns:
@@ -63,7 +64,7 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
     _check_replaceable(out)
     run = runs.open_run(workdir, step)
     weights = _weights(run, to, what)
-    params = run.params if what == 'full' else {'encoder': run.backbone()[1]}
+    params = run.whole()[1] if what == 'full' else {'encoder': run.backbone()[1]}
     tensors, extra = layouts.to_layout(weights, params)
     with torch_io.staged(out) as folder:
         metadata = {'format': 'pt', load.METADATA: json.dumps(describe.to_dict(weights))}
@@ -99,33 +100,38 @@ def _check_replaceable(out):
 
 def _weights(run, to, what):
     """`layouts.Weights` of what is to be written, or a sentence why that cannot be."""
-    vit = run.backbone()[0]
-    decoder = getattr(run.method, 'decoder', None)
+    vit, modules = run.backbone()[0], run.whole()[0]
+    decoder = modules.get('decoder')
     family = run.weights.family if run.weights else layouts.family_of(vit, decoder)
-    if what == 'full' and decoder is None:
+    if what == 'full' and not modules:
         raise ValueError(
-            'what=full needs a decoder, and this checkpoint has none; use what=backbone.'
+            'what=full needs a decoder or projection heads, and this checkpoint has neither; use '
+            'what=backbone.'
         )
-    can = layouts.available(vit, decoder, family)
+    can = layouts.available(vit, decoder, family, modules.get('dino_head'))
     if why := can.get((to, what), 'there is no such layout'):
         others = sorted({layout for (layout, w), no in can.items() if w == what and not no})
         raise ValueError(
             f'to={to} what={what} is not possible: {why.rstrip(".")}; possible with this model: '
             f'{", ".join(others) or "nothing"}.'
         )
+    plain = {k: m.clone(dtype=jnp.float32) for k, m in modules.items() if what == 'full'}
+    if 'decoder' in plain:
+        plain['decoder'] = plain['decoder'].clone(remat='none')
     return layouts.Weights(
         family=family,
         layout=to,
         what=what,
         vit=vit.clone(dtype=jnp.float32, remat='none'),
-        decoder=decoder.clone(dtype=jnp.float32, remat='none') if what == 'full' else None,
+        prefix='backbone.' if 'dino_head' in plain else '',
+        **plain,
     )
 
 
 def _config(method, weights, dtype, transform):
     """config.json of the layout."""
     options = {}
-    if weights.what == 'full':
+    if weights.decoder is not None:
         options = dict(mask_ratio=method.mask_ratio, norm_pix_loss=method.norm_pix_loss)
     config = layouts.config_json(weights, **options)
     if weights.layout == 'hf':
@@ -288,6 +294,13 @@ def _usage(weights):
         return [
             'import timm',
             "model = timm.create_model('local-dir:DIR', pretrained=True)",
+        ]
+    if weights.dino_head is not None:
+        return [
+            '# teacher_checkpoint.pth of DINOv2, for configs with student.block_chunks: 0',
+            'import torch',
+            'from safetensors.torch import load_file',
+            "torch.save({'teacher': load_file('DIR/model.safetensors')}, 'teacher_checkpoint.pth')",
         ]
     return [
         'from safetensors.torch import load_file',

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layouts that weights leave in and come from: which keys, which config, both ways.
 
-Our tree is {'encoder': …} for a backbone and {'encoder': …, 'decoder': …} for MAE and Pixio with
-their decoder.  A layout is a table of renames (`tables.py`) chosen by `Weights`.
+Our tree is {'encoder': …} for a backbone; MAE and Pixio as a whole have 'decoder' beside it, and
+DINOv2 (with DINO and iBOT) 'dino_head' and maybe 'ibot_head'.  A layout is a table of renames
+(`tables.py`) chosen by `Weights`.
 
 For other image sizes an encoder keeps the official rule of its family (`ViT.pos_resize`) whatever
 the layout.  transformers' Dinov2Model and timm resize positions by rules of their own, so they
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import augment
-from ssl_jax.interop import recognition, tables
+from ssl_jax.interop import heads, recognition, tables
 from ssl_jax.models import layers
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
+from ssl_jax.models.heads import DINOHead
 from ssl_jax.models.vit import ViT
 
 # timm's names of our sizes; any other model is one of these, built with other arguments.
@@ -35,12 +37,17 @@ class Weights:
     Attributes:
       family: 'mae', 'pixio', 'dinov2', or 'vit' for a plain ViT that is none of these.
       layout: 'official', 'hf' or 'timm'.
-      what: 'backbone', or 'full' with the decoder (MAE and Pixio).
+      what: 'backbone', or 'full' with the decoder (MAE and Pixio) or the heads (DINOv2).
       vit: the encoder, every field set.
       decoder: the decoder of 'full', else None.
-      prefix: in front of all keys of these weights in the file, say 'vit.' or 'teacher.backbone.'.
-      left_out: keys of the file that are no part of these weights (projection heads, poolers).
-      names: which names of transformers, see `tables`: 'hub', 'saved' or 'memory'.
+      dino_head, ibot_head: the heads of 'full', else None; without the second, patches share the
+        first.
+      prefix: in front of the keys of the encoder in the file, say 'vit.' or 'teacher.backbone.'.
+      left_out: keys of the file that are no part of these weights (incomplete heads, poolers).
+      names: which names, see `tables`: of transformers 'hub', 'saved' or 'memory'; 'dino' where
+        the official ones are those of DINO and iBOT.
+      absent: arrays of ours, as paths, that this one file has not: they are zero.
+      remarks: sentences on how the file was understood.
     """
 
     family: str
@@ -48,9 +55,13 @@ class Weights:
     what: str
     vit: ViT
     decoder: Decoder | None = None
+    dino_head: DINOHead | None = None
+    ibot_head: DINOHead | None = None
     prefix: str = ''
     left_out: tuple = ()
     names: str = 'hub'
+    absent: tuple = ()
+    remarks: tuple = ()
 
 
 family_of = recognition.family_of
@@ -74,7 +85,7 @@ def recognise(tensors, hints=None):
     return Weights(**recognition.find(tensors, hints or {}))
 
 
-def available(vit, decoder, family):
+def available(vit, decoder, family, dino_head=None):
     """Which layouts this model can leave in.
 
     Returns:
@@ -83,7 +94,7 @@ def available(vit, decoder, family):
     out = {}
     c, r, scaled = vit.num_cls_tokens, vit.num_register_tokens, vit.layer_scale is not None
     named = f'a {family} encoder with {c} class tokens and {r} registers'
-    decoders = 'only MAE and Pixio have a decoder' if decoder is None else ''
+    decoders = '' if decoder else 'only MAE and Pixio have a decoder, and DINOv2 heads'
 
     # 1e-12, in some configs of transformers, moves features by less than 1e-5 and is let through.
     eps = f'normalises with eps 1e-6, and this model with {vit.eps:g}' if vit.eps > 1e-6 else ''
@@ -122,6 +133,11 @@ def available(vit, decoder, family):
         why = 'the timm models with SwiGLU have layer scale'
     out['timm', 'backbone'] = why
 
+    if dino_head is not None:
+        out['official', 'full'] = out['official', 'backbone']
+        out['hf', 'full'] = 'transformers has no class for projection heads; use official'
+        out['timm', 'full'] = 'timm has no projection heads; use official'
+        return out
     out['official', 'full'] = decoders or out['official', 'backbone']
     out['hf', 'full'] = decoders or (
         'transformers has a decoder only in ViTMAEForPreTraining, with one class token and no '
@@ -162,6 +178,9 @@ def rows(weights):
         return [row for row in found if kind != 'vit' or row[0] != 'encoder/mask_token']
     if w.layout == 'timm':
         return tables.timm(w.vit)
+    if w.dino_head is not None:
+        found = tables.dinov2(w, 'encoder', w.names)
+        return [row for row in found if row[0] not in w.absent]
     return tables.mae(w) if w.what == 'full' else tables.encoder(w.vit)
 
 
@@ -171,19 +190,25 @@ def fixed(weights):
 
 
 def abstract(weights):
-    """Our tree as ShapeDtypeStructs: {'encoder': …}, and 'decoder' if full."""
+    """Our tree as ShapeDtypeStructs: {'encoder': …}, and what is beside it if full."""
     w, key = weights, jax.random.key(0)
     tree = {'encoder': jax.eval_shape(functools.partial(vit_lib.init_params, w.vit), key)}
     if w.decoder is not None:
         latent = jnp.zeros((1, w.vit.num_cls_tokens + 1, w.vit.embed_dim))
         ids = jnp.zeros((1, w.decoder.num_patches), jnp.int32)
         tree['decoder'] = jax.eval_shape(w.decoder.init, key, latent, ids)['params']
+    for name in ('dino_head', 'ibot_head'):
+        if (head := getattr(w, name)) is not None:
+            tokens = jnp.zeros((1, w.vit.embed_dim))
+            tree[name] = jax.eval_shape(head.init, key, tokens)['params']
     return tree
 
 
 def _homeless(weights):
-    """Which of our arrays the layout has no place for, as paths."""
+    """Which of our arrays the layout has no place for, or this file has not, as paths."""
     w = weights
+    if w.absent:
+        return list(w.absent)
     hf_vit = w.layout == 'hf' and hf_class(w.family, w.vit, w.what) == 'ViTModel'
     paths = ['encoder/mask_token'] if w.vit.mask_token and (hf_vit or w.layout == 'timm') else []
     if w.layout == 'timm' and w.vit.num_register_tokens:
@@ -264,11 +289,13 @@ def notes(weights, extra=None):
     found = []
     absent = [path for path in _homeless(weights) if path not in (extra or {})]
     if 'encoder/mask_token' in absent:
-        found.append(f'The {weights.layout} layout has no mask token: it is zero.')
+        who = 'file' if weights.absent else f'{weights.layout} layout'
+        found.append(f'The {who} has no mask token: it is zero.')
     if 'encoder/pos_embed' in absent:
         found.append(
             'The timm layout adds the position of the class token to it: the position is zero.'
         )
+    found += weights.remarks
     if weights.left_out:
         some = ', '.join(weights.left_out[:5])
         more = f' and {len(weights.left_out) - 5} more' if len(weights.left_out) > 5 else ''
@@ -281,9 +308,16 @@ class _Renamed(collections.abc.Mapping):
 
     def __init__(self, state_dict, weights):
         self._tensors = state_dict
-        drop = set(weights.left_out)
-        inside = (k for k in state_dict if k.startswith(weights.prefix) and k not in drop)
-        self._keys = {tables.plain(k, weights.prefix): k for k in inside}
+        drop, prefix = set(weights.left_out), weights.prefix
+        if weights.dino_head is None:
+            inside = (k for k in state_dict if k.startswith(prefix) and k not in drop)
+            self._keys = {tables.plain(k, prefix): k for k in inside}
+            return
+        # `torch_io` takes 'backbone.' off, and what is beside it stays as it is.
+        prefix, self._keys = prefix.removesuffix('backbone.'), {}
+        for key in (k for k in state_dict if k.startswith(prefix) and k not in drop):
+            name = tables.plain(key[len(prefix) :].removeprefix('backbone.'))
+            self._keys[name if heads.PART.fullmatch(name) else f'backbone.{name}'] = key
 
     def __getitem__(self, name):
         return self._tensors[self._keys[name]]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ssl_jax import checkpoint, rundir, runs, step_dirs
+from ssl_jax import checkpoint, config_dinov2, rundir, runs, step_dirs
 from ssl_jax import config as config_lib
 from ssl_jax.interop import describe, layouts, torch_io
 from ssl_jax.models.vit import ViT
@@ -80,7 +80,10 @@ def load_backbone(path, **hints):
 def import_weights(path, workdir, *, log=print, **hints):
     """Writes weights of another program as a checkpoint of step 0.
 
-    With the decoder of a MAE or Pixio it holds the whole method, else the encoder alone.
+    With the decoder of a MAE or Pixio, or the projection heads of DINOv2 (DINO, iBOT), it holds
+    the whole method, else the encoder alone.  Heads belong to a teacher checkpoint: student and
+    teacher both become it.  Centres are not read; the method of the import centres by
+    Sinkhorn-Knopp, which needs none.
     `runs.open_run`, `ssl_jax eval`, `ssl_jax export` and `config.init_from` take it.
 
     Args:
@@ -103,7 +106,7 @@ def import_weights(path, workdir, *, log=print, **hints):
             f'{path} is a run of ssl_jax already; use it as it is, as --workdir or init_from.'
         )
     file, weights, params = _read(path, hints)
-    config = _config(weights, file.source)
+    config = _config(weights, file)
     imported = dict(
         weights=describe.to_dict(weights),
         transform=describe.transform_of(weights.vit.img_size, file.processor, file.hints),
@@ -113,7 +116,11 @@ def import_weights(path, workdir, *, log=print, **hints):
     )
     meta = {'config': json.loads(config_lib.to_json(config)), 'imported': imported}
     zero = np.zeros((), np.int32)
-    state = _State(params, {}, {}, zero, np.zeros((2,), np.int32))
+    extra = {}
+    if weights.dino_head is not None:
+        params = {'backbone' if k == 'encoder' else k: tree for k, tree in params.items()}
+        extra = {'teacher': params}
+    state = _State(params, extra, {}, zero, np.zeros((2,), np.int32))
     if step_dirs.is_remote(workdir):
         _save(target, state, meta, config)
     else:
@@ -157,33 +164,58 @@ def _read(path, hints):
     return file, weights, params
 
 
-def _config(weights, source):
+def _config(weights, file):
     """A config that says what the weights are; without `method` for an encoder alone."""
     c = config_lib.default()
-    c.name = f'imported {weights.family} ({os.path.basename(source)})'
-    if weights.decoder is None:
+    c.name = f'imported {weights.family} ({os.path.basename(file.source)})'
+    if weights.what == 'backbone':
         del c['method']
         return c
-    vit, decoder = weights.vit, weights.decoder
-    grid = vit.img_size // vit.patch_size
+    vit = weights.vit
+    names = ('embed_dim', 'depth', 'num_heads', 'patch_size', 'img_size', 'mlp_ratio')
+    sizes = dict(size=None, **{name: getattr(vit, name) for name in names})
+    if weights.dino_head is not None:
+        c.method = _dinov2(weights)
+        c.method.update(sizes)
+        return c
+    decoder = weights.decoder
     c.method.update(
-        size=None,
-        embed_dim=vit.embed_dim,
-        depth=vit.depth,
-        num_heads=vit.num_heads,
-        patch_size=vit.patch_size,
-        img_size=vit.img_size,
+        sizes,
         num_cls_tokens=vit.num_cls_tokens,
         pos_embed=vit.pos_embed,
-        mlp_ratio=vit.mlp_ratio,
         decoder_embed_dim=decoder.embed_dim,
         decoder_depth=decoder.depth,
         decoder_num_heads=decoder.num_heads,
     )
+    # HF's config says what the decoder predicts; elsewhere it is as MAE was published.
+    c.method.norm_pix_loss = bool(file.hints.get('norm_pix_loss', c.method.norm_pix_loss))
     if weights.family == 'pixio':
+        grid = vit.img_size // vit.patch_size
         c.method.mask_grid = next(g for g in (4, 2, 1) if grid % g == 0)
         c.method.flip = 0.0
     return c
+
+
+def _dinov2(weights):
+    """`config.method` of weights with projection heads, but for the sizes."""
+    vit, dino, ibot = weights.vit, weights.dino_head, weights.ibot_head
+    m = config_dinov2.method()
+    m.update(
+        ffn=vit.ffn,
+        layer_scale=vit.layer_scale,
+        num_register_tokens=vit.num_register_tokens,
+        pos_resize=vit.pos_resize,
+        local_size=max(round(vit.img_size * 3 / 7 / vit.patch_size), 1) * vit.patch_size,
+        separate_heads=ibot is not None,
+        dino_out_dim=dino.out_dim,
+        dino_bottleneck_dim=dino.bottleneck_dim,
+        head_hidden_dim=dino.hidden_dim,
+        head_num_layers=dino.num_layers,
+        centering='sinkhorn_knopp',
+    )
+    if ibot is not None:
+        m.update(ibot_out_dim=ibot.out_dim, ibot_bottleneck_dim=ibot.bottleneck_dim)
+    return m
 
 
 def _save(workdir, state, meta, config):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from ssl_jax.interop import tables
+from ssl_jax.interop import heads, tables
 from ssl_jax.models import layers, pos_embed
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
@@ -63,16 +63,29 @@ def find(tensors, hints):
     have = {name: tuple(shapes[k]) for name, k in keys.items()}
     left_out = [k for k in shapes if not k.startswith(prefix)]
     left_out += [k for name, k in keys.items() if HEADS.match(name)]
+    beside, used = {}, set()
+    if not hf:
+        base = prefix.removesuffix('backbone.')
+        beside, used = heads.find(shapes, base, lambda k: _array(tensors[k]))
+        keys = {name: k for name, k in keys.items() if k not in used}
+        have = {name: tuple(shapes[k]) for name, k in keys.items()}
     if hf and len(have.get('embeddings.mask_token', ())) == 3:  # of SimMIM
         left_out.append(keys['embeddings.mask_token'])
 
     def table(name):
-        value = tensors[keys[name]]
-        return value if hasattr(value, 'dtype') else None
+        return _array(tensors[keys[name]])
 
-    read = _read_hf if hf else _read_official
-    fields = read(have, hints, table, inner)
-    return dict(fields, prefix=prefix, left_out=tuple(sorted(left_out)))
+    if hf:
+        fields = _read_hf(have, hints, table, inner)
+    else:
+        fields = _read_official(have, hints, table, 'dino_head' in beside)
+    left_out = tuple(sorted(set(left_out) - used))
+    return dict({**fields, **beside}, prefix=prefix, left_out=left_out)
+
+
+def _array(value):
+    """A tensor; None where only its shape is known."""
+    return value if hasattr(value, 'dtype') else None
 
 
 def _marker(shapes):
@@ -97,9 +110,12 @@ def _marker(shapes):
     )
 
 
-def _read_official(have, hints, table, inner):
-    """Fields of MAE, Pixio, DINOv2 (hub) and timm, whose names are nearly the same."""
-    del inner
+def _read_official(have, hints, table, dino):
+    """Fields of MAE, Pixio, DINOv2 (hub) and timm, whose names are nearly the same.
+
+    dino: whether projection heads were found beside it.  Then it comes from the training of DINO,
+    iBOT or DINOv2; a mask token that is not there, as DINO has none, is made.
+    """
     dim, patch = _patch(have, 'patch_embed.proj.weight')
     registers = have.get('register_tokens', have.get('reg_token', (1, 0)))[1]
     folded = 'reg_token' in have  # timm: the position table has no class row
@@ -111,13 +127,15 @@ def _read_official(have, hints, table, inner):
         ffn, hidden = 'swiglu', hidden // 2
     scaled = any(k.endswith('.ls1.gamma') for k in have)
     mask_token = len(have.get('mask_token', ())) == 2
-    timm = folded or 'architecture' in hints or (scaled and not mask_token)
+    timm = not dino and (folded or 'architecture' in hints or (scaled and not mask_token))
     classes, img_size = _grid(have, hints, 'pos_embed', 'cls_token', patch, folded)
-    pos = _positions(table, 'pos_embed', have, dim, img_size // patch, classes, not scaled)
+    trained = scaled or dino
+    pos = _positions(table, 'pos_embed', have, dim, img_size // patch, classes, not trained)
     vit = _vit(
         hints,
         hidden,
         scaled,
+        dino,
         embed_dim=dim,
         depth=depth,
         patch_size=patch,
@@ -126,7 +144,7 @@ def _read_official(have, hints, table, inner):
         num_register_tokens=registers,
         pos_embed=pos,
         ffn=ffn,
-        mask_token=mask_token or (timm and scaled),
+        mask_token=mask_token or (timm and scaled) or dino,
     )
     decoder = None
     if any(k.startswith('decoder_') for k in have):
@@ -137,9 +155,10 @@ def _read_official(have, hints, table, inner):
     return dict(
         family=family,
         layout='timm' if timm else 'official',
-        what='full' if decoder else 'backbone',
+        what='full' if decoder or dino else 'backbone',
         vit=vit,
         decoder=decoder,
+        absent=('encoder/mask_token',) if dino and not mask_token else (),
     )
 
 
@@ -170,6 +189,7 @@ def _read_hf(have, hints, table, inner):
         hints,
         hidden,
         scaled,
+        False,
         embed_dim=dim,
         depth=depth,
         patch_size=patch,
@@ -203,13 +223,16 @@ def _read_hf(have, hints, table, inner):
     )
 
 
-def _vit(hints, hidden, scaled, **fields):
-    """The ViT with an FFN of `hidden` channels; with layer scale it is DINOv2's."""
+def _vit(hints, hidden, scaled, dino, **fields):
+    """The ViT with an FFN of `hidden` channels; with layer scale it is DINOv2's.
+
+    dino: of the training of DINO, iBOT or DINOv2, with layer scale or without.
+    """
     dim, depth, ffn = fields['embed_dim'], fields['depth'], fields['ffn']
     if not hidden:
         raise ValueError('no block has an FFN of a known kind, fc1 and fc2 or a SwiGLU.')
     resize = 'bicubic'
-    if scaled:
+    if scaled or dino:
         resize = 'antialias' if fields['num_register_tokens'] else 'offset'
     return vit_lib.ViT(
         **fields,
@@ -217,7 +240,7 @@ def _vit(hints, hidden, scaled, **fields):
         mlp_ratio=mlp_ratio(hidden, dim, ffn),
         pos_resize=resize,
         layer_scale=float(hints.get('layerscale_value', 1.0)) if scaled else None,
-        init_scheme='dinov2' if scaled else 'mae',
+        init_scheme='dinov2' if scaled or dino else 'mae',
         eps=float(hints.get('layer_norm_eps', 1e-6)),
     )
 

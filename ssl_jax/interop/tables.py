@@ -197,12 +197,26 @@ def timm(vit):
     return [(a, rename(b), how) for a, b, how in encoder(vit) if b != 'mask_token']
 
 
-def dinov2(method):
-    """Rows of one network of DINOv2's training, student or teacher: backbone and heads."""
-    rows = [(o, f'backbone.{k}', how) for o, k, how in encoder(method.vit, ours='backbone')]
-    rows += dino_head('dino_head', 'dino_head', method.dino_head.num_layers)
+def dinov2(method, ours='backbone', names='hub'):
+    """Rows of one network of DINOv2's training, student or teacher: backbone and heads.
+
+    Args:
+      method: whatever has a `vit`, a `dino_head` and an `ibot_head`, which may be None.
+      ours: our name of the backbone.
+      names: 'dino' for those of DINO and iBOT, where an `ibot_head` is two things: the MLP of the
+        one head, which both of ours are read from, and `last_layer2`.
+    """
+    dino = names == 'dino'
+    rows = [(o, f'backbone.{k}', how) for o, k, how in encoder(method.vit, ours=ours)]
+    torch = 'head' if dino else 'dino_head'
+    rows += dino_head('dino_head', torch, method.dino_head.num_layers)
     if method.ibot_head is not None:
-        rows += dino_head('ibot_head', 'ibot_head', method.ibot_head.num_layers)
+        torch = 'head' if dino else 'ibot_head'
+        found = dino_head('ibot_head', torch, method.ibot_head.num_layers)
+        rows += [
+            (o, k.replace('head.last_layer.', 'head.last_layer2.') if dino else k, how)
+            for o, k, how in found
+        ]
     return rows
 
 
@@ -359,7 +373,10 @@ def fixed_tables(method):
 def plain(key, prefix=''):
     """A key without its prefix, FSDP's wrappers and the chunks of DINOv2's training.
 
-    Those are named blocks.<chunk>.<i>.…, where i counts over all chunks.
+    Those are named blocks.<chunk>.<i>.…, where i counts over all chunks.  iBOT's name of the mask
+    token becomes that of all others.
     """
     key = key[len(prefix) :].replace('_fsdp_wrapped_module.', '')
+    if key == 'masked_embed':
+        return 'mask_token'
     return re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', key)

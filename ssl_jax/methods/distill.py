@@ -10,7 +10,8 @@ sees no masks and drops no blocks; the patch loss is over all patches of the glo
 average of the student, which teaches nobody, is the result.
 
 The teacher comes from `method.teacher`, a run of ours, imported weights or an export (`dino` needs
-the heads, so a run), and is stored with the checkpoints: a restart needs nothing else.
+the heads: a run, or an imported teacher checkpoint), and is stored with the checkpoints: a restart
+needs nothing else.
 
 Reference: Pixio, arXiv 2512.15715, `distillation/models_distill.py`, `util/loss.py`; DINOv2, arXiv
 2304.07193, section 5.
