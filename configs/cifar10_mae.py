@@ -23,9 +23,9 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'cifar10_mae'
 
-    c.total_epochs = 16.0
+    c.total_epochs = 10.0
     c.warmup_epochs = 0.5
-    c.batch_size = 64
+    c.batch_size = 128
 
     c.method.size = None
     c.method.embed_dim = 128
@@ -38,7 +38,7 @@ def get_config(arg=''):
     c.method.decoder_num_heads = 2
     c.method.crop_scale = (0.4, 1.0)
 
-    c.optim.lr = 7e-4
+    c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
     cifar = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'cifar10')
@@ -47,7 +47,7 @@ def get_config(arg=''):
     c.data.train = ml_collections.ConfigDict(train)
     c.data.eval_train = ml_collections.ConfigDict(train)
     c.data.eval_test = ml_collections.ConfigDict(test)
-    c.eval.every_epochs = 4.0
+    c.eval.every_epochs = 2.0
     c.eval.knn_k = (10, 20)
     c.eval.max_train = 10000  # enough to see a trend; `ssl_jax eval` takes all
     c.eval.max_test = 2000

@@ -10,7 +10,10 @@ import tempfile
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     flags = os.environ.get('XLA_FLAGS', '')
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'.strip()
+    # Most of the suite's time is LLVM optimising programs that then run for milliseconds; without
+    # it the suite takes 40 % less. It does not reorder arithmetic.
+    fast = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+    os.environ['XLA_FLAGS'] = f'{flags} {fast}'.strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

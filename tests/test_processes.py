@@ -26,7 +26,8 @@ def start(code, devices=1, **env):
         'PYTHONPATH': f'{REPO}{os.pathsep}{TESTS}',
         'PYTHONUNBUFFERED': '1',
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
+        '--xla_backend_optimization_level=0',
         **{k: str(v) for k, v in env.items()},
     }
     return subprocess.Popen(

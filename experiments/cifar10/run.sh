@@ -21,9 +21,9 @@ one() {  # method, core
   taskset -c "$2" ssl_jax eval --workdir "$out/$1" > "$out/$1_eval.txt"
 }
 
-core=0 pids=()
+pids=()
 for method in ${methods[@]}; do
-  one "$method" $((core++ % $(nproc))) & pids+=($!)
+  one "$method" $((${#pids[@]} % $(nproc))) & pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
 tail -n 40 "$out"/*_eval.txt

@@ -113,7 +113,8 @@ class DINOv2:
         groups = self.groups(size)
         crop_rng, mask_rng, drop_rng = jax.random.split(rng, 3)
         global_crops, local_crops = self.augment(batch, crop_rng)
-        group_ids = jnp.arange(groups, dtype=jnp.int32)
+        # A group is named by its first row, which no other micro-batch has.
+        group_ids = batch['row'].reshape(groups, -1)[:, 0]
         masks = None
         if self.ibot_weight:
             masks = self.masks(augment.sample_keys(mask_rng, group_ids), 2 * size // groups)
