@@ -34,6 +34,11 @@ def torch_uniform(fan_in):
     return init
 
 
+def truncated_normal(key, shape, dtype=jnp.float32):
+    """N(0, 0.02) cut at one standard deviation, what BEiT starts with."""
+    return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
 def swiglu_hidden(embed_dim, mlp_ratio):
     """Hidden width of DINOv2's SwiGLU: two thirds of the MLP's, rounded up to a multiple of 8."""
     return (int(int(embed_dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
@@ -67,23 +72,88 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, scale, bias, self.eps)
 
 
+class QKV(nn.Module):
+    """Queries, keys and values side by side, of which keys have no bias (BEiT).
+
+    A bias of the keys adds the same to all logits of a query: the softmax does not see it.
+    """
+
+    dtype: Any
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        dim = x.shape[-1]
+        kernel = self.param('kernel', self.kernel_init, (dim, 3 * dim))
+        q_bias, v_bias = (self.param(n, nn.initializers.zeros, (dim,)) for n in QKV_BIASES)
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+
+
+QKV_BIASES = ('q_bias', 'v_bias')
+
+
+@functools.lru_cache
+def relative_index(window):
+    """Row of the bias table for every query and key, int (1 + N, 1 + N), N = h * w patches.
+
+    (y_q - y_k + h - 1) (2 w - 1) + x_q - x_k + w - 1 between patches; the last three rows of
+    (2 h - 1) (2 w - 1) + 3 are class token to patch, patch to class token, class to class token.
+
+    Reference: BEiT `modeling_finetune.py: RelativePositionBias`.
+    """
+    h, w = window
+    y, x = (a.reshape(-1) for a in np.mgrid[:h, :w])
+    last = (2 * h - 1) * (2 * w - 1) + 2
+    index = np.full((1 + h * w, 1 + h * w), last)
+    index[0, 1:], index[1:, 0] = last - 2, last - 1
+    rows, columns = y[:, None] - y + h - 1, x[:, None] - x + w - 1
+    index[1:, 1:] = rows * (2 * w - 1) + columns
+    return index
+
+
+def relative_bias(table, window):
+    """Table (rows, H) -> what is added to the attention logits, (H, 1 + N, 1 + N) float32."""
+    return jnp.moveaxis(table.astype(jnp.float32)[relative_index(window)], -1, 0)
+
+
+def relative_rows(window):
+    """Rows of the table of `relative_bias`."""
+    return int(relative_index(window)[0, 0]) + 1
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the fused qkv has rows [q | k | v], each head-major.
 
     With `segments` the tokens of a row belong to several images, see `split`: the projections run
     over all of them at once, attention within each image.
+
+    Attributes:
+      key_bias: whether keys have a bias.
+      window: (h, w) of the patches, for a table of relative position biases of this layer.
     """
 
     num_heads: int
     dtype: Any
     kernel_init: Callable
+    key_bias: bool = True
+    window: tuple | None = None
 
     @nn.compact
-    def __call__(self, x, segments=None):  # (B, T, D)
+    def __call__(self, x, segments=None, bias=None):  # (B, T, D); bias (H, T, T)
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        qkv = Dense(3 * dim, name='qkv', **dense)(x)
-        if segments is None:
+        if self.key_bias:
+            qkv = Dense(3 * dim, name='qkv', **dense)(x)
+        else:
+            qkv = QKV(name='qkv', **dense)(x)
+        if self.window is not None:
+            shape = (relative_rows(self.window), self.num_heads)
+            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
+            bias = relative_bias(table, self.window)
+        if bias is not None:
+            y = ops.biased_attention(qkv, bias, self.num_heads)
+        elif segments is None:
             y = ops.attention(qkv, self.num_heads)
         else:
 
@@ -169,12 +239,16 @@ class Block(nn.Module):
     kernel_init: Callable
     capture: bool
     segments: tuple | None = None
+    key_bias: bool = True
+    window: tuple | None = None
 
     @nn.compact
-    def __call__(self, x, drop):
+    def __call__(self, x, drop, bias=None):
         dim = x.shape[-1]
         parts = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        attn = Attention(self.num_heads, name='attn', **parts)
+        attn = Attention(
+            self.num_heads, name='attn', key_bias=self.key_bias, window=self.window, **parts
+        )
         if self.ffn == 'mlp':
             mlp = Mlp(int(dim * self.mlp_ratio), name='mlp', **parts)
         elif self.ffn == 'swiglu':
@@ -188,7 +262,7 @@ class Block(nn.Module):
 
         def branch(i, x, segments):
             y = norms[i](x)
-            return scales[i](attn(y, segments) if i == 0 else mlp(y))
+            return scales[i](attn(y, segments, bias) if i == 0 else mlp(y))
 
         for i in (0, 1):
             if drop is None:
@@ -233,11 +307,11 @@ def subset_residual(branch, x, segments, ids):
     )
 
 
-def block_stack(depth, *, remat, name, **kw):
+def block_stack(depth, *, remat, name, shared_bias=False, **kw):
     """`depth` blocks as one scan: parameters stacked on axis 0, one block compiled.
 
     Returns a module (x, drop) -> (x, outputs of all blocks or None); drop as `Block` takes it,
-    with a leading depth axis.
+    with a leading depth axis.  With `shared_bias` it is (x, drop, bias), one bias for all blocks.
     """
     block = Block
     if REMAT[remat] is not None:
@@ -246,10 +320,22 @@ def block_stack(depth, *, remat, name, **kw):
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
-        in_axes=0,
+        in_axes=(0, nn.broadcast) if shared_bias else 0,
         length=depth,
     )
     return stack(name=name, **kw)
+
+
+def rescale_residuals(blocks):
+    """Divides what block i = 1, 2, ... adds by sqrt(2 i): attn/proj and mlp/fc2 (BEiT, GPT-2)."""
+
+    def scaled(dense):
+        kernel = dense['kernel']
+        factor = (2.0 * jnp.arange(1, len(kernel) + 1)) ** -0.5
+        return {**dense, 'kernel': kernel * factor[:, None, None]}
+
+    attn = {**blocks['attn'], 'proj': scaled(blocks['attn']['proj'])}
+    return {**blocks, 'attn': attn, 'mlp': {**blocks['mlp'], 'fc2': scaled(blocks['mlp']['fc2'])}}
 
 
 def drop_path_keep(keys, depth, rate, uniform=False, num_images=1):

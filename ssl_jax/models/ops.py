@@ -51,40 +51,79 @@ def _attention_forward(qkv, num_heads):
             f' {3 * num_heads}; pass the projection (B, N, 3 * D) with D divisible by num_heads.'
         )
 
-    def forward(qkv):
-        q, k, v = _heads(qkv, num_heads)
-        logits = _logits(q, k)  # (b, H, N, N)
-        top = logits.max(axis=-1, keepdims=True)
-        weights = jnp.exp(logits - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum('bhnm,bhmd->bhnd', weights.astype(v.dtype), v, **_FLOAT32) / total
-        return _merge(out).astype(qkv.dtype), (top + jnp.log(total))[..., 0]
-
+    forward = functools.partial(_forward, num_heads, None)
     out, log_total = _per_chunk(forward, num_heads, qkv)
     return out, (qkv, out, log_total)
 
 
 def _attention_backward(num_heads, residuals, grad):
-    def backward(qkv, out, log_total, grad):
-        q, k, v = _heads(qkv, num_heads)
-        dtype, scale = qkv.dtype, q.shape[-1] ** -0.5
-        # The sum over keys of weight * d(weight), by way of the output.
-        inner = (out.astype(jnp.float32) * grad).reshape(*out.shape[:2], num_heads, -1).sum(axis=-1)
-        grad = _heads(grad, num_heads, parts=1)[0]
-        weights = jnp.exp(_logits(q, k) - log_total[..., None])
-        d_v = jnp.einsum('bhnm,bhnd->bhmd', weights.astype(dtype), grad, **_FLOAT32)
-        d_weights = jnp.einsum('bhnd,bhmd->bhnm', grad, v, **_FLOAT32)
-        d_logits = (weights * (d_weights - jnp.swapaxes(inner, 1, 2)[..., None])).astype(dtype)
-        d_q = jnp.einsum('bhnm,bhmd->bhnd', d_logits, k, **_FLOAT32) * scale
-        d_k = jnp.einsum('bhnm,bhnd->bhmd', d_logits, q, **_FLOAT32) * scale
-        return jnp.concatenate([_merge(d) for d in (d_q, d_k, d_v)], axis=-1).astype(dtype)
+    def backward(*args):
+        return _backward(num_heads, None, *args)[0]
 
     return (_per_chunk(backward, num_heads, *residuals, grad),)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def biased_attention(qkv, bias, num_heads):
+    """`attention` with something added to its logits, ``softmax(q k^T / sqrt(d) + bias) v``.
+
+    Args:
+        qkv: (B, N, 3 * D) array.
+        bias: (H, N, N) float32 array, of query and key, the same for all samples.
+        num_heads: H.
+
+    Returns:
+        (B, N, D) array of the dtype of ``qkv``.
+    """
+    return _forward(num_heads, bias, qkv)[0]
+
+
+def _biased_forward(qkv, bias, num_heads):
+    out, log_total = _forward(num_heads, bias, qkv)
+    return out, (qkv, bias, out, log_total)
+
+
+def _biased_backward(num_heads, residuals, grad):
+    qkv, bias, out, log_total = residuals
+    d_qkv, d_logits = _backward(num_heads, bias, qkv, out, log_total, grad)
+    return d_qkv, d_logits.sum(axis=0)
+
+
+biased_attention.defvjp(_biased_forward, _biased_backward)
+
 _FLOAT32 = dict(preferred_element_type=jnp.float32)
+
+
+def _forward(num_heads, bias, qkv):
+    """Output (b, N, D) and the logarithm of the normalizers (b, H, N)."""
+    q, k, v = _heads(qkv, num_heads)
+    logits = _logits(q, k, bias)  # (b, H, N, N)
+    top = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum('bhnm,bhmd->bhnd', weights.astype(v.dtype), v, **_FLOAT32) / total
+    return _merge(out).astype(qkv.dtype), (top + jnp.log(total))[..., 0]
+
+
+def _backward(num_heads, bias, qkv, out, log_total, grad):
+    """Gradients of qkv and, in float32, of the logits (b, H, N, N)."""
+    q, k, v = _heads(qkv, num_heads)
+    dtype, scale = qkv.dtype, q.shape[-1] ** -0.5
+    # The sum over keys of weight * d(weight), by way of the output.
+    inner = (out.astype(jnp.float32) * grad).reshape(*out.shape[:2], num_heads, -1).sum(axis=-1)
+    grad = _heads(grad, num_heads, parts=1)[0]
+    weights = jnp.exp(_logits(q, k, bias) - log_total[..., None])
+    d_v = jnp.einsum('bhnm,bhnd->bhmd', weights.astype(dtype), grad, **_FLOAT32)
+    d_weights = jnp.einsum('bhnd,bhmd->bhnm', grad, v, **_FLOAT32)
+    d_logits = weights * (d_weights - jnp.swapaxes(inner, 1, 2)[..., None])
+    rounded = d_logits.astype(dtype)
+    d_q = jnp.einsum('bhnm,bhmd->bhnd', rounded, k, **_FLOAT32) * scale
+    d_k = jnp.einsum('bhnm,bhnd->bhmd', rounded, q, **_FLOAT32) * scale
+    d_qkv = jnp.concatenate([_merge(d) for d in (d_q, d_k, d_v)], axis=-1).astype(dtype)
+    return d_qkv, d_logits
 
 
 def _heads(x, num_heads, parts=3):
@@ -98,8 +137,9 @@ def _merge(x):
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-def _logits(q, k):
-    return jnp.einsum('bhnd,bhmd->bhnm', q, k, **_FLOAT32) * q.shape[-1] ** -0.5
+def _logits(q, k, bias):
+    logits = jnp.einsum('bhnd,bhmd->bhnm', q, k, **_FLOAT32) * q.shape[-1] ** -0.5
+    return logits if bias is None else logits + bias
 
 
 def _per_chunk(fn, num_heads, *args):
@@ -219,7 +259,7 @@ def _gelu_forward(x):
 def _gelu_backward(x, grad):
     y = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * y * y) * (0.5 / jnp.pi) ** 0.5
-    return ((_normal_cdf(y) + y * density) * grad.astype(jnp.float32)).astype(x.dtype),
+    return (((_normal_cdf(y) + y * density) * grad.astype(jnp.float32)).astype(x.dtype),)
 
 
 def _normal_cdf(x):

@@ -3,10 +3,11 @@
 
 What differs from the textbook: any number of class tokens, each with its own position row;
 register tokens without position; the patch embedding is a matrix product on patches, so that
-masked patches can be left out before it; blocks run as one scan with stacked parameters.
+masked patches can be left out before it; blocks run as one scan with stacked parameters; biases by
+relative position, keys without bias (BEiT).
 
 Reference: Dosovitskiy et al., arXiv 2010.11929; MAE `models_mae.py`; Pixio `pixio.py`;
-DINOv2 `models/vision_transformer.py`.
+DINOv2 `models/vision_transformer.py`; BEiT `modeling_pretrain.py`.
 """
 
 from typing import Any
@@ -37,16 +38,17 @@ class PatchEmbed(nn.Module):
     embed_dim: int
     dtype: Any
     kernel_init: Any
+    zero_bias: bool = False
 
     @nn.compact
     def __call__(self, patches):
-        # Both official codes leave torch's default on the bias of this convolution.
+        # MAE and DINOv2 leave torch's default on the bias of this convolution.
         bias_init = layers.torch_uniform(patches.shape[-1])
         proj = layers.Dense(
             self.embed_dim,
             dtype=self.dtype,
             kernel_init=self.kernel_init or bias_init,
-            bias_init=bias_init,
+            bias_init=nn.initializers.zeros if self.zero_bias else bias_init,
             name='proj',
         )
         return proj(patches)
@@ -59,12 +61,16 @@ class ViT(nn.Module):
       embed_dim, depth, num_heads: see SIZES.
       patch_size, img_size: pixels; the position table is for img_size, other sizes resize it.
       num_cls_tokens, num_register_tokens: 0..n each; order in the sequence is cls, reg, patches.
-      pos_embed: 'sincos' (fixed, MAE) or 'learned'.
+      pos_embed: 'sincos' (fixed, MAE), 'learned', or 'none'.
       pos_resize: how the table is resized, see `pos_embed.resize_weights`.
+      rel_pos: biases of attention by relative position, one table for all blocks ('shared', BEiT
+        in pretraining) or for each ('layer', in fine-tuning); None for none.
+      key_bias: False for keys without bias (BEiT).
       ffn: 'mlp' or 'swiglu'.  layer_scale: start value of gamma, or None for none.
       mask_token: whether a mask token exists (iBOT, BEiT); it replaces masked patch embeddings.
       drop_path, drop_path_uniform: stochastic depth, see `layers.drop_path_keep`.
-      init: 'mae' (Xavier, cls N(0, .02)) or 'dinov2' (N(0, .02), cls and registers N(0, 1e-6)).
+      init_scheme: 'mae' (Xavier, cls N(0, .02)), 'dinov2' (N(0, .02), cls and registers N(0,
+        1e-6)) or 'beit' (all N(0, .02) within one deviation; `init_params` scales it by depth).
       remat: 'none', 'dots' or 'full', see `layers.REMAT`.
     """
 
@@ -78,6 +84,8 @@ class ViT(nn.Module):
     num_register_tokens: int = 0
     pos_embed: str = 'learned'
     pos_resize: str = 'bicubic'
+    rel_pos: str | None = None
+    key_bias: bool = True
     ffn: str = 'mlp'
     layer_scale: float | None = None
     mask_token: bool = False
@@ -113,10 +121,13 @@ class ViT(nn.Module):
             images = (images[:, None],)
             mask = mask if mask is None else mask[:, None]
         batch, c, r = images[0].shape[0], self.num_cls_tokens, self.num_register_tokens
-        xavier = self.init_scheme == 'mae'
         normal = nn.initializers.normal(0.02)
-        token_init = normal if xavier else nn.initializers.normal(1e-6)
-        kernel_init = nn.initializers.xavier_uniform() if xavier else normal
+        kernel_init, token_init, mask_init = {
+            'mae': (nn.initializers.xavier_uniform(), normal, nn.initializers.zeros),
+            'dinov2': (normal, nn.initializers.normal(1e-6), nn.initializers.zeros),
+            'beit': (layers.truncated_normal,) * 3,
+        }[self.init_scheme]
+        dinov2, beit = self.init_scheme == 'dinov2', self.init_scheme == 'beit'
 
         table = self.position_table()
         patches, positions = [], []
@@ -132,11 +143,11 @@ class ViT(nn.Module):
             patch_positions = [positions[0][0, c:][ids_keep][:, None]]  # (B, 1, K, D)
         counts = [p.shape[1:3] for p in patches]
         embed = PatchEmbed(
-            self.embed_dim, self.dtype, kernel_init if xavier else None, name='patch_embed'
+            self.embed_dim, self.dtype, None if dinov2 else kernel_init, beit, name='patch_embed'
         )
         tokens = layers.split(embed(layers.join(patches)), counts)
         if self.mask_token:
-            token = self.param('mask_token', nn.initializers.zeros, (1, self.embed_dim))
+            token = self.param('mask_token', mask_init, (1, self.embed_dim))
             if mask is not None:
                 tokens[0] = jnp.where(mask[..., None], token.astype(self.dtype), tokens[0])
 
@@ -161,10 +172,15 @@ class ViT(nn.Module):
             drop = layers.drop_path_keep(
                 drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
             )
+        window = self._window(images, ids_keep) if self.rel_pos else None
+        shared = self.rel_pos == 'shared'
         blocks = layers.block_stack(
             self.depth,
             remat=self.remat,
             name='blocks',
+            shared_bias=shared,
+            key_bias=self.key_bias,
+            window=None if shared else window,
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
             ffn=self.ffn,
@@ -175,7 +191,12 @@ class ViT(nn.Module):
             capture=bool(capture),
             segments=None if single and not isinstance(drop, tuple) else segments,
         )
-        x, captured = blocks(x, drop)
+        bias = ()
+        if shared:
+            shape = (layers.relative_rows(window), self.num_heads)
+            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
+            bias = (layers.relative_bias(table, window),)
+        x, captured = blocks(x, drop, *bias)
         norm = layers.LayerNorm(self.eps, name='norm')
         y = norm(x)
         if single:
@@ -198,13 +219,34 @@ class ViT(nn.Module):
             'pre_norm': x,
         }
 
+    def _window(self, images, ids_keep):
+        """(h, w) of the patches whose relative positions the table has."""
+        side = self.img_size // self.patch_size
+        size = images[0].shape[2:4]
+        if len(images) > 1 or size != (self.img_size,) * 2 or ids_keep is not None:
+            raise ValueError(
+                f'relative positions are for whole images of {self.img_size}x{self.img_size} px, '
+                f'not for {"crops of several sizes" if len(images) > 1 else size}'
+                f'{" without some patches" if ids_keep is not None else ""}; resize the images.'
+            )
+        if self.num_cls_tokens != 1 or self.num_register_tokens:
+            raise ValueError(
+                f'relative positions know one class token and no registers, not '
+                f'{self.num_cls_tokens} and {self.num_register_tokens}: set num_cls_tokens=1.'
+            )
+        return side, side
+
     def position_table(self):
         """The (1, C + M*M, D) table in float32 for the native grid of M x M patches."""
         native = self.img_size // self.patch_size
         if self.pos_embed == 'sincos':
             return jnp.asarray(pos_embed.sincos(self.embed_dim, native, self.num_cls_tokens))
         shape = (1, self.num_cls_tokens + native**2, self.embed_dim)
-        return self.param('pos_embed', nn.initializers.normal(0.02), shape)
+        if self.pos_embed == 'none':
+            return jnp.zeros(shape)
+        beit = self.init_scheme == 'beit'
+        init = layers.truncated_normal if beit else nn.initializers.normal(0.02)
+        return self.param('pos_embed', init, shape)
 
 
 def final_norm(params, tokens, eps=1e-6):
@@ -226,10 +268,19 @@ def last_attention(vit, params, images):
     last = jax.tree.map(lambda p: p[-1], params['blocks'])
     x = layers.LayerNorm(vit.eps).apply({'params': last['norm1']}, x)
     dense = last['attn']['qkv']
-    qkv = ops.dense(*(a.astype(vit.dtype) for a in (x, dense['kernel'], dense['bias'])))
+    bias = dense.get('bias')
+    if bias is None:
+        q_bias, v_bias = (dense[name] for name in layers.QKV_BIASES)
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+    qkv = ops.dense(*(a.astype(vit.dtype) for a in (x, dense['kernel'], bias)))
     q, k, _ = jnp.split(qkv.reshape(*x.shape[:2], 3 * vit.num_heads, -1), 3, axis=2)
     logits = jnp.einsum('bnhd,bmhd->bhnm', q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    logits = logits * q.shape[-1] ** -0.5
+    if vit.rel_pos:
+        table = (params if vit.rel_pos == 'shared' else last['attn'])['rel_pos_bias']
+        side = vit.img_size // vit.patch_size
+        logits = logits + layers.relative_bias(table, (side, side))
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def flops_per_image(embed_dim, depth, num_tokens, mlp_ratio=4.0):
@@ -242,4 +293,7 @@ def flops_per_image(embed_dim, depth, num_tokens, mlp_ratio=4.0):
 def init_params(vit, rng, img_size=None):
     """Parameters of a fresh ViT (float32)."""
     size = img_size or vit.img_size
-    return vit.init(rng, jnp.zeros((1, size, size, 3)))['params']
+    params = vit.init(rng, jnp.zeros((1, size, size, 3)))['params']
+    if vit.init_scheme == 'beit':
+        params = {**params, 'blocks': layers.rescale_residuals(params['blocks'])}
+    return params
