@@ -28,6 +28,12 @@ CHOICES = {
     'method.centering': ('sinkhorn_knopp', 'centering', 'none'),
     'method.mask_sampler': ('dinov2', 'ibot'),
     'method.blur': ('released', 'intended', 'none'),
+    'method.tokenizer': ('random_patches', 'random_projection', 'kmeans', 'dvae', 'pixel'),
+    'method.token_norm': ('imagenet', 'signed', 'none'),
+    'method.token_centre': ('auto', 'none', 'patch', 'channel'),
+    'method.split': ('block', 'uniform'),
+    'method.decoder_pos': ('mask', 'all'),
+    'method.nce_negatives': ('other', 'both'),
 }
 # FLOP/s of one CPU core in training small models (measured: 77e9 on two cores), and how long an
 # inferred run should take there, in seconds.
@@ -49,6 +55,16 @@ RANGES = (
     ('method.student_temp', 1e-4, 100.0),
     ('method.teacher_temp', 1e-4, 100.0),
     ('method.num_cls_tokens', 0, 64),
+    ('method.blur_prob', 0.0, 1.0),
+    ('method.solarize_prob', 0.0, 1.0),
+    ('method.vocab', 2, 2**24),
+    ('method.min_perplexity', 0.0, 2.0**24),
+    ('method.mask_patches', 1, 195),
+    ('method.split_ratio', 0.01, 0.99),
+    ('method.temperature', 1e-4, 100.0),
+    ('method.w_mim', 0.0, 1e6),
+    ('method.w_nce', 0.0, 1e6),
+    ('method.proj_dim', 0, 2**16),
     ('data.num_threads', 1, 1024),
     ('data.num_workers', 0, 1024),
     ('data.bad_budget', 0.0, 1.0),
@@ -161,6 +177,8 @@ def _errors(c):
     yield from _shape_errors(m)
     if 'group_size' in m:
         yield from _dinov2_errors(c)
+    if 'split_ratio' in m:
+        yield from _splitmask_errors(c)
 
 
 def _dinov2_errors(c):
@@ -187,6 +205,30 @@ def _dinov2_errors(c):
     if m.koleo_weight and (batch if not m.koleo_per_group else min(batch, m.group_size)) < 2:
         yield 'method.koleo_weight needs at least 2 images among which it keeps apart: set it to 0.'
     duration('warmup_teacher_temp', m)
+
+
+def _splitmask_errors(c):
+    """Rules of the split and of InfoNCE's negatives."""
+    m, batch = c.method, c.batch_size // c.accum_steps
+    if not m.split_complement and (m.split == 'block' or m.split_ratio < 0.5):
+        yield (
+            f"method.split_complement=False needs method.split='uniform' and split_ratio of at "
+            f"least 0.5, not '{m.split}' and {m.split_ratio}: set split_complement=True."
+        )
+    if not m.w_mim and not m.w_nce:
+        yield 'method.w_mim and method.w_nce are both 0, nothing is learned: set w_mim=1.'
+    group = m.nce_group_size or batch
+    if m.w_nce and (group < 2 or batch % group):
+        yield (
+            f'a batch of {batch} (batch_size / accum_steps) does not consist of groups of '
+            f'method.nce_group_size={m.nce_group_size} or at least 2 images: use nce_group_size=0.'
+        )
+    heads = m.decoder_num_heads
+    if heads and m.embed_dim and m.embed_dim % heads:
+        yield (
+            f'method.embed_dim={m.embed_dim}, also of the decoder, is not divisible by '
+            f'method.decoder_num_heads={heads}: set decoder_num_heads=None.'
+        )
 
 
 def _shape_errors(m):

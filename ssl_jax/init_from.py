@@ -14,7 +14,7 @@ from ssl_jax.models import pos_embed
 # Fields that make a network another function; those of a ViT are fields of `config.method` too.
 ENCODER = (
     *('embed_dim', 'depth', 'num_heads', 'patch_size', 'num_cls_tokens', 'num_register_tokens'),
-    *('ffn', 'mlp_ratio'),
+    *('ffn', 'mlp_ratio', 'rel_pos', 'key_bias'),
 )
 DECODER = ('embed_dim', 'depth', 'num_heads', 'num_cls_tokens', 'mlp_ratio', 'pos_embed')
 

@@ -138,6 +138,58 @@ def cross_entropy(targets, logits, temp):
     return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32) / temp)).sum(axis=-1)
 
 
+def word_cross_entropy(logits, words):
+    """-log softmax(logits)_word for each row in float32: (..., V), int (...) -> (...)."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, words[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def info_nce(a, b, temp=0.2, *, normalize=True, negatives='other', groups=1):
+    """Symmetric InfoNCE between two descriptors of the same images, in float32.
+
+    (1/2n) sum_i [-log softmax_j(<a_i, b_j> / temp)_i - log softmax_j(<b_i, a_j> / temp)_i].
+
+    Args:
+      a, b: (n, D), row i of both is image i; both get gradient.
+      normalize: rows to length 1 first.
+      negatives: 'other': of the other branch, n - 1 for each row; 'both': also the other images of
+        its own branch, 2 (n - 1).
+      groups: negatives are looked for within n / groups consecutive rows; 1 is the whole batch.
+
+    Returns:
+      (loss, share of rows whose own image is the most similar).
+
+    Reference: SplitMask, arXiv 2112.10740, equation 2 (whose print lacks the minus and the log);
+    MoCo v3, arXiv 2104.02057, algorithm 1.
+    """
+    n, dim = a.shape
+    if n % groups or n // groups < 2:
+        raise ValueError(
+            f'info_nce needs at least 2 images per group, {n} images do not give {groups} such '
+            f'groups: use fewer groups or a larger batch.'
+        )
+    if negatives not in ('other', 'both'):
+        raise ValueError(f"negatives={negatives!r} is unknown: use 'other' or 'both'.")
+    size = n // groups
+    a, b = (l2_normalize(x) if normalize else x.astype(jnp.float32) for x in (a, b))
+    a, b = (x.reshape(groups, size, dim) for x in (a, b))
+    own = jnp.eye(size, dtype=bool)
+
+    def direction(x, y):
+        logits = jnp.einsum('gnd,gmd->gnm', x, y, precision='highest') / temp
+        hits = logits.argmax(axis=-1) == jnp.arange(size)
+        total = logits
+        if negatives == 'both':
+            same = jnp.einsum('gnd,gmd->gnm', x, x, precision='highest') / temp
+            total = jnp.concatenate([logits, jnp.where(own, -jnp.inf, same)], axis=-1)
+        positive = jnp.where(own, logits, 0).sum(axis=-1)
+        return (jax.nn.logsumexp(total, axis=-1) - positive).mean(), hits.mean()
+
+    (loss_a, hits_a), (loss_b, hits_b) = direction(a, b), direction(b, a)
+    return (loss_a + loss_b) / 2, (hits_a + hits_b) / 2
+
+
 def dino_loss(targets, global_logits, local_logits=None, temp=0.1):
     """Mean cross-entropy over the pairs (teacher view, student view) of different crops.
 

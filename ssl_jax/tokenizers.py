@@ -147,16 +147,17 @@ def fit(tok, codebook, batches, seed):
     """
     if tok.kind not in ('random_patches', 'kmeans'):
         return codebook
+    unit = jax.jit(losses.l2_normalize)
     vectors, seen = _sample(tok, batches, seed)
     if tok.kind == 'random_patches':
-        return {'vectors': losses.l2_normalize(vectors)}
-    means, counts = losses.l2_normalize(vectors), jnp.zeros(tok.vocab)
+        return {'vectors': unit(vectors)}
+    means, counts = unit(vectors), np.zeros(tok.vocab, np.float32)
     done, batches = 0, itertools.chain(seen, batches)
     while done < tok.fit_patches and (images := next(batches, None)) is not None:
-        x = _patches(tok, images).reshape(-1, tok.dim)
-        means, counts = kmeans_step(means, counts, losses.l2_normalize(x))
-        done += len(x)
-    return {'vectors': losses.l2_normalize(means)}
+        x = _patches(tok, images)
+        means, counts = kmeans_step(means, counts, unit(x.reshape(-1, tok.dim)))
+        done += math.prod(x.shape[:2])
+    return {'vectors': unit(means)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,17 +175,17 @@ def _sample(tok, batches, seed):
     each = -(-tok.vocab // (size * len(seen)))  # of every image
     found = []
     for images in seen:
-        x = _patches(tok, images)
+        x = np.asarray(_patches(tok, images))
         if each > x.shape[1]:
             raise ValueError(
                 f'method.vocab={tok.vocab} is more than the {len(seen) * size * x.shape[1]} '
                 f'patches of {len(seen)} batches: lower it.'
             )
         # A patch without contrast has no direction once it is centred: the last choice.
-        flat = jnp.square(x).sum(axis=-1) < 1e-6
-        order = np.argsort(rng.random(x.shape[:2]) + 2 * np.asarray(flat), axis=1)[:, :each]
-        found.append(jnp.take_along_axis(x, jnp.asarray(order)[..., None], axis=1))
-    return jnp.concatenate([x.reshape(-1, tok.dim) for x in found])[: tok.vocab], seen
+        flat = np.square(x).sum(axis=-1) < 1e-6
+        order = np.argsort(rng.random(x.shape[:2]) + 2 * flat, axis=1)[:, :each]
+        found.append(np.take_along_axis(x, order[..., None], axis=1))
+    return np.concatenate([x.reshape(-1, tok.dim) for x in found])[: tok.vocab], seen
 
 
 @jax.jit

@@ -100,11 +100,12 @@ def make_program(config, method, clock, mesh=None):
     )
 
 
-def restore(config, method, program, saved):
+def restore(config, method, program, saved, source):
     """The state to start from: (state, sentence).
 
     In order of precedence: 1 the workdir's own checkpoint, 2 the full state of `resume_from`,
     3 the weights of `init_from`, 4 fresh weights.  Setting both 2 and 3 is an error of the config.
+    In the last two cases a method may look at images of `source` first.
     """
     if saved.latest() is not None:
         state, _ = saved.restore(program.abstract)
@@ -129,7 +130,24 @@ def restore(config, method, program, saved):
     if getattr(method, 'teacher', None):
         state = dataclasses.replace(state, extra=method.load_teacher(state.extra))
         log(f'teacher: {method.teacher}')
+    if hasattr(method, 'prepare'):
+        state = dataclasses.replace(state, extra=_prepare(config, method, program, state, source))
     return state, 'these weights at step 0' if config.init_from else 'fresh weights'
+
+
+def _prepare(config, method, program, state, source):
+    """`state.extra` as `method.prepare` makes it; all processes see the same whole batches."""
+    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(program.mesh))
+    with pipeline.train_stream(
+        source,
+        method.views(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_threads=config.data.num_threads,
+    ) as batches:
+        extra, lines = method.prepare(jax.device_get(whole(state.extra)), batches, config.seed)
+    log(*lines)
+    return init_from.placed('method.prepare', extra, state.extra)
 
 
 def _checkpoint_dir(path):
@@ -212,7 +230,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     total, eval_every = steps
     mesh, batch_size = program.mesh, config.batch_size
     meta = {'config': config.to_dict(), 'data': source.fingerprint}
-    state, how = restore(config, method, program, saved)
+    state, how = restore(config, method, program, saved, source)
     first = int(state.step)
     log(f'start: {how}, {total} steps in all')
     if first >= total:

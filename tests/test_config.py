@@ -8,7 +8,7 @@ import pathlib
 import ml_collections
 import pytest
 
-from ssl_jax import config, config_dinov2, config_distill, methods
+from ssl_jax import config, config_dinov2, config_distill, config_splitmask, methods
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden_configs'
 
@@ -66,6 +66,8 @@ def test_recipe_knows_no_field_that_default_does_not_know(name):
         'mae': lambda: known.method,
         'dinov2': config_dinov2.method,
         'distill': lambda: getattr(config_distill, recipe.method.form)(),
+        'splitmask': config_splitmask.splitmask,
+        'beit': config_splitmask.beit,
     }[recipe.method.name]()
     assert fields(recipe) == fields(known)
 

@@ -17,8 +17,10 @@ A Method is a frozen dataclass of pure functions (B is the global batch):
 
 A method that reconstructs pixels also has `reconstruct(params, images, keys)`, which the loop
 turns into pictures.  One with a frozen teacher has `teacher`, where its weights are, and
-`load_teacher(extra) -> extra`, called once at the start of a run.  One that can collapse has
-`suspect(values, step)`, a sentence on the newest metrics or None.
+`load_teacher(extra) -> extra`, called once at the start of a run.  One that must see images before
+step 0 has `prepare(extra, batches, seed) -> extra, lines`, called once after that: `extra` is
+numpy, `batches` an iterator of host batches of its views, the lines are for the log.  One that can
+collapse has `suspect(values, step)`, a sentence on the newest metrics or None.
 """
 
 import difflib
