@@ -60,7 +60,7 @@ class Checkpointer:
             raise ValueError(
                 f'checkpoint.keep is {keep}; set it to 1 or more, so that a checkpoint remains.'
             )
-        self.directory = epath.Path(directory)
+        self.directory = step_dirs.absolute(directory)
         self._keep, self._keep_every = keep, keep_every
         self._bad = set()  # steps found damaged, set aside at the next save
         self._writing = None  # the step that is being saved
@@ -229,7 +229,7 @@ def restore_model(path, abstract=None, step=None):
       CheckpointError: if there is none, or none is sound.
       MismatchError: listing the tensors that differ from `abstract`.
     """
-    path = epath.Path(path)
+    path = step_dirs.absolute(path)
     if (path / 'model').exists():
         path, step = path.parent, int(path.name)
     elif (path / 'checkpoints').exists():

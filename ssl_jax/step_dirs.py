@@ -61,6 +61,11 @@ def delete(paths):
             print(f'The old checkpoint {path} could not be deleted: {e}.', flush=True)
 
 
+def absolute(path):
+    """The path as Orbax wants it: local ones absolute, those in buckets as they are."""
+    return epath.Path(path if is_remote(path) else os.path.abspath(path))
+
+
 def is_remote(path):
     """Whether the path is in a bucket, where nothing is renamed and files appear whole."""
     return '://' in str(path)

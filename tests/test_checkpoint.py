@@ -420,3 +420,15 @@ def test_two_processes_save_fall_back_together_and_one_process_reads_it(tmp_path
             child.kill()
     assert_same(restore(tmp_path)[0], make_state(1))
     assert json.loads((tmp_path / '2' / 'meta' / 'metadata').read_text())['devices'] == 4
+
+
+def test_a_relative_directory_is_saved_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = make_state()
+    saved = checkpoint.Checkpointer('run/checkpoints')
+    saved.save(3, state)
+    saved.close()
+    model, meta = checkpoint.restore_model('run')
+    assert meta['step'] == 3
+    np.testing.assert_array_equal(model['params']['norm'], state.params['norm'])
+    assert (tmp_path / 'run' / 'checkpoints' / '3').is_dir()
