@@ -285,10 +285,13 @@ def _usage(weights):
     """Lines of Python that load the folder."""
     if weights.layout == 'hf':
         name = 'AutoModelForPreTraining' if weights.what == 'full' else 'AutoModel'
+        options = ''
+        if layouts.hf_class(weights.family, weights.vit, weights.what) == 'ViTModel':
+            name, options = 'ViTModel', ', add_pooling_layer=False'  # else it makes a random pooler
         return [
             f'from transformers import AutoImageProcessor, {name}',
             "processor = AutoImageProcessor.from_pretrained('DIR')",
-            f"model = {name}.from_pretrained('DIR')",
+            f"model = {name}.from_pretrained('DIR'{options})",
         ]
     if weights.layout == 'timm':
         return [
