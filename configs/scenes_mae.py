@@ -6,7 +6,8 @@ Ten shapes among textures, light and clutter (`ssl_jax/data/scenes.py`).
 Command:
   ssl_jax pretrain --config scenes_mae --workdir runs/scenes_mae
 
-Expected: loss falling from 1.1 to about 0.5; pictures in the workdir show it.
+Expected: loss falling from 1.1 to about 0.5; linear probe about 30 % of 10 classes (raw pixels 19, the
+encoder untrained 15).
 Cost: 2 to 3 minutes on 2 CPU cores (380 images/s beside other work, 660 alone).
 """
 
@@ -20,7 +21,7 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'scenes_mae'
 
-    c.total_steps = 1200
+    c.total_steps = 1000
     c.warmup_steps = 100
     c.batch_size = 64
 
@@ -44,7 +45,7 @@ def get_config(arg=''):
     c.data.eval_train = ml_collections.ConfigDict(train)
     c.data.eval_test = ml_collections.ConfigDict(test)
     c.data.num_threads = 2
-    c.eval.every_steps = 400
+    c.eval.every_steps = 500
     c.eval.knn_k = (20,)
     c.eval.max_train = 2000
     c.eval.max_test = 500
