@@ -8,8 +8,8 @@ Command:
   ssl_jax pretrain --config scenes_splitmask --workdir runs/scenes_splitmask
 
 Expected: `mim_gain`, how far the cross-entropy is below that of the word frequencies alone, rises
-@GAIN@.
-Cost: @COST@
+to 1.1 nats, and `nce_acc`, how often the other half of an image is the most similar, to 94 %.
+Cost: 8 minutes on one busy CPU core, 1.8e13 useful FLOPs.
 """
 
 import ml_collections

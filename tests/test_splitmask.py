@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SplitMask: the split, both losses, its symmetries, the codebook in the loop, restarts."""
 
+import dataclasses
 import itertools
 import math
 import shutil
@@ -229,6 +230,23 @@ def test_words_of_all_missing_patches_of_both_branches_are_predicted():
     sure = {**head, 'bias': head['bias'].at[7].set(100.0)}
     _, terms = method.objective({**params, 'head': sure}, images, parts, words)
     assert float(terms['mim']) == pytest.approx(100 * float((words != 7).mean()), rel=1e-5)
+
+
+def test_a_branch_predicts_what_it_does_not_see():
+    """Decoders that say 1 at missing and 0 at visible patches; the head makes word 7 of a 1."""
+
+    class Told(splitmask.SplitMask):
+        def forward(self, params, images, parts, drop_keys=None):
+            missing = [(part.restore >= part.visible.shape[1])[..., None] for part in parts]
+            return [jnp.pad(m * jnp.ones(32), ((0, 0), (1, 0), (0, 0))) for m in missing]
+
+    method, params, _ = build(**KINDS['uniform disjoint'])
+    told = Told(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+    images, parts, words = inputs(method)
+    head = {'kernel': jnp.zeros((32, 40)).at[:, 7].set(1.0), 'bias': jnp.zeros(40)}
+    _, terms = told.objective({**params, 'head': head}, images, parts, 0 * words + 7)
+    assert float(terms['mim']) < 1e-6
+    assert float(terms['mim_acc']) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,9 @@ def test_kmeans_finds_the_directions_of_separate_clusters():
     for part in np.split(np.asarray(x), 6):
         means, counts = tokenizers.kmeans_step(means, counts, part)
     np.testing.assert_array_equal(counts, 50)
+    words = np.asarray(tokenizers.nearest(centres, x))
+    of_all = np.stack([np.asarray(x)[words == i].mean(axis=0) for i in range(6)])
+    np.testing.assert_allclose(means, of_all, atol=1e-6)
     assert float((losses.l2_normalize(means) * centres).sum(axis=1).min()) > 0.999
 
 
