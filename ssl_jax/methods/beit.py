@@ -131,13 +131,15 @@ class Words:
         """
         logits = self.head.apply({'params': params['head']}, tokens)
         weights = jnp.ones(logits.shape[:-1]) if valid is None else valid.astype(jnp.float32)
-        weights = weights / weights.sum()
+
+        def mean(x):
+            return (x * weights).sum() / weights.sum()
+
         if self.tokenizer is None:
             error = jnp.square(logits.astype(jnp.float32) - targets).mean(axis=-1)
-            return (error * weights).sum(), {}
+            return mean(error), {}
         hits = logits.argmax(axis=-1) == targets
-        loss = (losses.word_cross_entropy(logits, targets) * weights).sum()
-        return loss, {'mim_acc': (hits * weights).sum()}
+        return mean(losses.word_cross_entropy(logits, targets)), {'mim_acc': mean(hits)}
 
     def log(self, mim, stats):
         """The statistics of the words, and what is learned: how far the loss is below unigram."""
