@@ -15,6 +15,10 @@ SHRINK = ('method.embed_dim=32', 'method.depth=2', 'method.num_heads=2', 'batch_
 RECIPES = [r for r in config_lib.recipes() if not r.startswith('images_')]
 LENGTHS = {'total': 1000, 'warmup': 1}
 SMALL = [r for r in RECIPES if r.startswith('scenes_')]
+# Tracing takes seconds each: one recipe of every kind here, all others among the slow tests.
+FIRST = ('mae_vitb16', 'pixio_vit5b16', 'dinov2_vitl16_short', 'dino_vits16', 'splitmask_vitb16')
+FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL)
+EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
 
 
 def clock(prefix, part=None, default=None):
@@ -68,7 +72,7 @@ def test_no_gradient_reaches_extra(recipe):
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('recipe', EVERY)
 def test_every_recipe_traces_at_full_size(recipe):
     """Shapes, types and the length of the schedule fit; nothing is computed."""
     config = config_lib.load(recipe)
@@ -93,7 +97,7 @@ def test_every_recipe_traces_at_full_size(recipe):
     assert method.flops(size) > 0 and 'decay' in groups
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('recipe', EVERY)
 def test_every_recipe_shards_over_fsdp_with_little_replicated(recipe):
     config = config_lib.load(recipe)
     method = methods.from_config(config, clock)

@@ -133,9 +133,9 @@ def one_device():
 @pytest.mark.parametrize(
     'mesh',
     [
-        dict(devices=4),
+        pytest.param(dict(devices=4), marks=pytest.mark.slow),
         dict(devices=8),
-        dict(devices=8, fsdp=8, data=1),
+        pytest.param(dict(devices=8, fsdp=8, data=1), marks=pytest.mark.slow),
         dict(devices=8, data=2, fsdp=2, tensor=2),
     ],
     ids=str,
