@@ -10,7 +10,7 @@ Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_splitmask --workdir runs/cifar10_splitmask
 
 Expected: not measured yet.
-Cost: 7.5e14 useful FLOPs, five times `cifar10_mae`: hours on a CPU.
+Cost: 7.5e14 useful FLOPs, five times `cifar10_mae`: 2 h at the 100 images/s of two busy CPU cores.
 """
 
 import os
