@@ -9,8 +9,8 @@ kernel of 9 pixels wipes out images of 32.
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_dinov2 --workdir runs/cifar10_dinov2
 
-Expected: see `experiments/cifar10`.
-Cost: see there.
+Expected: not trained yet.
+Cost: not measured.
 """
 
 import os

@@ -103,7 +103,7 @@ def small(m):
     128 could use at most 256 at a time. Fewer local crops, larger ones: small images have no room
     for 5 % of their area. A lower teacher momentum: a run of some thousand steps cannot wait for an
     average over hundreds. LayerScale starts at 0.1: from 1e-5 the residual branches of a short run
-    hardly wake. Milder masks and no stochastic depth: small models underfit.
+    hardly wake. No stochastic depth: small models underfit. These are reasons, not measurements.
     """
     m.n_local_crops = 4
     m.global_crops_scale = (0.4, 1.0)

@@ -204,6 +204,8 @@ def _dinov2_errors(c):
         yield f'method.mask_ratio_min_max={m.mask_ratio_min_max} must be fractions (low, high).'
     if m.koleo_weight and (batch if not m.koleo_per_group else min(batch, m.group_size)) < 2:
         yield 'method.koleo_weight needs at least 2 images among which it keeps apart: set it to 0.'
+    if m.get('form') == 'dino' and m.drop_path:
+        yield 'Distillation drops no blocks of the student: set method.drop_path=0.'
     duration('warmup_teacher_temp', m)
 
 
