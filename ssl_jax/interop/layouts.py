@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import augment
-from ssl_jax.interop import heads, recognition, tables
+from ssl_jax.interop import heads, recognition, sizes, tables
 from ssl_jax.models import layers
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
@@ -390,7 +390,7 @@ def _timm_config(w):
     """config.json that timm reads from a folder or the hub."""
     v = w.vit
     widths = (v.embed_dim, v.depth, v.num_heads)
-    sizes = [TIMM_SIZES[s] for s in TIMM_SIZES if vit_lib.SIZES[s] == widths]
+    named = [TIMM_SIZES[s] for s in TIMM_SIZES if vit_lib.SIZES[s] == widths]
     args = dict(
         img_size=v.img_size,
         patch_size=v.patch_size,
@@ -400,12 +400,12 @@ def _timm_config(w):
         mlp_ratio=v.mlp_ratio,
     )
     if w.family == 'dinov2':
-        size = 'giant' if v.ffn == 'swiglu' else sizes[0] if sizes else 'base'
+        size = 'giant' if v.ffn == 'swiglu' else named[0] if named else 'base'
         registers = '_reg4' if v.num_register_tokens else ''
         architecture = f'vit_{size}_patch14{registers}_dinov2'
     else:
         architecture = 'vit_base_patch16_224'
-        for size in sizes:
+        for size in named:
             patch = 14 if size in ('huge', 'giant') else 16
             architecture = f'vit_{size}_patch{patch}_224'
     if v.layer_scale is not None:
@@ -414,7 +414,7 @@ def _timm_config(w):
         args.update(reg_tokens=v.num_register_tokens, no_embed_class=True)
     if v.ffn == 'swiglu':
         both = 2 * layers.swiglu_hidden(v.embed_dim, v.mlp_ratio)
-        args['mlp_ratio'] = recognition.mlp_ratio(both, v.embed_dim, 'mlp')
+        args['mlp_ratio'] = sizes.mlp_ratio(both, v.embed_dim, 'mlp')
     return dict(
         architecture=architecture,
         num_classes=0,

@@ -2,13 +2,9 @@
 """What a set of torch tensors is, found from their names and shapes."""
 
 import difflib
-import math
 import re
 
-import numpy as np
-
-from ssl_jax.interop import heads, tables
-from ssl_jax.models import layers, pos_embed
+from ssl_jax.interop import heads, sizes, tables
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 
@@ -116,21 +112,21 @@ def _read_official(have, hints, table, dino):
     dino: whether projection heads were found beside it.  Then it comes from the training of DINO,
     iBOT or DINOv2; a mask token that is not there, as DINO has none, is made.
     """
-    dim, patch = _patch(have, 'patch_embed.proj.weight')
+    dim, patch = sizes.patch(have, 'patch_embed.proj.weight')
     registers = have.get('register_tokens', have.get('reg_token', (1, 0)))[1]
     folded = 'reg_token' in have  # timm: the position table has no class row
-    depth = _depth(have, 'blocks')
-    ffn, hidden = 'mlp', _rows(have, 'mlp.fc1.weight')
+    depth = sizes.depth(have, 'blocks')
+    ffn, hidden = 'mlp', sizes.rows(have, 'mlp.fc1.weight')
     if hidden is None:
-        ffn, hidden = 'swiglu', (_rows(have, 'mlp.w12.weight') or 0) // 2
-    elif hidden == 2 * (_rows(have, 'mlp.fc2.weight', axis=1) or 0):  # timm
+        ffn, hidden = 'swiglu', (sizes.rows(have, 'mlp.w12.weight') or 0) // 2
+    elif hidden == 2 * (sizes.rows(have, 'mlp.fc2.weight', axis=1) or 0):  # timm
         ffn, hidden = 'swiglu', hidden // 2
     scaled = any(k.endswith('.ls1.gamma') for k in have)
     mask_token = len(have.get('mask_token', ())) == 2
     timm = not dino and (folded or 'architecture' in hints or (scaled and not mask_token))
-    classes, img_size = _grid(have, hints, 'pos_embed', 'cls_token', patch, folded)
+    classes, img_size = sizes.grid(have, hints, 'pos_embed', 'cls_token', patch, folded)
     trained = scaled or dino
-    pos = _positions(table, 'pos_embed', have, dim, img_size // patch, classes, not trained)
+    pos = sizes.positions(table, 'pos_embed', have, dim, img_size // patch, classes, not trained)
     vit = _vit(
         hints,
         hidden,
@@ -165,24 +161,25 @@ def _read_official(have, hints, table, dino):
 def _read_hf(have, hints, table, inner):
     """Fields of the models of transformers."""
     e = f'{inner}embeddings'
-    dim, patch = _patch(have, f'{e}.patch_embeddings.projection.weight')
+    dim, patch = sizes.patch(have, f'{e}.patch_embeddings.projection.weight')
     registers = have.get(f'{e}.register_tokens', (1, 0))[1]
     memory = any('.attention.q_proj.' in k for k in have)
     scaled = any(k.endswith('.layer_scale1.lambda1') for k in have)
     stack = f'{inner}layers' if memory and not scaled else f'{inner}encoder.layer'
-    depth = _depth(have, stack)
+    depth = sizes.depth(have, stack)
     encoder = {k: s for k, s in have.items() if k.startswith(f'{stack}.')}
     ffn = 'swiglu'
-    hidden = (_rows(encoder, 'mlp.weights_in.weight') or 0) // 2
-    hidden = hidden or _rows(encoder, 'mlp.gate_proj.weight')
+    hidden = (sizes.rows(encoder, 'mlp.weights_in.weight') or 0) // 2
+    hidden = hidden or sizes.rows(encoder, 'mlp.gate_proj.weight')
     if not hidden:
         ffn = 'mlp'
-        hidden = _rows(encoder, 'mlp.fc1.weight') or _rows(encoder, 'intermediate.dense.weight')
-    classes, img_size = _grid(
+        hidden = sizes.rows(encoder, 'mlp.fc1.weight')
+        hidden = hidden or sizes.rows(encoder, 'intermediate.dense.weight')
+    classes, img_size = sizes.grid(
         have, hints, f'{e}.position_embeddings', f'{e}.cls_token', patch, False
     )
     mask_token = len(have.get(f'{e}.mask_token', ())) == 2
-    pos = _positions(
+    pos = sizes.positions(
         table, f'{e}.position_embeddings', have, dim, img_size // patch, classes, not scaled
     )
     vit = _vit(
@@ -236,8 +233,8 @@ def _vit(hints, hidden, scaled, dino, **fields):
         resize = 'antialias' if fields['num_register_tokens'] else 'offset'
     return vit_lib.ViT(
         **fields,
-        num_heads=_num_heads(hints, dim, depth),
-        mlp_ratio=mlp_ratio(hidden, dim, ffn),
+        num_heads=sizes.num_heads(hints, dim, depth),
+        mlp_ratio=sizes.mlp_ratio(hidden, dim, ffn),
         pos_resize=resize,
         layer_scale=float(hints.get('layerscale_value', 1.0)) if scaled else None,
         init_scheme='dinov2' if scaled or dino else 'mae',
@@ -247,12 +244,12 @@ def _vit(hints, hidden, scaled, dino, **fields):
 
 def _decoder(have, hints, table, vit, prefix, stack, fc1):
     dim = have.get(f'{prefix}decoder_embed.weight', have.get(f'{prefix}mask_token', (0,)))[0]
-    depth, grid = _depth(have, stack), vit.img_size // vit.patch_size
+    depth, grid = sizes.depth(have, stack), vit.img_size // vit.patch_size
     if dim <= 1:
-        raise ValueError(_absent(f'{prefix}decoder_embed.weight', have))
+        raise ValueError(sizes.absent(f'{prefix}decoder_embed.weight', have))
     hidden = next((s[0] for k, s in have.items() if k.startswith(stack) and k.endswith(fc1)), None)
     if hidden is None:
-        raise ValueError(_absent(f'{stack}.0{fc1}', have))
+        raise ValueError(sizes.absent(f'{stack}.0{fc1}', have))
     name = f'{prefix}decoder_pos_embed'
     heads = hints.get('decoder_num_heads', hints.get('decoder_num_attention_heads'))
     heads = heads or DECODER_HEADS.get(dim)
@@ -268,106 +265,7 @@ def _decoder(have, hints, table, vit, prefix, stack, fc1):
         num_patches=grid**2,
         num_cls_tokens=vit.num_cls_tokens,
         out_dim=3 * vit.patch_size**2,
-        pos_embed=_positions(table, name, have, dim, grid, vit.num_cls_tokens, True),
-        mlp_ratio=mlp_ratio(hidden, dim, 'mlp'),
+        pos_embed=sizes.positions(table, name, have, dim, grid, vit.num_cls_tokens, True),
+        mlp_ratio=sizes.mlp_ratio(hidden, dim, 'mlp'),
         eps=vit.eps,
     )
-
-
-def _patch(have, key):
-    """(embed_dim, patch_size) of the kernel of the patch embedding."""
-    shape = have[key]
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ValueError(
-            f'{key} has shape {shape}, expected (width, 3, patch, patch): square patches of RGB.'
-        )
-    return shape[0], shape[2]
-
-
-def _depth(have, stack):
-    found = [re.match(re.escape(stack) + r'\.(\d+)\.', k) for k in have]
-    depth = 1 + max((int(m[1]) for m in found if m), default=-1)
-    if not depth:
-        raise ValueError(_absent(f'{stack}.0', have))
-    return depth
-
-
-def _rows(have, end, axis=0):
-    """Length of an axis of the first matrix whose name ends so; None if there is none."""
-    found = sorted(k for k, s in have.items() if k.endswith(f'.{end}') and len(s) == 2)
-    found = [k for k in found if not k.startswith('decoder')]
-    return have[found[0]][axis] if found else None
-
-
-def _grid(have, hints, pos, cls, patch, folded):
-    """(class tokens, img_size) from the tables of positions and class tokens."""
-    if pos not in have:
-        raise ValueError(_absent(pos, have))
-    if len(have[pos]) != 3:
-        raise ValueError(f'{pos} has shape {have[pos]}, expected (1, positions, width).')
-    n = have[pos][1]
-    classes = have[cls][1] if len(have.get(cls, ())) == 3 else 0
-    if cls not in have and math.isqrt(n) ** 2 != n:
-        raise ValueError(_absent(cls, have))
-    side = math.isqrt(n - (0 if folded else classes))
-    if side**2 != n - (0 if folded else classes):
-        raise ValueError(
-            f'{pos} has {n} positions, and without those of {classes} class tokens that is no '
-            f'square grid; only square tables are read.'
-        )
-    given = hints.get('img_size', hints.get('image_size', side * patch))
-    given = given if isinstance(given, int) else max(given)
-    stated = hints.get('patch_size', patch)
-    if given // patch != side or stated not in (patch, [patch, patch], (patch, patch)):
-        raise ValueError(
-            f'img_size {given} and patch_size {stated} do not fit the tensors, which have '
-            f'{side} x {side} positions and patches of {patch} pixels.'
-        )
-    return classes, given
-
-
-def _positions(table, name, have, dim, grid, classes, maybe):
-    """'sincos' or 'learned'; from shapes alone, one class token or none means sin-cos."""
-    shape = (1, classes + grid**2, dim)
-    if not maybe or dim % 4 or have.get(name) != shape:
-        return 'learned'
-    value = table(name)
-    if value is None:
-        return 'sincos' if classes == 1 else 'learned'
-    same = tables.is_table(np.asarray(value, np.float32), pos_embed.sincos(dim, grid, classes))
-    return 'sincos' if same else 'learned'
-
-
-def _num_heads(hints, dim, depth):
-    """Heads leave no trace in the tensors: from the hints, or from the named sizes."""
-    heads = hints.get('num_heads', hints.get('num_attention_heads'))
-    heads = heads or (hints.get('model_args') or {}).get('num_heads')
-    heads = heads or {(d, n): h for d, n, h in vit_lib.SIZES.values()}.get((dim, depth))
-    if not heads:
-        raise ValueError(
-            f'{depth} blocks of width {dim} are no size with a name, and the number of heads is '
-            f'not in the tensors; give num_heads.'
-        )
-    if dim % int(heads):
-        raise ValueError(f'num_heads={heads} does not divide the width {dim}; give another.')
-    return int(heads)
-
-
-def mlp_ratio(hidden, dim, ffn):
-    """The shortest ratio from which our FFN, and torch's, gets exactly `hidden` channels."""
-    if ffn == 'swiglu':
-        if layers.swiglu_hidden(dim, 4.0) == hidden:
-            return 4.0
-        if hidden % 8:
-            raise ValueError(f'a SwiGLU of {hidden} channels is no multiple of 8.')
-        return mlp_ratio(hidden * 3 // 2, dim, 'mlp')
-    for digits in range(17):
-        ratio = round(hidden / dim, digits)
-        if int(dim * ratio) == hidden:
-            return ratio
-    return math.nextafter(hidden / dim, math.inf)
-
-
-def _absent(key, have):
-    near = difflib.get_close_matches(key, have, n=1)
-    return f'missing {key}' + (f' (nearest: {near[0]}).' if near else '.')
