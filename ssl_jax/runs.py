@@ -6,12 +6,16 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from ssl_jax import checkpoint, methods
 from ssl_jax import config as config_lib
 from ssl_jax.interop import describe
+from ssl_jax.methods import beit
+from ssl_jax.models import layers
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +49,19 @@ class Run:
         """(modules, parameters): the network that `backbone` is the encoder of, all of it.
 
         modules: {'decoder'} of a MAE or Pixio, {'dino_head'[, 'ibot_head']} of DINOv2 (the teacher;
-          of its distillation the student's average), {} of an encoder alone.
+          of its distillation the student's average), {'head'} of BEiT, its layer to visual words,
+          {} of an encoder alone and where there are no public names (SplitMask).
         parameters: a tree with the same names and 'encoder'.
         """
         method = getattr(self.method, 'dino', self.method)
-        names = ('decoder', 'dino_head', 'ibot_head')
-        modules = {k: m for k in names if (m := getattr(method, k, None)) is not None}
+        modules = {k: getattr(method, k, None) for k in ('decoder', 'dino_head', 'ibot_head')}
+        if not isinstance(modules['decoder'], Decoder):
+            del modules['decoder']
+        if isinstance(method, beit.BEiT) and method.tokenizer is not None:
+            modules['head'] = method.head
+        if method is None and self.weights.vocab:
+            modules['head'] = layers.Dense(self.weights.vocab, jnp.float32, layers.truncated_normal)
+        modules = {k: m for k, m in modules.items() if m is not None}
         network = self.params
         if 'dino_head' in modules:
             network = self.extra['teacher' if method is self.method else 'student']

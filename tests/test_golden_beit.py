@@ -11,7 +11,7 @@ import pytest
 from golden import load
 from ssl_jax import config as config_lib
 from ssl_jax import config_splitmask, losses
-from ssl_jax.interop import tables
+from ssl_jax.interop import layouts
 from ssl_jax.methods import beit
 from ssl_jax.models import layers, vit
 
@@ -19,91 +19,6 @@ PROBE = 2.0**-9
 # What writes to the residual stream; the epsilon probe of the golden set scales these.
 WRITES = ('patch_embed.proj', 'pos_embed', 'cls_token', 'mask_token', 'attn.proj', 'mlp.fc2')
 INDEX = 'relative_position_index'  # not a weight; checked by itself
-
-# Names of the official code that differ from those of `tables.encoder`.
-OFFICIAL = {
-    'rel_pos_bias': 'rel_pos_bias.relative_position_bias_table',
-    'attn/qkv/q_bias': 'attn.q_bias',
-    'attn/qkv/v_bias': 'attn.v_bias',
-    'attn/rel_pos_bias': 'attn.relative_position_bias_table',
-    'ls1/gamma': 'gamma_1',
-    'ls2/gamma': 'gamma_2',
-}
-# Names on disk of transformers' BeitModel, inside a layer.
-HF_BLOCK = {
-    'norm1/scale': 'layernorm_before.weight',
-    'norm1/bias': 'layernorm_before.bias',
-    'norm2/scale': 'layernorm_after.weight',
-    'norm2/bias': 'layernorm_after.bias',
-    'attn/qkv/kernel': tuple(
-        f'attention.attention.{k}.weight' for k in ('query', 'key', 'value')
-    ),
-    'attn/qkv/q_bias': 'attention.attention.query.bias',
-    'attn/qkv/v_bias': 'attention.attention.value.bias',
-    'attn/proj/kernel': 'attention.output.dense.weight',
-    'attn/proj/bias': 'attention.output.dense.bias',
-    'mlp/fc1/kernel': 'intermediate.dense.weight',
-    'mlp/fc1/bias': 'intermediate.dense.bias',
-    'mlp/fc2/kernel': 'output.dense.weight',
-    'mlp/fc2/bias': 'output.dense.bias',
-    'ls1/gamma': 'lambda_1',
-    'ls2/gamma': 'lambda_2',
-}
-
-
-def how(path):
-    if 'patch_embed' in path and path.endswith('kernel'):
-        return 'conv'
-    return 'linear' if path.endswith('kernel') else 'same'
-
-
-def leaf(path):
-    """The torch name of a path that differs in its last part only."""
-    path = path.replace('kernel', 'weight').replace('scale', 'weight')
-    return path.replace('/', '.')
-
-
-def official_rows(params):
-    """(our path, official key, how) of a parameter tree of ours without its `encoder` level."""
-    rows = []
-    for path, _ in tables._flatten(params):
-        if path.startswith('blocks/'):
-            inside = path.removeprefix('blocks/')
-            key = f'blocks.{{i}}.{OFFICIAL.get(inside, leaf(inside))}'
-        else:
-            key = OFFICIAL.get(path, leaf(path))
-        rows.append((path, key, how(path)))
-    return rows
-
-
-def hf_rows(params):
-    rows = []
-    names = {
-        'cls_token': 'embeddings.cls_token',
-        'mask_token': 'embeddings.mask_token',
-        'patch_embed/proj/kernel': 'embeddings.patch_embeddings.projection.weight',
-        'patch_embed/proj/bias': 'embeddings.patch_embeddings.projection.bias',
-        'rel_pos_bias': 'encoder.relative_position_bias.relative_position_bias_table',
-        'norm/scale': 'pooler.layernorm.weight',
-        'norm/bias': 'pooler.layernorm.bias',
-    }
-    for path, _ in tables._flatten(params):
-        if path.startswith('blocks/'):
-            keys = HF_BLOCK[path.removeprefix('blocks/')]
-            keys = (keys,) if isinstance(keys, str) else keys
-            keys = tuple(f'encoder.layer.{{i}}.{k}' for k in keys)
-            rows.append((path, keys if len(keys) > 1 else keys[0], how(path)))
-        else:
-            rows.append((path, names[path], how(path)))
-    return rows
-
-
-def from_torch(rows, weights, abstract):
-    """`tables.from_torch`; the mask token has a leading axis more there than here."""
-    weights = {
-        k: v[0] if k.endswith('mask_token') else v for k, v in weights.items() if INDEX not in k
-    }
-    return tables.from_torch(rows, weights, abstract)
 
 
 def make_method(h):
@@ -127,17 +42,13 @@ def make_method(h):
 
 @functools.lru_cache
 def pretraining(probe=False):
-    """(file, method, rows, params) with `encoder` and `head` at one level, as the names are."""
+    """(file, method, Weights, params) of the official pretraining model."""
     f = load('beit')
-    method = make_method(f.hyper)
-    abstract, _ = jax.eval_shape(method.init, jax.random.key(0))
-    flat = {**abstract['encoder'], 'lm_head': abstract['head']}
-    rows = official_rows(flat)
     weights = f.under('w/pretrain')
     if probe:
         weights = {k: v * PROBE if any(w in k for w in WRITES) else v for k, v in weights.items()}
-    flat = from_torch(rows, weights, flat)
-    return f, method, rows, {'head': flat.pop('lm_head'), 'encoder': flat}
+    found = layouts.recognise(weights)
+    return f, make_method(f.hyper), found, layouts.to_ours(found, weights)
 
 
 def objective(f, method):
@@ -154,6 +65,24 @@ def objective(f, method):
 def encode(method, params, images, mask=None):
     run = jax.jit(lambda p, x: method.vit.apply({'params': p}, x, mask=mask))
     return run(params['encoder'], jnp.asarray(images))
+
+
+@pytest.mark.parametrize('under', ['w/pretrain', 'w/finetune'])
+def test_golden_beit_keys_and_numbers_come_back(under):
+    weights = load('beit').under(under)
+    found = layouts.recognise(weights)
+    back, extra = layouts.to_layout(found, layouts.to_ours(found, weights))
+    assert not extra and set(back) == set(weights) - set(found.left_out)
+    assert set(found.left_out) == {k for k in weights if k.startswith('head.')}
+    for key, x in back.items():
+        assert x.dtype == weights[key].dtype
+        np.testing.assert_array_equal(x, weights[key], err_msg=key)
+
+
+def test_golden_beit_is_the_network_of_our_method():
+    _, method, found, _ = pretraining()
+    assert found.vit == method.vit.clone(layer_scale=found.vit.layer_scale, drop_path=0.0)
+    assert found.vocab == method.head.features
 
 
 def test_golden_beit_relative_positions_match():
@@ -185,13 +114,14 @@ def test_golden_beit_loss_and_accuracy_match():
 
 
 def test_golden_beit_every_gradient_matches():
-    f, method, rows, params = pretraining()
+    f, method, found, params = pretraining()
     run = objective(f, method)
     grads = jax.jit(jax.grad(lambda p: run(p)[0]))(params)
-    named = tables.to_torch(rows, {**grads['encoder'], 'lm_head': grads['head']})
+    named, _ = layouts.to_layout(found, grads)
+    named = {k: v for k, v in named.items() if INDEX not in k}
     assert set(named) == set(f.under('grad'))
     for key, value in named.items():
-        f.check(f'grad/{key}', value[None] if key == 'mask_token' else value)
+        f.check(f'grad/{key}', value)
 
 
 def test_golden_beit_every_epsilon_matches():
@@ -202,33 +132,25 @@ def test_golden_beit_every_epsilon_matches():
 
 
 def classifier():
-    """(file, rows, params, features(params, images)) of fine-tuning: no final norm, `fc_norm`."""
+    """(file, Weights, params, features(params, images)) of fine-tuning, with the norm of the mean.
+
+    The layer to classes is no part of `Weights`.
+    """
     f = load('beit')
-    h = f.hyper
-    model = make_method(h).vit.clone(rel_pos='layer', mask_token=False)
-    abstract = jax.eval_shape(functools.partial(vit.init_params, model), jax.random.key(0))
-    dim = model.embed_dim
-    norm = {k: jax.ShapeDtypeStruct((dim,), jnp.float32) for k in ('scale', 'bias')}
-    head = {
-        'kernel': jax.ShapeDtypeStruct((dim, h['classes']), jnp.float32),
-        'bias': jax.ShapeDtypeStruct((h['classes'],), jnp.float32),
-    }
-    flat = {k: v for k, v in abstract.items() if k != 'norm'} | {'fc_norm': norm, 'head': head}
-    rows = official_rows(flat)
-    params = from_torch(rows, f.under('w/finetune'), flat)
-    unused = {'scale': jnp.ones(dim), 'bias': jnp.zeros(dim)}
+    weights = f.under('w/finetune')
+    found = layouts.recognise(weights)
+    params = layouts.to_ours(found, weights)
+    params['head'] = {'kernel': weights['head.weight'].T, 'bias': weights['head.bias']}
 
     def features(params, images):
-        encoder = {k: v for k, v in params.items() if k not in ('fc_norm', 'head')}
-        out = model.apply({'params': {**encoder, 'norm': unused}}, images)
-        mean = out['pre_norm'][:, 1:].mean(axis=1)
-        return layers.LayerNorm().apply({'params': params['fc_norm']}, mean)
+        out = found.vit.apply({'params': params['encoder']}, images)
+        return vit.final_norm(params['encoder'], out['pre_norm'][:, 1:].mean(axis=1))
 
-    return f, rows, params, features
+    return f, found, params, features
 
 
 def test_golden_beit_classifier_matches():
-    f, rows, params, features = classifier()
+    f, found, params, features = classifier()
     labels = jnp.asarray(f['in/labels'])
 
     def run(params):
@@ -240,34 +162,33 @@ def test_golden_beit_classifier_matches():
     f.check('out/finetune_features', x)
     f.check('out/finetune_logits', logits)
     f.check('out/finetune_ce', loss)
-    named = tables.to_torch(rows, grads)
+    named, _ = layouts.to_layout(found, {'encoder': grads['encoder']})
+    named |= {'head.weight': grads['head']['kernel'].T, 'head.bias': grads['head']['bias']}
     wanted = f.under('grad_finetune')
     assert wanted
     for key in wanted:
         f.check(f'grad_finetune/{key}', named[key])
 
 
+def test_golden_hf_beit_model_keys_numbers_and_config_come_back():
+    f = load('hf_BeitModel')
+    config, weights = f.hyper['resolved_config'], f.under('w')
+    found = layouts.recognise(weights, config)
+    assert layouts.hf_class(found.family, found.vit) == f.hyper['class']
+    back, extra = layouts.to_layout(found, layouts.to_ours(found, weights))
+    assert not extra and set(back) == set(weights)
+    for key, x in back.items():
+        np.testing.assert_array_equal(x, weights[key], err_msg=key)
+    written = layouts.config_json(found)
+    written.pop('architectures')
+    assert written == {k: config.get(k) for k in written}
+
+
 @pytest.mark.parametrize('masked', [False, True])
 def test_golden_hf_beit_model_tokens_match(masked):
     f = load('hf_BeitModel')
-    h = f.hyper['config']
-    model = vit.ViT(
-        embed_dim=h['hidden_size'],
-        depth=h['num_hidden_layers'],
-        num_heads=h['num_attention_heads'],
-        patch_size=h['patch_size'],
-        img_size=h['image_size'],
-        mlp_ratio=h['intermediate_size'] / h['hidden_size'],
-        pos_embed='learned' if h['use_absolute_position_embeddings'] else 'none',
-        rel_pos='shared' if h['use_shared_relative_position_bias'] else 'layer',
-        key_bias=False,
-        layer_scale=h['layer_scale_init_value'],
-        mask_token=h['use_mask_token'],
-        init_scheme='beit',
-        eps=f.hyper['resolved_config']['layer_norm_eps'],
-    )
-    abstract = jax.eval_shape(functools.partial(vit.init_params, model), jax.random.key(0))
-    params = from_torch(hf_rows(abstract), f.under('w'), abstract)
+    found = layouts.recognise(f.under('w'), f.hyper['resolved_config'])
+    model, params = found.vit, layouts.to_ours(found, f.under('w'))['encoder']
     mask = jnp.asarray(f['in/bool_masked_pos']) if masked else None
     ids = tuple(range(model.depth))
     out = jax.jit(lambda p, x: model.apply({'params': p}, x, mask=mask, capture=ids))(

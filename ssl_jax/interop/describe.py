@@ -41,6 +41,7 @@ def to_dict(weights):
         what=weights.what,
         vit=_fields(weights.vit),
         **{k: None if part is None else _fields(part) for k, part in parts.items()},
+        vocab=weights.vocab,
         prefix=weights.prefix,
     )
 
@@ -73,6 +74,12 @@ def text(weights, params, num_tensors):
     heads = {k: getattr(weights, k) for k in ('dino_head', 'ibot_head')}
     beside = ' and decoder' if weights.decoder is not None else ''
     beside = ' and projection heads' if weights.dino_head is not None else beside
+    beside = ' and layer to visual words' if weights.vocab else beside
+    positions = {'sincos': 'sin-cos, fixed', 'learned': 'learned', 'none': 'none'}[v.pos_embed]
+    if v.rel_pos:
+        where = {'shared': 'for all blocks', 'layer': 'in each block'}[v.rel_pos]
+        positions = '' if v.pos_embed == 'none' else f'{positions}, and '
+        positions += f'relative, a table of biases {where}'
     parts = {
         'family': f'{weights.family}, {weights.layout} names, encoder{beside}',
         'encoder': f'{f"ViT-{size}, " if size else ""}{v.depth} blocks of {v.embed_dim} channels, '
@@ -80,7 +87,7 @@ def text(weights, params, num_tensors):
         'input': f'{v.img_size} px, patches of {v.patch_size} px',
         'tokens': f'{v.num_cls_tokens} class, {v.num_register_tokens} register, '
         f'{"a" if v.mask_token else "no"} mask token',
-        'positions': {'sincos': 'sin-cos, fixed', 'learned': 'learned'}[v.pos_embed],
+        'positions': positions,
         'FFN': f'{v.ffn}, ratio {v.mlp_ratio:g}'
         + (', layer scale' if v.layer_scale is not None else ''),
     }
@@ -93,6 +100,8 @@ def text(weights, params, num_tensors):
             parts[name] += f'{head.num_layers} layers' + (
                 f' of {head.hidden_dim}' if head.num_layers > 1 else ''
             )
+    if weights.vocab:
+        parts['words'] = f'{weights.vocab:,}, which need the tokenizer of their training'
     parts['tensors'] = f'{num_tensors}, {num_parameters(params):,} parameters'
     return [f'{name + ":":11}{value}' for name, value in parts.items()]
 
@@ -102,19 +111,20 @@ def num_parameters(params):
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def transform_of(size, processor=None, hints=None):
+def transform_of(size, processor=None, hints=None, mean=augment.MEAN, std=augment.STD):
     """The transform that a folder states, or that of our evaluations.
 
     Args:
       size: pixels, where the folder names none.
       processor: preprocessor_config.json of HF, or {}.
       hints: config.json; that of timm has `pretrained_cfg`.
+      mean, std: where the folder states none.
     """
     out = dict(
         size=size,
         crop=1.0,
-        mean=list(augment.MEAN),
-        std=list(augment.STD),
+        mean=list(mean),
+        std=list(std),
         interpolation='bicubic',
     )
     cfg = (hints or {}).get('pretrained_cfg') or {}

@@ -38,8 +38,9 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
       to: 'official', 'hf' or 'timm'.
       out: a local folder, new, empty or an earlier export.
       step: which checkpoint; default the newest.
-      what: 'backbone', or 'full' with the decoder of a MAE or Pixio, or with the projection heads
-        of DINOv2 (official names; the teacher, of a distillation the student's average).
+      what: 'backbone', or 'full' with the decoder of a MAE or Pixio, with the projection heads
+        of DINOv2 (official names; the teacher, of a distillation the student's average), or with
+        BEiT's layer to visual words (the tokenizer that names them stays behind).
       dtype: 'float32' or 'bfloat16'.
 
     Returns:
@@ -105,17 +106,21 @@ def _weights(run, to, what):
     family = run.weights.family if run.weights else layouts.family_of(vit, decoder)
     if what == 'full' and not modules:
         raise ValueError(
-            'what=full needs a decoder or projection heads, and this checkpoint has neither; use '
-            'what=backbone.'
+            "what=full needs a decoder, projection heads or BEiT's layer to visual words in names "
+            'that others know, and this checkpoint has none; use what=backbone.'
         )
-    can = layouts.available(vit, decoder, family, modules.get('dino_head'))
+    vocab = modules['head'].features if 'head' in modules else None
+    can = layouts.available(vit, decoder, family, modules.get('dino_head'), vocab)
     if why := can.get((to, what), 'there is no such layout'):
         others = sorted({layout for (layout, w), no in can.items() if w == what and not no})
         raise ValueError(
             f'to={to} what={what} is not possible: {why.rstrip(".")}; possible with this model: '
             f'{", ".join(others) or "nothing"}.'
         )
-    plain = {k: m.clone(dtype=jnp.float32) for k, m in modules.items() if what == 'full'}
+    plain = {}
+    if what == 'full':
+        modules.pop('head', None)
+        plain = {k: m.clone(dtype=jnp.float32) for k, m in modules.items()}
     if 'decoder' in plain:
         plain['decoder'] = plain['decoder'].clone(remat='none')
     return layouts.Weights(
@@ -124,6 +129,7 @@ def _weights(run, to, what):
         what=what,
         vit=vit.clone(dtype=jnp.float32, remat='none'),
         prefix='backbone.' if 'dino_head' in plain else '',
+        vocab=vocab if what == 'full' else None,
         **plain,
     )
 
@@ -251,6 +257,8 @@ def _card(run, workdir, weights, params, provenance, transform, extra):
         *_usage(weights),
         '```',
     ]
+    if words := _words(run):
+        lines += ['', words]
     if extra:
         lines += [
             '',
@@ -265,6 +273,17 @@ def _card(run, workdir, weights, params, provenance, transform, extra):
         + (' and of the imported weights.' if imported else '.'),
     ]
     return '\n'.join(lines) + '\n'
+
+
+def _words(run):
+    """A sentence on the visual words of the training, which no layout has a place for."""
+    tokenizer = getattr(run.method, 'tokenizer', None)
+    if tokenizer is None:
+        return ''
+    return (
+        f'The {tokenizer.vocab:,} visual words that were predicted in training ({tokenizer.kind}) '
+        f'are not part of this export: their codebook is in the checkpoint.'
+    )
 
 
 def _source(source):
@@ -285,8 +304,10 @@ def _usage(weights):
     """Lines of Python that load the folder."""
     if weights.layout == 'hf':
         name = 'AutoModelForPreTraining' if weights.what == 'full' else 'AutoModel'
-        options = ''
-        if layouts.hf_class(weights.family, weights.vit, weights.what) == 'ViTModel':
+        options, kind = '', layouts.hf_class(weights.family, weights.vit, weights.what)
+        if kind == 'BeitForMaskedImageModeling':
+            name = kind  # which no Auto class knows
+        if kind == 'ViTModel':
             name, options = 'ViTModel', ', add_pooling_layer=False'  # else it makes a random pooler
         return [
             f'from transformers import AutoImageProcessor, {name}',

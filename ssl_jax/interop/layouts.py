@@ -2,8 +2,8 @@
 """The layouts that weights leave in and come from: which keys, which config, both ways.
 
 Our tree is {'encoder': …} for a backbone; MAE and Pixio as a whole have 'decoder' beside it, and
-DINOv2 (with DINO and iBOT) 'dino_head' and maybe 'ibot_head'.  A layout is a table of renames
-(`tables.py`) chosen by `Weights`.
+DINOv2 (with DINO and iBOT) 'dino_head' and maybe 'ibot_head', BEiT 'head'.  A layout is a table of
+renames (`tables.py`) chosen by `Weights`.
 
 For other image sizes an encoder keeps the official rule of its family (`ViT.pos_resize`) whatever
 the layout.  transformers' Dinov2Model and timm resize positions by rules of their own, so they
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import augment
-from ssl_jax.interop import heads, recognition, sizes, tables
+from ssl_jax.interop import beit, heads, recognition, sizes, tables
 from ssl_jax.models import layers
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
@@ -35,19 +35,22 @@ class Weights:
     """What a set of tensors is, without the tensors.
 
     Attributes:
-      family: 'mae', 'pixio', 'dinov2', or 'vit' for a plain ViT that is none of these.
+      family: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT that is none of these.
       layout: 'official', 'hf' or 'timm'.
-      what: 'backbone', or 'full' with the decoder (MAE and Pixio) or the heads (DINOv2).
+      what: 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2) or the linear
+        layer to visual words (BEiT).
       vit: the encoder, every field set.
       decoder: the decoder of 'full', else None.
       dino_head, ibot_head: the heads of 'full', else None; without the second, patches share the
         first.
+      vocab: visual words of BEiT's 'full', else None.
       prefix: in front of the keys of the encoder in the file, say 'vit.' or 'teacher.backbone.'.
       left_out: keys of the file that are no part of these weights (incomplete heads, poolers).
       names: which names, see `tables`: of transformers 'hub', 'saved' or 'memory'; 'dino' where
         the official ones are those of DINO and iBOT.
       absent: arrays of ours, as paths, that this one file has not: they are zero.
       remarks: sentences on how the file was understood.
+      fc_norm: BEiT, whether the final norm is that of the mean of patches in the file.
     """
 
     family: str
@@ -57,11 +60,13 @@ class Weights:
     decoder: Decoder | None = None
     dino_head: DINOHead | None = None
     ibot_head: DINOHead | None = None
+    vocab: int | None = None
     prefix: str = ''
     left_out: tuple = ()
     names: str = 'hub'
     absent: tuple = ()
     remarks: tuple = ()
+    fc_norm: bool = False
 
 
 family_of = recognition.family_of
@@ -85,8 +90,10 @@ def recognise(tensors, hints=None):
     return Weights(**recognition.find(tensors, hints or {}))
 
 
-def available(vit, decoder, family, dino_head=None):
+def available(vit, decoder, family, dino_head=None, vocab=None):
     """Which layouts this model can leave in.
+
+    Args: as the fields of `Weights`.
 
     Returns:
       {(layout, what): '' or one sentence why not}.
@@ -101,6 +108,8 @@ def available(vit, decoder, family, dino_head=None):
     out['official', 'backbone'] = f'the official code {eps}' if eps else ''
     if family == 'dinov2' and (c != 1 or not vit.mask_token):
         out['official', 'backbone'] = 'the official DINOv2 has one class token and a mask token'
+    if family == 'beit':
+        return _available_beit(vit, vocab, out['official', 'backbone'])
 
     whole = vit.mlp_ratio == int(vit.mlp_ratio)
     kind = hf_class(family, vit)
@@ -149,8 +158,28 @@ def available(vit, decoder, family, dino_head=None):
     return out
 
 
+def _available_beit(vit, vocab, why):
+    """`available` for BEiT; `why` is what speaks against its official names."""
+    if vit.num_cls_tokens != 1 or vit.num_register_tokens or vit.ffn != 'mlp' or vit.key_bias:
+        why = (
+            'BEiT has one class token and no registers, an MLP, and keys without bias, and this '
+            'encoder differs from that'
+        )
+    words = why if vocab else 'these weights have no layer to visual words; use what=backbone'
+    return {
+        ('official', 'backbone'): why,
+        ('hf', 'backbone'): '' if 'normalises' in why else why,
+        ('timm', 'backbone'): why.replace('the official code', 'timm'),
+        ('official', 'full'): words,
+        ('hf', 'full'): '' if vocab and 'normalises' in words else words,
+        ('timm', 'full'): 'timm has no layer to visual words; use official or hf',
+    }
+
+
 def hf_class(family, vit, what='backbone'):
     """The class of transformers that holds these weights."""
+    if family == 'beit':
+        return 'BeitForMaskedImageModeling' if what == 'full' else 'BeitModel'
     if what == 'full':
         return 'ViTMAEForPreTraining'
     if family == 'dinov2':
@@ -164,12 +193,16 @@ _HF_KINDS = {
     'PixioModel': 'pixio',
     'Dinov2Model': 'dinov2',
     'Dinov2WithRegistersModel': 'dinov2',
+    'BeitModel': 'beit',
+    'BeitForMaskedImageModeling': 'beit',
 }
 
 
 def rows(weights):
     """The rename rows of `weights`, with keys as `tables.plain` leaves them."""
     w = weights
+    if w.family == 'beit':
+        return beit.rows(w)
     if w.layout == 'hf':
         if w.what == 'full':
             return tables.hf_mae(w, w.names)
@@ -201,6 +234,9 @@ def abstract(weights):
         if (head := getattr(w, name)) is not None:
             tokens = jnp.zeros((1, w.vit.embed_dim))
             tree[name] = jax.eval_shape(head.init, key, tokens)['params']
+    if w.vocab:
+        shapes = {'kernel': (w.vit.embed_dim, w.vocab), 'bias': (w.vocab,)}
+        tree['head'] = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
     return tree
 
 
@@ -233,7 +269,8 @@ def to_layout(weights, params):
         extra.update({'encoder/cls_token': cls_token, 'encoder/pos_embed': pos[:, :1]})
         enc.update(cls_token=cls_token + pos[:, :1], pos_embed=pos[:, 1:])
     folded = {**params, 'encoder': enc}
-    return tables.to_torch(rows(weights), folded, fixed(weights)), extra
+    out = tables.to_torch(rows(weights), folded, fixed(weights))
+    return {**out, **beit.buffers(weights)}, extra
 
 
 def to_ours(weights, state_dict, extra=None):
@@ -256,6 +293,7 @@ def to_ours(weights, state_dict, extra=None):
         _, n, dim = enc['pos_embed'].shape
         enc['pos_embed'] = jax.ShapeDtypeStruct((1, n - 1, dim), jnp.float32)
         shapes['encoder/pos_embed'] = (1, 1, dim)
+    beit.check_index(w, state_dict)
     params = tables.from_torch(rows(w), _Renamed(state_dict, w), want, fixed(w))
     given = {path: np.asarray(extra[path], np.float32) for path in homeless if path in extra}
     for path, value in given.items():
@@ -309,6 +347,7 @@ class _Renamed(collections.abc.Mapping):
     def __init__(self, state_dict, weights):
         self._tensors = state_dict
         drop, prefix = set(weights.left_out), weights.prefix
+        drop |= {k for k in state_dict if k.endswith(beit.INDEX)}  # a buffer
         if weights.dino_head is None:
             inside = (k for k in state_dict if k.startswith(prefix) and k not in drop)
             self._keys = {tables.plain(k, prefix): k for k in inside}
@@ -356,7 +395,7 @@ def config_json(weights, mask_ratio=0.75, norm_pix_loss=True):
         num_channels=3,
         qkv_bias=True,
     )
-    if _HF_KINDS[name] == 'vit':
+    if _HF_KINDS[name] in ('vit', 'beit'):
         config.update(model_type='vit', intermediate_size=int(v.embed_dim * v.mlp_ratio))
     else:
         config.update(mlp_ratio=int(v.mlp_ratio), drop_path_rate=0.0)
@@ -380,6 +419,9 @@ def config_json(weights, mask_ratio=0.75, norm_pix_loss=True):
             use_swiglu_ffn=v.ffn == 'swiglu',
             use_mask_token=v.mask_token,
         )
+    elif _HF_KINDS[name] == 'beit':
+        config.update(beit.hf_config(w))
+        del config['qkv_bias']
     if name == 'Dinov2WithRegistersModel':
         config.update(model_type='dinov2_with_registers', num_register_tokens=v.num_register_tokens)
         del config['use_mask_token']  # it always has one
@@ -408,6 +450,9 @@ def _timm_config(w):
         for size in named:
             patch = 14 if size in ('huge', 'giant') else 16
             architecture = f'vit_{size}_patch{patch}_224'
+    if w.family == 'beit':
+        architecture = f'beit_{"large" if named == ["large"] else "base"}_patch16_224'
+        args.update(beit.timm_args(v))
     if v.layer_scale is not None:
         args['init_values'] = v.layer_scale
     if v.num_register_tokens:

@@ -11,7 +11,7 @@ from etils import epath
 
 from ssl_jax import checkpoint, config_dinov2, rundir, runs, step_dirs
 from ssl_jax import config as config_lib
-from ssl_jax.interop import describe, layouts, torch_io
+from ssl_jax.interop import beit, describe, layouts, torch_io
 from ssl_jax.models.vit import ViT
 
 # The key in a safetensors header under which `export` says what it wrote.
@@ -72,7 +72,7 @@ def load_backbone(path, **hints):
         decoder = None if module is None else (module, run.params['decoder'])
         return Loaded(vit, params, run.transform, str(path), run.weights, decoder)
     file, weights, params = _read(path, hints)
-    transform = describe.transform_of(weights.vit.img_size, file.processor, file.hints)
+    transform = _transform(file, weights)
     decoder = None if weights.decoder is None else (weights.decoder, params['decoder'])
     return Loaded(weights.vit, params['encoder'], transform, str(path), weights, decoder)
 
@@ -81,9 +81,9 @@ def import_weights(path, workdir, *, log=print, **hints):
     """Writes weights of another program as a checkpoint of step 0.
 
     With the decoder of a MAE or Pixio, or the projection heads of DINOv2 (DINO, iBOT), it holds
-    the whole method, else the encoder alone.  Heads belong to a teacher checkpoint: student and
-    teacher both become it.  Centres are not read; the method of the import centres by
-    Sinkhorn-Knopp, which needs none.
+    the whole method, else the encoder (and BEiT's layer to words) alone.  Heads belong to a teacher
+    checkpoint: student and teacher both become it.  Centres are not read; the method of the import
+    centres by Sinkhorn-Knopp, which needs none.
     `runs.open_run`, `ssl_jax eval`, `ssl_jax export` and `config.init_from` take it.
 
     Args:
@@ -109,7 +109,7 @@ def import_weights(path, workdir, *, log=print, **hints):
     config = _config(weights, file)
     imported = dict(
         weights=describe.to_dict(weights),
-        transform=describe.transform_of(weights.vit.img_size, file.processor, file.hints),
+        transform=_transform(file, weights),
         source=file.source,
         part=file.taken,
         sha256=file.sha256,
@@ -164,11 +164,21 @@ def _read(path, hints):
     return file, weights, params
 
 
+def _transform(file, weights):
+    """How images become input: what the folder says, else what the authors did."""
+    scaling = {}
+    if weights.family == 'beit' and METADATA not in file.metadata:
+        scaling = dict(mean=beit.MEAN, std=beit.STD)
+    return describe.transform_of(weights.vit.img_size, file.processor, file.hints, **scaling)
+
+
 def _config(weights, file):
-    """A config that says what the weights are; without `method` for an encoder alone."""
+    """A config that says what the weights are; without `method` for an encoder alone, or for BEiT,
+    whose method has a tokenizer that its weights do not name.
+    """
     c = config_lib.default()
     c.name = f'imported {weights.family} ({os.path.basename(file.source)})'
-    if weights.what == 'backbone':
+    if weights.what == 'backbone' or weights.vocab:
         del c['method']
         return c
     vit = weights.vit

@@ -4,7 +4,7 @@
 import difflib
 import re
 
-from ssl_jax.interop import heads, sizes, tables
+from ssl_jax.interop import beit, heads, sizes, tables
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 
@@ -21,21 +21,21 @@ OPTIMIZER = re.compile(
 )
 # Parts of names by which other networks are known.
 FOREIGN = {
-    'relative_position_bias': 'BEiT',
-    'q_bias': 'BEiT',
     'rope_embed': 'DINOv3',
     'storage_tokens': 'DINOv3',
     'visual.': 'CLIP',
     'vision_model.': 'CLIP or SigLIP',
     'downsample': 'a ResNet or a Swin Transformer',
 }
-KNOWN = 'MAE, Pixio, DINOv2 and plain ViTs, in the names of their authors, transformers or timm'
+KNOWN = 'MAE, Pixio, DINOv2, BEiT, plain ViTs, in the names of their authors, transformers or timm'
 # Width of a decoder -> its number of heads, in MAE and in Pixio.
 DECODER_HEADS = {512: 16}
 
 
 def family_of(vit, decoder=None):
-    """The family that a ViT is an instance of: 'mae', 'pixio', 'dinov2' or 'vit'."""
+    """The family that a ViT is an instance of: 'mae', 'pixio', 'dinov2', 'beit' or 'vit'."""
+    if vit.rel_pos or not vit.key_bias:
+        return 'beit'
     if vit.layer_scale is not None:
         return 'dinov2'
     if vit.num_cls_tokens > 1:
@@ -55,6 +55,8 @@ def find(tensors, hints):
     inner = ''  # what of the prefix belongs to the names of the layout
     if prefix.endswith('vit.') and f'{prefix[:-4]}decoder.decoder_pred.weight' in shapes:
         prefix, inner = prefix[:-4], 'vit.'
+    if prefix.endswith('beit.') and f'{prefix[:-5]}lm_head.weight' in shapes:
+        prefix, inner = prefix[:-5], 'beit.'
     keys = {tables.plain(k, prefix): k for k in shapes if k.startswith(prefix)}
     have = {name: tuple(shapes[k]) for name, k in keys.items()}
     left_out = [k for k in shapes if not k.startswith(prefix)]
@@ -65,13 +67,17 @@ def find(tensors, hints):
         beside, used = heads.find(shapes, base, lambda k: _array(tensors[k]))
         keys = {name: k for name, k in keys.items() if k not in used}
         have = {name: tuple(shapes[k]) for name, k in keys.items()}
-    if hf and len(have.get('embeddings.mask_token', ())) == 3:  # of SimMIM
-        left_out.append(keys['embeddings.mask_token'])
 
     def table(name):
         return _array(tensors[keys[name]])
 
-    if hf:
+    if beit.is_beit(have):
+        fields = beit.read_hf(have, hints, inner) if hf else beit.read_official(have, hints)
+        if fields['fc_norm']:
+            used |= {keys.get(f'pooler.layernorm.{k}') for k in ('weight', 'bias')}
+    elif hf:
+        if len(have.get('embeddings.mask_token', ())) == 3:  # of SimMIM
+            left_out.append(keys['embeddings.mask_token'])
         fields = _read_hf(have, hints, table, inner)
     else:
         fields = _read_official(have, hints, table, 'dino_head' in beside)

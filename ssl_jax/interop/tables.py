@@ -7,6 +7,7 @@ with a leading block axis, torch has one tensor per block.  `how` names the layo
   'same'    equal arrays
   'linear'  (in, out) <-> (out, in)
   'conv'    (p*p*3, D), rows ordered (row, column, channel) <-> (D, 3, p, p)
+  'token'   (1, D) <-> (1, 1, D)
   'fixed'   not a parameter of ours: a sin-cos table that is checked on the way in and written
             on the way out
 
@@ -23,6 +24,11 @@ import numpy as np
 _NORM = (('scale', 'weight', 'same'), ('bias', 'bias', 'same'))
 _DENSE = (('kernel', 'weight', 'linear'), ('bias', 'bias', 'same'))
 _CONV = (('kernel', 'weight', 'conv'), ('bias', 'bias', 'same'))
+
+
+def linear(ours, torch):
+    """Rows of one linear layer."""
+    return _rows(ours, torch, _DENSE)
 
 
 def _rows(ours, torch, leaves):
@@ -50,8 +56,10 @@ def encoder(vit, ours='encoder'):
     rows = [
         (f'{prefix}patch_embed/proj/kernel', 'patch_embed.proj.weight', 'conv'),
         (f'{prefix}patch_embed/proj/bias', 'patch_embed.proj.bias', 'same'),
-        (f'{prefix}pos_embed', 'pos_embed', 'fixed' if vit.pos_embed == 'sincos' else 'same'),
     ]
+    if vit.pos_embed != 'none':
+        how = 'fixed' if vit.pos_embed == 'sincos' else 'same'
+        rows.append((f'{prefix}pos_embed', 'pos_embed', how))
     if vit.num_cls_tokens:
         rows.append((f'{prefix}cls_token', 'cls_token', 'same'))
     if vit.num_register_tokens:
@@ -61,6 +69,19 @@ def encoder(vit, ours='encoder'):
     scale = vit.layer_scale is not None
     rows += blocks(f'{prefix}blocks', 'blocks', ffn=vit.ffn, layer_scale=scale)
     return rows + _rows(f'{prefix}norm', 'norm', _NORM)
+
+
+def renamed(rows, renames):
+    """The rows with parts of their torch keys replaced."""
+
+    def rename(key):
+        if not isinstance(key, str):
+            return tuple(rename(k) for k in key)
+        for old, new in renames.items():
+            key = key.replace(old, new)
+        return key
+
+    return [(ours, rename(key), how) for ours, key, how in rows]
 
 
 def mae(method):
@@ -107,6 +128,7 @@ _MEMORY = dict(
     q='attention.q_proj', k='attention.k_proj', v='attention.v_proj', proj='attention.o_proj'
 )
 _DINOV2 = {**_NORMS, **_MLP, 'ls1': 'layer_scale1.lambda1', 'ls2': 'layer_scale2.lambda1'}
+_LAMBDAS = dict(ls1='lambda_1', ls2='lambda_2')
 _HF_BLOCK = {
     'vit': {
         'hub': {**_HUB, **_VIT, **_VIT_MLP},
@@ -127,12 +149,16 @@ _HF_BLOCK = {
             'w3': 'mlp.down_proj',
         },
     },
+    'beit': {
+        'hub': {**_HUB, **_VIT, **_VIT_MLP, **_LAMBDAS},
+        'memory': {**_MEMORY, **_VIT, **_MLP, **_LAMBDAS, 'stack': 'layers'},
+    },
 }
 _HF_DECODER = {'hub': 'decoder_layers', 'saved': 'decoder_encoder.layer'}
 
 
 def hf_block(kind, names):
-    """Our name -> name in transformers, of 'vit', 'pixio' or 'dinov2' (see _HUB above)."""
+    """Our name -> name in transformers, of 'vit', 'pixio', 'dinov2' or 'beit' (see _HUB above)."""
     return _HF_BLOCK[kind].get(names, _HF_BLOCK[kind]['hub'])
 
 
@@ -161,8 +187,9 @@ def hf_encoder(vit, kind, names='hub', prefix=''):
     """Rows of ViTModel, PixioModel, Dinov2Model and Dinov2WithRegistersModel of transformers."""
     name, e = hf_block(kind, names), f'{prefix}embeddings'
     rows = _rows('encoder/patch_embed/proj', f'{e}.patch_embeddings.projection', _CONV)
-    fixed = 'fixed' if vit.pos_embed == 'sincos' else 'same'
-    rows.append(('encoder/pos_embed', f'{e}.position_embeddings', fixed))
+    if vit.pos_embed != 'none':
+        fixed = 'fixed' if vit.pos_embed == 'sincos' else 'same'
+        rows.append(('encoder/pos_embed', f'{e}.position_embeddings', fixed))
     if vit.num_cls_tokens:
         rows.append(('encoder/cls_token', f'{e}.cls_token', 'same'))
     if vit.num_register_tokens:
@@ -188,13 +215,7 @@ def timm(vit):
     renames = {'register_tokens': 'reg_token'}
     if vit.ffn == 'swiglu':
         renames |= {'mlp.w12': 'mlp.fc1', 'mlp.w3': 'mlp.fc2'}
-
-    def rename(key):
-        for old, new in renames.items():
-            key = key.replace(old, new)
-        return key
-
-    return [(a, rename(b), how) for a, b, how in encoder(vit) if b != 'mask_token']
+    return [row for row in renamed(encoder(vit), renames) if row[1] != 'mask_token']
 
 
 def dinov2(method, ours='backbone', names='hub'):
@@ -225,6 +246,8 @@ def _to_ours(x, how):
         return x.T
     if how == 'conv':
         return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+    if how == 'token':
+        return x[0]
     return x
 
 
@@ -234,6 +257,8 @@ def _to_torch(x, how):
     if how == 'conv':
         side = round((x.shape[0] // 3) ** 0.5)
         return x.reshape(side, side, 3, x.shape[1]).transpose(3, 2, 0, 1)
+    if how == 'token':
+        return x[None]
     return x
 
 
