@@ -16,6 +16,8 @@ ENCODER = (
     *('embed_dim', 'depth', 'num_heads', 'patch_size', 'num_cls_tokens', 'num_register_tokens'),
     *('ffn', 'mlp_ratio', 'rel_pos', 'key_bias'),
 )
+RELATIVE = 'rel_pos_bias'  # tables of relative positions, see `layers.relative_index`
+SPLINE = 'cubic spline'
 DECODER = ('embed_dim', 'depth', 'num_heads', 'num_cls_tokens', 'mlp_ratio', 'pos_embed')
 
 
@@ -26,7 +28,8 @@ def load_into(path, method, state, abstract):
     `extra`; so is one that differs in the size of its images only, with its position tables resized
     (the high-resolution stage). Of all else the encoder is taken (and given to
     `method.with_backbone`), and the decoder of a MAE or Pixio where it fits. A position table of
-    another grid is resized by the rule of the encoder that it comes with.
+    another grid is resized by the rule of the encoder that it comes with, one of relative positions
+    as BEiT does it.
 
     Args:
       path: a run, a checkpoint folder, imported weights, an export, an HF or timm folder, a file.
@@ -58,7 +61,8 @@ def load_into(path, method, state, abstract):
                 return model['params'], model['extra'], lines
     loaded = load.load_backbone(path)
     _check(path, loaded.vit, method.vit)
-    encoder, lines = _fit(path, loaded, *method.backbone(state.params, state.extra))
+    seen = getattr(method, 'mean', augment.MEAN), getattr(method, 'std', augment.STD)
+    encoder, lines = _fit(path, loaded, *method.backbone(state.params, state.extra), seen)
     params, extra = method.with_backbone(state.params, state.extra, encoder)
     new = jax.tree.leaves(encoder)
     for name in [k for k in params if params[k] is state.params[k]]:
@@ -71,6 +75,8 @@ def load_into(path, method, state, abstract):
                 lines.append(_line('taken', name, _count(params[name])))
                 continue
             why = 'that of the file has other sizes'
+        if name == 'head' and 'codebook' in extra:
+            why = 'it is for the words of this run'
         lines.append(_line('fresh', name, f'{_count(params[name])}; {why}'))
     # In buffers of their own: one that is donated may be neither numpy's nor there twice, as an
     # encoder is that becomes student and teacher.
@@ -82,6 +88,8 @@ def load_into(path, method, state, abstract):
 def _check(path, theirs, ours):
     """Raises where the encoder of a file cannot be that of the method."""
     pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in ENCODER]
+    if (theirs.rel_pos, ours.rel_pos) == ('shared', 'layer'):  # one table becomes that of all
+        pairs = [pair for pair in pairs if pair[0] != 'rel_pos']
     scales = ['none' if v.layer_scale is None else 'some' for v in (theirs, ours)]
     pairs.append(('layer_scale', *scales))
     if theirs.pos_embed == 'learned':  # fixed positions can become the start of learned ones
@@ -136,18 +144,25 @@ def _other_grid(path, method, state):
     centres = [k for k in here if k.endswith('_center') and k not in there]
     names = sorted({*there, *here} - {*centres})
     differ = [k for k in names if there.get(k) != here.get(k)]
-    if not all(k.endswith('pos_embed') and k in there and k in here for k in differ):
+    tables = ('pos_embed', RELATIVE)
+    if not all(k.endswith(tables) and k in there and k in here for k in differ):
         return None
     if not differ and not centres:
         return None
     vit, lines = run.method.vit, []
     _check(path, vit, method.vit)
+    old, new = (v.img_size // v.patch_size for v in (vit, method.vit))
 
     def fit(name, value, like):
-        if name in differ:
-            side = round((like.shape[1] - vit.num_cls_tokens) ** 0.5)
-            value = pos_embed.resize(value, (side, side), vit.num_cls_tokens, vit.pos_resize)
-            lines.append(_line('resized', name, f'to {side}x{side} patches, {vit.pos_resize}'))
+        if name not in differ:
+            how = ''
+        elif name.endswith(RELATIVE):
+            how, value = SPLINE, _relative(path, value, old, new)
+        else:
+            how, prefix = vit.pos_resize, value.shape[1] - old**2  # SplitMask's decoder has none
+            value = pos_embed.resize(value, (new, new), prefix, how)
+        if how:
+            lines.append(_line('resized', name, f'to {new}x{new} patches, {how}'))
         return jnp.copy(_place(value, like))
 
     found, named = checksums.named(theirs), checksums.named(fresh)
@@ -161,7 +176,7 @@ def _other_grid(path, method, state):
     return model['params'], model['extra'], taken + lines
 
 
-def _fit(path, loaded, vit, fresh):
+def _fit(path, loaded, vit, fresh, seen=(augment.MEAN, augment.STD)):
     """The encoder of a file in the shapes and on the devices of the run's, and what was done."""
     theirs, ours = checksums.named(loaded.params), checksums.named(fresh)
     there, here = (v.img_size // v.patch_size for v in (loaded.vit, vit))
@@ -176,15 +191,22 @@ def _fit(path, loaded, vit, fresh):
                 pos_embed.resize(theirs['pos_embed'], (here, here), vit.num_cls_tokens, how)
             )
             lines.append(_line('resized', 'encoder/pos_embed', f'{grids}, {how}'))
-    elif there != here:
+    elif there != here and vit.pos_embed == 'sincos':
         text = f'{grids}: fixed, computed and not resized'
         lines.append(_line('differs', 'encoder/pos_embed', text))
+    if (loaded.vit.rel_pos, vit.rel_pos) == ('shared', 'layer'):
+        table = np.asarray(theirs.pop('rel_pos_bias'))
+        theirs['blocks/attn/rel_pos_bias'] = np.stack([table] * vit.depth)
+        lines.append(_line('copied', 'rel_pos_bias', f'to each of {vit.depth} blocks'))
+    for name in [k for k in theirs if k.endswith(RELATIVE) and there != here]:
+        theirs[name] = _relative(path, theirs[name], there, here)
+        lines.append(_line('resized', f'encoder/{name}', f'{grids}, {SPLINE}'))
     if loaded.vit.eps != vit.eps:
         text = f'{loaded.vit.eps:g} there, {vit.eps:g} here'
         lines.append(_line('differs', 'eps of the norms', text))
     view = loaded.transform
-    if not np.allclose([view['mean'], view['std']], [augment.MEAN, augment.STD]):
-        text = f'normalised with mean {view["mean"]} there, {list(augment.MEAN)} here'
+    if not np.allclose([view['mean'], view['std']], seen):
+        text = f'normalised with mean {view["mean"]} there, {list(seen[0])} here'
         lines.append(_line('differs', 'images', text))
     for name in sorted(set(theirs) - set(ours)):
         lines.append(_line('left out', f'encoder/{name}', 'this method has none'))
@@ -201,6 +223,13 @@ def _fit(path, loaded, vit, fresh):
     taken = [x for name, x in zip(ours, out) if name in theirs]
     encoder = jax.tree.unflatten(jax.tree.structure(fresh), out)
     return encoder, [_line('taken', 'encoder', _count(taken)), *lines]
+
+
+def _relative(path, table, there, here):
+    try:
+        return pos_embed.resize_relative(table, there, here)
+    except ValueError as error:
+        raise ValueError(f'init_from={path} does not fit, nothing was loaded: {error}') from error
 
 
 def _place(value, like):

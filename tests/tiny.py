@@ -81,10 +81,11 @@ def dinov2(**fields):
     return config(**{'method': m, **optim, **fields})
 
 
-def save(config, workdir, seed=0, step=0):
-    """Saves the fresh state of a run as if it were that of `step`; returns its parameters."""
+def save(config, workdir, seed=0, step=0, change=lambda params: params):
+    """Saves the (changed) fresh state of a run as that of `step`; returns its parameters."""
     method = methods.from_config(config)
     params, extra = jax.jit(method.init)(jax.random.key(seed))
+    params = change(params)
     tx, _ = optim.make(config.optim, params)
     saved = checkpoint.Checkpointer(workdir / 'checkpoints')
     saved.save(step, state_lib.TrainState.create(params, extra, tx), {'config': config.to_dict()})

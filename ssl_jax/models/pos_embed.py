@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position tables: the fixed sin-cos table and the three official ways to resize a table.
+"""Position tables: the fixed sin-cos table and the official ways to resize a table.
 
-A table is (1, P + M*M, D): P prefix rows (class tokens), then patches in raster order.
+A table is (1, P + M*M, D): P prefix rows (class tokens), then patches in raster order.  One of
+relative positions (BEiT) is (rows, heads), see `layers.relative_index`.
 """
 
 import functools
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import interpolate
 
 
 def sincos(embed_dim, grid, num_prefix):
@@ -84,3 +86,61 @@ def resize(table, grid, num_prefix, how):
     patches = jnp.einsum('hm,mnd->hnd', rows, patches, precision='highest')
     patches = jnp.einsum('wn,hnd->hwd', columns, patches, precision='highest')
     return jnp.concatenate([prefix, patches.reshape(1, h * w, -1)], axis=1)
+
+
+def relative_distances(n_in, n_out):
+    """Where BEiT puts the distances -(n_in - 1) .. n_in - 1 among those of n_out patches.
+
+    At 0, ±1, ±(1 + q), ±(1 + q + q²), ...: near distances stay what they are, far ones spread.  The
+    ratio q is halved into [1.01, 1.5] so that the farthest reaches n_out - 1.  Both ends are
+    official: fewer patches get q = 1.01, which about cuts the middle out of the table, and beyond
+    1.5 the farthest falls short of n_out - 1.
+
+    Reference: BEiT `run_class_finetuning.py`.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        if (1 - q ** (n_in - 1)) / (1 - q) > n_out - 1:
+            high = q
+        else:
+            low = q
+    steps = np.cumsum(q ** np.arange(n_in - 1))
+    return np.concatenate([-steps[::-1], [0], steps])
+
+
+@functools.lru_cache
+def relative_weights(n_in, n_out):
+    """The (2 n_out - 1, 2 n_in - 1) matrix of one axis of `resize_relative`, float64.
+
+    A cubic spline through the values at `relative_distances` (not-a-knot, as FITPACK's) is read at
+    whole distances; beyond the farthest it keeps its last value.
+    """
+    if n_in < 3:
+        raise ValueError(
+            f'a table of relative positions of {n_in}x{n_in} patches is too small for a cubic '
+            f'spline: keep the size of the images, or start from weights with at least 3x3 patches.'
+        )
+    x = relative_distances(n_in, n_out)
+    at = np.clip(np.arange(1 - n_out, n_out), x[0], x[-1])
+    return interpolate.CubicSpline(x, np.eye(len(x)), bc_type='not-a-knot')(at)
+
+
+def resize_relative(table, n_in, n_out):
+    """Tables of relative positions for n_in x n_in patches -> for n_out x n_out, numpy float32.
+
+    Args:
+      table: (..., (2 n_in - 1)² + 3, heads).  The last three rows, of the class token, stay.
+
+    Reference: BEiT `run_class_finetuning.py`.  timm does it by linear interpolation on the same
+    distances, transformers bilinearly on evenly spaced ones.
+    """
+    table = np.asarray(table)
+    if n_in == n_out:
+        return table
+    weights, d, e = relative_weights(n_in, n_out), 2 * n_in - 1, 2 * n_out - 1
+    middle = table[..., : d * d, :].astype(np.float64)
+    middle = middle.reshape(*table.shape[:-2], d, d, table.shape[-1])
+    middle = np.einsum('yi,xj,...ijh->...yxh', weights, weights, middle, optimize=True)
+    middle = middle.reshape(*table.shape[:-2], e * e, table.shape[-1])
+    return np.concatenate([middle, table[..., d * d :, :]], axis=-2).astype(np.float32)
