@@ -351,7 +351,8 @@ def _read_sharding(x):
 def _place(x, wanted):
     """`x` with the sharding that is wanted, in buffers that can be donated."""
     if not x.sharding.is_equivalent_to(wanted.sharding, x.ndim):
-        return _reshard(wanted.sharding)(x)
+        # One at a time: see checksums.IN_FLIGHT, and two copies of one tensor are enough.
+        return jax.block_until_ready(_reshard(wanted.sharding)(x))
     # On CPU a restored array may share memory with numpy, which turns donation into a copy.
     return jnp.copy(x) if next(iter(x.devices())).platform == 'cpu' else x
 

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checksum per tensor that is the same on any devices, to tell restored numbers from garbage."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# XLA on CPU starts at most 32 programs per device before the first has ended. One more waits in a
+# thread that another device may need for its part of a collective that all wait for: on sharded
+# tensors of several processes that is a deadlock. So no more than these are started without
+# waiting for their results.
+IN_FLIGHT = 16
 
 
 def of(tree):
@@ -19,11 +27,13 @@ def of(tree):
     Returns:
       dict name -> int, names as in ``params/blocks/norm1/scale``.
     """
-    leaves = named(tree)
-    is_device = {k: isinstance(v, jax.Array) for k, v in leaves.items()}
-    sums = {k: (_device_checksum if is_device[k] else _host_checksum)(leaves[k]) for k in leaves}
-    # Read only now, so that the devices work on all of them at once.
-    return {k: int(v.addressable_data(0) if is_device[k] else v) for k, v in sums.items()}
+    leaves, sums = iter(named(tree).items()), {}
+    while some := dict(itertools.islice(leaves, IN_FLIGHT)):
+        is_device = {k: isinstance(x, jax.Array) for k, x in some.items()}
+        now = {k: (_device_checksum if is_device[k] else _host_checksum)(some[k]) for k in some}
+        jax.block_until_ready(now)  # only now, so that the devices work on all of these at once
+        sums |= {k: int(v.addressable_data(0) if is_device[k] else v) for k, v in now.items()}
+    return sums
 
 
 @jax.jit

@@ -338,6 +338,28 @@ def test_the_checksum_notices_any_flipped_bit_and_swapped_elements():
     assert len(seen) == 32 * x.size + 2
 
 
+def test_few_checksums_are_in_flight_at_a_time_or_collectives_of_two_processes_deadlock(
+    monkeypatch,
+):
+    running, most, real = 0, 0, checksums._device_checksum
+
+    def started(x):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        return real(x)
+
+    def waited(tree):
+        nonlocal running
+        running -= len(jax.tree.leaves(tree))
+
+    monkeypatch.setattr(checksums, '_device_checksum', started)
+    monkeypatch.setattr(jax, 'block_until_ready', waited)
+    tree = {str(i): jnp.full((), i) for i in range(100)}
+    assert list(checksums.of(tree)) == list(checksums.named(tree))
+    assert running == 0 and 1 < most <= 16  # XLA on CPU blocks at 32 per device
+
+
 def run_python(code, *args, devices=1, **popen):
     env = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONPATH=f'{REPO}:{REPO / "tests"}',
                XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')

@@ -139,6 +139,8 @@ def _ranks(train_x, train_y, test_x, test_y, ks, temperature, num_classes, proto
         if mesh is not None:
             x, y = _put(x, replicated), _put(y, replicated)
         pieces.append(step(*database, x, y))
+        if len(pieces) > 1:  # read one late: the device stays busy, see checksums.IN_FLIGHT
+            pieces[-2] = np.asarray(pieces[-2])
     pieces = np.concatenate([np.asarray(p) for p in pieces], axis=1)[:, :m]
     return {k: pieces[i] for i, k in enumerate(ks)}
 
