@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `ssl_jax`: pretrain | eval | show | features | export | import | demo.
+"""The command `ssl_jax`: pretrain | finetune | eval | show | features | export | import.
 
     ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
+    ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
@@ -34,6 +35,17 @@ def main(argv=None):
     p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
 
     p = commands.add_parser('eval', help='kNN and linear probe of a run, beside two baselines')
+    p = commands.add_parser('finetune', help='train encoder and classifier on labelled images')
+    p.add_argument(
+        '--model', required=True, help='a run, an export, HF or timm folder, a file; none: scratch'
+    )
+    p.add_argument('--data', help="labelled images; default: the recipe's own")
+    p.add_argument('--test', help='labelled images to score; default: none with --data')
+    p.add_argument('--recipe', help='mae, beit or splitmask: the settings of that paper')
+    p.add_argument('--config', help='a recipe by name or path, e.g. finetune_cifar10')
+    p.add_argument('--workdir', required=True, help='a new run; start again to continue')
+    p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
+
     p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
     p.add_argument('--data', help="labelled images to learn from; default: the run's own eval set")
     p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
@@ -88,6 +100,7 @@ def main(argv=None):
             'show': show,
             'features': features,
             'export': export,
+            'finetune': finetune,
             'import': import_,
             'demo': demo,
         }[args.command](args)
@@ -119,6 +132,18 @@ def evaluate(args):
     from ssl_jax.evals import run
 
     run.evaluate_run(
+def finetune(args):
+    """`ssl_jax finetune`."""
+    from ssl_jax import config as config_lib
+    from ssl_jax import config_finetune, launch, train
+
+    recipe, fields = config_finetune.command(
+        args.model, args.data, args.test, args.recipe, args.config
+    )
+    launch.initialize_distributed()
+    train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
+
+
         args.workdir,
         data=args.data,
         test=args.test,

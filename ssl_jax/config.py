@@ -16,7 +16,7 @@ import pathlib
 
 import ml_collections
 
-from ssl_jax import config_rules
+from ssl_jax import config_finetune, config_rules
 
 SOURCES = ('data.train', 'data.eval_train', 'data.eval_test')  # free-form: sources own their keys
 
@@ -41,6 +41,7 @@ OPTIONAL = {
     'method.layer_scale': float, 'method.warmup_teacher_temp_steps': int,
     'method.warmup_teacher_temp_epochs': float, 'method.warmup_teacher_temp_examples': int,
     'dtype': str, 'init_from': str, 'resume_from': str,
+    'method.num_classes': int, 'method.ema_decay': float, 'method.rel_pos': str,
 }  # fmt: skip
 
 
@@ -206,6 +207,8 @@ def load(spec, overrides=()):
         set_value(config, override)
     config_rules.fill_size(config.method)
     if not config.infer:
+    if config.init_from and 'classes' in config.method:
+        config_finetune.follow(config, overrides)
         validate(config)
     return lock(config)
 

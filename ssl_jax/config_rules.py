@@ -34,6 +34,7 @@ CHOICES = {
     'method.split': ('block', 'uniform'),
     'method.decoder_pos': ('mask', 'all'),
     'method.nce_negatives': ('other', 'both'),
+    'method.pool': ('patch', 'cls'),
 }
 # FLOP/s of one CPU core in training small models (measured: 77e9 on two cores), and how long an
 # inferred run should take there, in seconds.
@@ -65,6 +66,15 @@ RANGES = (
     ('method.w_mim', 0.0, 1e6),
     ('method.w_nce', 0.0, 1e6),
     ('method.proj_dim', 0, 2**16),
+    ('method.num_classes', 2, 2**24),
+    ('method.ema_decay', 0.0, 1.0),
+    ('method.crop_pct', 0.1, 1.0),
+    ('method.repeats', 1, 64),
+    ('method.mixup', 0.0, 100.0),
+    ('method.cutmix', 0.0, 100.0),
+    ('method.mixup_prob', 0.0, 1.0),
+    ('method.mixup_switch_prob', 0.0, 1.0),
+    ('method.label_smoothing', 0.0, 0.999),
     ('data.num_threads', 1, 1024),
     ('data.num_workers', 0, 1024),
     ('data.bad_budget', 0.0, 1.0),
@@ -179,6 +189,8 @@ def _errors(c):
         yield from _dinov2_errors(c)
     if 'split_ratio' in m:
         yield from _splitmask_errors(c)
+    if 'classes' in m:
+        yield from _classifier_errors(m)
 
 
 def _dinov2_errors(c):
@@ -230,6 +242,19 @@ def _splitmask_errors(c):
         yield (
             f'method.embed_dim={m.embed_dim}, also of the decoder, is not divisible by '
             f'method.decoder_num_heads={heads}: set decoder_num_heads=None.'
+        )
+
+
+def _classifier_errors(m):
+    """Rules of tokens and of what is read from them."""
+    if m.pool == 'cls' and not m.num_cls_tokens:
+        yield "method.pool='cls' needs a class token, this encoder has none: set pool='patch'."
+    if m.rel_pos not in (None, 'layer', 'shared'):
+        yield f"method.rel_pos={m.rel_pos!r} is unknown: use 'layer', 'shared' or None."
+    if m.rel_pos and (m.num_cls_tokens != 1 or m.num_register_tokens):
+        yield (
+            'method.rel_pos knows one class token and no registers: set method.num_cls_tokens=1 '
+            'and num_register_tokens=0.'
         )
 
 

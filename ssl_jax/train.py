@@ -76,7 +76,9 @@ def make_program(config, method, clock, mesh=None):
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
     rows = sharding.batch_sharding(mesh)
-    batch = {
+    batch = {'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows)}
+    batch = batch if wants_labels(method) else {}
+    batch |= {
         v.name: jax.ShapeDtypeStruct(
             (config.batch_size, v.count, v.size, v.size, 3), jnp.uint8, sharding=rows
         )
@@ -98,6 +100,11 @@ def make_program(config, method, clock, mesh=None):
         ),
         groups=groups,
     )
+
+
+def wants_labels(method):
+    """Whether the batches of a method carry labels."""
+    return getattr(method, 'labels', False)
 
 
 def restore(config, method, program, saved, source):
@@ -202,6 +209,8 @@ def train(config, workdir):
         if config.infer:
             config, decisions = _infer(config, source)
             log(*decisions)
+        config, decisions = methods.complete(config, source)
+        log(*decisions)
         config_lib.validate(config)
         clock = config_lib.clock(config, len(source))
         method = methods.from_config(config, clock)
@@ -250,7 +259,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
                 evaluate.curves()
 
     rows = sharding.process_rows(mesh, batch_size)
-    views = method.views()
+    names = [v.name for v in method.views()] + ['label'] * wants_labels(method)
     evaluate = online.Evaluator(
         config, method, mesh, workdir, source, should_stop=lambda: stop.requested
     )
@@ -275,11 +284,12 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     pending = collections.deque()  # counters of the last two steps, read when surely ready
     stream = pipeline.train_stream(
         source,
-        views,
+        method.views(),
         batch_size=batch_size,
         seed=config.seed,
         start_step=first,
         rows=rows,
+        repeats=getattr(method, 'repeats', 1),
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
     )
@@ -298,9 +308,9 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
             with timers('data'):
                 batch = next(stream)
             bad.update(batch)
-            images = {v.name: batch[v.name] for v in views}
-            images = sharding.to_global(images, mesh, rows, batch_size)
-            state, step_metrics = step_fn(state, images)
+            inputs = {name: batch[name] for name in names}
+            inputs = sharding.to_global(inputs, mesh, rows, batch_size)
+            state, step_metrics = step_fn(state, inputs)
             saved.check()
 
             pending.append((step_metrics['skipped_in_a_row'], step_metrics['skipped_total']))

@@ -8,7 +8,14 @@ import pathlib
 import ml_collections
 import pytest
 
-from ssl_jax import config, config_dinov2, config_distill, config_splitmask, methods
+from ssl_jax import (
+    config,
+    config_dinov2,
+    config_distill,
+    config_finetune,
+    config_splitmask,
+    methods,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden_configs'
 
@@ -68,6 +75,7 @@ def test_recipe_knows_no_field_that_default_does_not_know(name):
         'distill': lambda: getattr(config_distill, recipe.method.form)(),
         'splitmask': config_splitmask.splitmask,
         'beit': config_splitmask.beit,
+        'classifier': config_finetune.classifier,
     }[recipe.method.name]()
     assert fields(recipe) == fields(known)
 

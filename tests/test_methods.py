@@ -14,7 +14,7 @@ from ssl_jax import state as state_lib
 SHRINK = ('method.embed_dim=32', 'method.depth=2', 'method.num_heads=2', 'batch_size=16')
 RECIPES = [r for r in config_lib.recipes() if not r.startswith('images_')]
 LENGTHS = {'total': 1000, 'warmup': 1}
-SMALL = [r for r in RECIPES if r.startswith('scenes_')]
+SMALL = [r for r in RECIPES if 'scenes' in r]
 # Tracing takes seconds each: one recipe of every kind here, all others among the slow tests.
 FIRST = ('mae_vitb16', 'pixio_vit5b16', 'dinov2_vitl16_short', 'dino_vits16', 'splitmask_vitb16')
 FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL)
@@ -32,10 +32,16 @@ def shrunk(recipe):
 def batch(config, method):
     rng = np.random.default_rng(0)
     size = config.batch_size
-    return {
+    images = {
         v.name: rng.integers(0, 256, (size, v.count, v.size, v.size, 3)).astype(np.uint8)
         for v in method.views()
     }
+    labels = {'label': rng.integers(0, method.num_classes, size)} if has_labels(method) else {}
+    return images | labels
+
+
+def has_labels(method):
+    return getattr(method, 'labels', False)
 
 
 def test_every_method_has_a_small_recipe():
@@ -89,6 +95,8 @@ def test_every_recipe_traces_at_full_size(recipe):
         v.name: jax.ShapeDtypeStruct((size, v.count, v.size, v.size, 3), jnp.uint8)
         for v in method.views()
     }
+    if has_labels(method):
+        data['label'] = jax.ShapeDtypeStruct((size,), jnp.int32)
     after, metrics = jax.eval_shape(step, state, data)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state

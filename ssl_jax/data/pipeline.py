@@ -68,6 +68,7 @@ def train_stream(
     num_threads=None,
     num_workers=0,
     prefetch=None,
+    repeats=1,
 ):
     """Endless iterator over training batches of numpy arrays; close it, or use it in a `with`.
 
@@ -89,6 +90,8 @@ def train_stream(
       num_workers: processes; 0 loads in threads of this one, which is faster as long as the GIL is
         not the limit, since decoding and resizing release it.
       prefetch: batches held ready or in work (per process); default num_threads + 1.
+      repeats: samples in a row that are of one image, each with crops of its own; an epoch then has
+        only every so-manieth image (repeated augmentation: Hoffer et al., arXiv 1901.09335).
 
     Raises:
       ValueError: if there are fewer images than rows in a batch.
@@ -103,7 +106,9 @@ def train_stream(
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     num_threads = num_threads or max(1, min(64, workers.cores()) // max(1, num_workers))
     prefetch = prefetch or num_threads + 1
-    samples = _TrainSamples(source, tuple(views), batch_size, seed, start_step, rows)
+    samples = _TrainSamples(
+        source, tuple(views), batch_size, seed, start_step, rows, repeats
+    )
     dataset = grain.MapDataset.source(samples).batch(len(rows), drop_remainder=True)
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
@@ -259,9 +264,10 @@ class _TrainSamples:
 
     closed = False
 
-    def __init__(self, source, views, batch_size, seed, start_step, rows):
+    def __init__(self, source, views, batch_size, seed, start_step, rows, repeats=1):
         self._source = source
         self._views = views
+        self._repeats = repeats
         self._batch_size = batch_size
         self._seed = seed
         self._start = start_step
@@ -293,7 +299,7 @@ class _TrainSamples:
         reason = ''
         for attempt in range(MAX_TRIES):
             if attempt == 0:
-                i = sample_index(g, n, self._seed)
+                i = sample_index(g // self._repeats, n, self._seed)
             else:
                 i = _hash(self._seed, g, attempt) % n
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop looks at now and then: kNN, collapse monitors, reconstructions, curves."""
+"""What the loop looks at now and then: kNN, accuracy, collapse monitors, pictures."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 
 from ssl_jax import sharding
 from ssl_jax.data import pipeline, sources
-from ssl_jax.evals import features, knn, monitors
+from ssl_jax.evals import accuracy, features, knn, monitors
 
 MONITORED = 512  # images that the collapse monitors look at
 
@@ -18,7 +18,8 @@ class Evaluator:
     """evaluate(state, step) -> {name: float}; pictures go to workdir/pictures.
 
     kNN runs where the config names a labelled `data.eval_train` and `data.eval_test`; the monitors
-    and pictures fall back to the training images.  `should_stop` ends a long evaluation early.
+    and pictures fall back to the training images.  A classifier is scored on `data.eval_test`.
+    `should_stop` ends a long evaluation early.
     """
 
     def __init__(self, config, method, mesh, workdir, train_source, should_stop):
@@ -34,10 +35,15 @@ class Evaluator:
         self.train, self.test = opened(data.eval_train), opened(data.eval_test)
         self.shown = self.test if self.test is not None else train_source
         self.size = config.eval.size or method.views()[0].size
+        self.classifies = hasattr(method, 'logits')
+        if self.classifies and self.test is not None:
+            accuracy.check_classes(method.classes, self.test)
         self.keys = jax.random.split(jax.random.key(config.seed), config.eval.num_pictures)
 
     def __call__(self, state, step):
         """Numbers for metrics.jsonl; raises features.Stopped where `should_stop` ended it."""
+        if self.classifies:  # its features are meant to collapse onto the classes
+            return self.accuracy(state) if self.test is not None else {}
         vit, params = self.method.backbone(state.params, state.extra)
         forward = features.make_forward(vit, params)
         rows = self.monitors(forward)
@@ -46,6 +52,23 @@ class Evaluator:
         if self.config.pictures:
             self.pictures(state, step)
         return rows
+
+    def accuracy(self, state):
+        """test/top1, test/top5 in percent and test/loss; ema/... of the averaged weights."""
+        found = accuracy.accuracy(
+            self.method,
+            state.params,
+            state.extra,
+            self.test,
+            size=self.config.size,
+            batch_size=self.config.batch_size,
+            mesh=self.mesh,
+            limit=self.config.max_test,
+            should_stop=self.should_stop,
+        )
+        scores = ('top1', 'top5', 'loss')
+        rows = {f'{name}/{k}': x[k] for name, x in found.items() for k in scores}
+        return {**rows, 'test/images': found['test']['n']}
 
     def extract(self, forward, source, limit):
         return features.extract(
@@ -60,7 +83,7 @@ class Evaluator:
 
     def monitors(self, forward):
         found, _ = self.extract(forward, self.shown, MONITORED)
-        x = found.get('cls', found['patch'])
+        x = found.get(getattr(self.method, 'monitored', 'cls'), found['patch'])
         values = {k: float(v) for k, v in monitors.monitors(x).items()}
         sentence = monitors.suspect(values)
         if sentence and jax.process_index() == 0:

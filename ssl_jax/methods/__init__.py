@@ -21,6 +21,12 @@ turns into pictures.  One with a frozen teacher has `teacher`, where its weights
 step 0 has `prepare(extra, batches, seed) -> extra, lines`, called once after that: `extra` is
 numpy, `batches` an iterator of host batches of its views, the lines are for the log.  One that can
 collapse has `suspect(values, step)`, a sentence on the newest metrics or None.
+
+A method that learns from labels has `labels = True`: batch['label'] is int32 (B,).  One that
+classifies has `logits(params, extra, images) -> {name: (B, K)}` of uint8 images, which the loop
+scores on the test images.  Its file may have `complete(config, source) -> config, lines`: what only
+the training images can tell, before the method is made.  `repeats` says how many rows in a row of
+a batch are crops of one image, 1 if it is not there.
 """
 
 import difflib
@@ -33,6 +39,12 @@ def names():
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
+def complete(config, source):
+    """(config, lines for the log): fields of the method filled that depend on the images."""
+    module = importlib.import_module(f'ssl_jax.methods.{_known(config)}')
+    return module.complete(config, source) if hasattr(module, 'complete') else (config, [])
+
+
 def from_config(config, clock=None):
     """The Method that `config.method.name` names.
 
@@ -40,10 +52,14 @@ def from_config(config, clock=None):
       config: a whole config.
       clock: durations in steps, see `config.clock`; without it (where nothing trains) all are 1.
     """
+    module = importlib.import_module(f'ssl_jax.methods.{_known(config)}')
+    return module.from_config(config, clock or (lambda prefix, part=None, default=None: 1))
+
+
+def _known(config):
     name = config.method.name
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(names())}.'
         raise ValueError(f'method.name={name!r} is unknown; {hint}')
-    module = importlib.import_module(f'ssl_jax.methods.{name}')
-    return module.from_config(config, clock or (lambda prefix, part=None, default=None: 1))
+    return name
