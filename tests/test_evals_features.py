@@ -96,7 +96,16 @@ def test_encoder_features_are_the_stated_means():
 
 def test_encoder_without_class_tokens_has_only_patch_features():
     got = features.make_forward(*make_vit(num_cls_tokens=0))(arrays(3)[1])
-    assert set(got) == {'patch'}
+    assert set(got) == {'patch', 'quadrants'}
+
+
+@pytest.mark.parametrize('grid', [(2, 2), (4, 6), (3, 5)])
+def test_quadrants_are_torchs_adaptive_average_pooling(grid):
+    torch = pytest.importorskip('torch')
+    x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 3)).astype(np.float32)
+    square = torch.tensor(x.reshape(2, *grid, 3)).permute(0, 3, 1, 2)
+    want = torch.nn.functional.adaptive_avg_pool2d(square, 2).permute(0, 2, 3, 1).reshape(2, 12)
+    np.testing.assert_allclose(features.quadrants(x, grid), want, atol=1e-6)
 
 
 def test_half_precision_forward_returns_float32():

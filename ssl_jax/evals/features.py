@@ -31,9 +31,10 @@ def make_forward(
       cls_pre:    mean of the class tokens before it (what Pixio's kNN takes)
       patch:      mean of the patch tokens after the norm
       cls_patch:  cls and patch side by side
+      quadrants:  the patch tokens' means over each quadrant of the image side by side, see there
       cls<n>, cls<n>_patch: the same with the class tokens of the last n = `last_blocks` blocks,
                   each after the final norm (DINOv2's linear protocol takes n = 4)
-    An encoder without class tokens has only `patch`.
+    An encoder without class tokens has only `patch` and `quadrants`.
 
     Args:
       vit: `models.vit.ViT`.
@@ -54,6 +55,8 @@ def _features(vit, params, images, mean, std, last_blocks):
     last = tuple(range(vit.depth))[-last_blocks:] if last_blocks else ()
     tokens = vit.apply({'params': params}, augment.normalize(images, mean, std), capture=last)
     found = pooled(vit, tokens)
+    grid = [side // vit.patch_size for side in images.shape[1:3]]
+    found['quadrants'] = quadrants(tokens['patch_tokens'], grid)
     if last and vit.num_cls_tokens:
         cls = vit_lib.final_norm(params, tokens['blocks'][:, :, : vit.num_cls_tokens], vit.eps)
         cls = cls.astype(jnp.float32).mean(axis=2)  # (n, B, D)
@@ -87,6 +90,27 @@ def pooled(vit, tokens):
         'patch': patch,
         'cls_patch': jnp.concatenate([cls, patch], axis=1),
     }
+
+
+def quadrants(patch_tokens, grid):
+    """Means over the four quadrants of the image, (B, N, D) -> float32 (B, 4 D).
+
+    They keep roughly where something is, as raw pixels do and one mean over the image does not:
+    the fair feature beside raw pixels where images are tiny and their objects centred.  The two
+    halves of an odd number of rows share the middle one, as in torch's `adaptive_avg_pool2d`.
+
+    Args:
+      patch_tokens: (B, N, D), row by row.
+      grid: (rows, columns), N of them.
+    """
+    b, _, d = patch_tokens.shape
+    x = patch_tokens.astype(jnp.float32).reshape(b, *grid, d)
+    for axis, n in ((1, grid[0]), (2, grid[1])):
+        half = (n + 1) // 2
+        first, last = (jax.lax.slice_in_dim(x, i, i + half, axis=axis) for i in (0, n - half))
+        means = [part.mean(axis=axis, keepdims=True) for part in (first, last)]
+        x = jnp.concatenate(means, axis=axis)
+    return x.reshape(b, 4 * d)
 
 
 def raw_pixels(size=32):

@@ -24,11 +24,13 @@ FEATURES = {
     'cls_pre': 'mean of the class tokens before the final norm',
     'patch': 'mean of the patch tokens after the final norm',
     'cls_patch': 'cls and patch side by side',
+    'quadrants': 'means of the patch tokens over each quadrant of the image, side by side',
     'pixels': 'pixels of the (downsized) image',
 }
 # A cosine of several vectors side by side is that of the longest.
 SIDE_BY_SIDE = re.compile(r'cls_patch|cls\d+(_patch)?')
-NOT_LINEAR = ('cls_pre',)  # after BatchNorm hardly different from cls
+# cls_pre: after BatchNorm hardly different from cls; quadrants: four times as wide for little.
+NOT_LINEAR = ('cls_pre', 'quadrants')
 MONITORED = 1024  # images
 
 
