@@ -16,6 +16,7 @@ import os
 import sys
 
 from ssl_jax import hugepages
+from ssl_jax import plan as plan_lib
 
 
 def main(argv=None):
@@ -85,6 +86,9 @@ def main(argv=None):
     p.add_argument('--workdir', required=True, help='a new one')
     p.add_argument('hints', nargs='*', metavar='HINT=VALUE', help='e.g. num_heads=12')
 
+    p = commands.add_parser('plan', help='will it fit, how fast: for a TPU topology, without a TPU')
+    plan_lib.add_arguments(p)
+
     p = commands.add_parser('demo', help='train on rendered scenes for some minutes, then evaluate')
     p.add_argument('--workdir', default='runs/demo')
 
@@ -102,6 +106,7 @@ def main(argv=None):
             'export': export,
             'finetune': finetune,
             'import': import_,
+            'plan': plan,
             'demo': demo,
         }[args.command](args)
     except (ValueError, OSError, RuntimeError) as error:
@@ -197,6 +202,20 @@ def import_(args):
             raise ValueError(f"'{hint}' has no '='; write HINT=VALUE, e.g. num_heads=12.")
         hints[name] = int(value) if value.isdigit() else value
     load.import_weights(args.path, args.workdir, **hints)
+
+
+def plan(args):
+    """`ssl_jax plan`."""
+    if 'jax' not in sys.modules:  # a machine with chips plans too, and leaves them alone
+        os.environ['JAX_PLATFORMS'] = 'cpu'
+    plan_lib.run(
+        (args.config, args.fields),
+        args.topology,
+        args.slices,
+        mesh=args.mesh,
+        out=args.out,
+        search=args.search,
+    )
 
 
 def demo(args):

@@ -9,6 +9,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +46,20 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
             f'mesh {shape} needs {math.prod(sizes)} devices, there are {len(devices)}; '
             f'set one axis to -1 to use them all.'
         )
+    slices = len({getattr(d, 'slice_index', 0) for d in devices})
+    if slices > 1:  # the network between them is slow: only gradients cross it, once per step
+        if sizes[0] % slices:
+            raise ValueError(
+                f'mesh {shape} on {slices} slices: fsdp and tensor stay within a slice, so data is '
+                f'a multiple of {slices}; set mesh.data={slices}.'
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+        return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     # Said explicitly: the default axis type is Explicit, under which a patchify reshape raises.
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 

@@ -100,17 +100,18 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
             grads = jax.tree.map(lambda g: g / accum_steps, grads)
             loss, metrics = jax.tree.map(lambda x: x.mean(axis=0), (loss, metrics))
 
-        grad_norm = optim.grad_norm(grads)
-        now = schedule(state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **now)
-        params = optax.apply_updates(state.params, updates)
-        extra = method.after_update(params, extra, state.step)
+        with jax.named_scope('optimizer'):  # so that plans and profiles can tell it apart
+            grad_norm = optim.grad_norm(grads)
+            now = schedule(state.step)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, **now)
+            params = optax.apply_updates(state.params, updates)
+            extra = method.after_update(params, extra, state.step)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        old = (state.params, state.opt_state, state.extra)
-        params, opt_state, extra = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state, extra), old
-        )
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            old = (state.params, state.opt_state, state.extra)
+            params, opt_state, extra = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state, extra), old
+            )
         in_a_row, total = state.skipped
         skipped = jnp.where(
             finite, jnp.stack([jnp.zeros_like(in_a_row), total]), state.skipped + 1

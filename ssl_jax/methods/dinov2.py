@@ -251,6 +251,7 @@ class DINOv2:
             terms['koleo'] = self.koleo_weight * sum(values)
         return sum(terms.values()), (new_extra, {**terms, **stats})
 
+    @jax.named_scope('teacher')
     def targets(self, extra, global_crops, taken, temps):
         """Teacher targets: dict of class (B, 2, K) and patch (G, M, K); extra with new centres."""
         teacher, size = extra['teacher'], global_crops.shape[0]

@@ -121,7 +121,8 @@ class Features:
 
         loss = (cls + patch) / 2 for fuse 'avg'; for 'sum' each is weighted by its share of tokens.
         """
-        target = self.teacher_vit.apply({'params': teacher}, images)['pre_norm']
+        with jax.named_scope('teacher'):
+            target = self.teacher_vit.apply({'params': teacher}, images)['pre_norm']
         target = jax.lax.stop_gradient(target)
         c, r = self.teacher_vit.num_cls_tokens, self.teacher_vit.num_register_tokens
         patches = target[:, c + r :]

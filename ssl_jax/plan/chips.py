@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TPU chips in numbers, and their topologies as devices that libtpu compiles for without a TPU."""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+      hbm_gib: what a program may use; the compiler keeps the rest of the nominal size.
+      peak: dense bfloat16 FLOP/s.
+      clock: Hz at which the matrix units reach that peak, so that cycles are seconds x clock.
+      ici: bytes/s that a chip can send to its neighbours, all links together.
+      dims: of its torus.  largest: chips of the largest slice.
+    """
+
+    name: str
+    hbm_gib: float
+    peak: float
+    clock: float
+    ici: float
+    dims: int
+    largest: int
+
+    @property
+    def flops_per_cycle(self):
+        return self.peak / self.clock
+
+
+# Peak, nominal HBM (32, 16, 95, 32 GB) and interconnect (2400, 1600, 4800, 3584 Gbit/s one way) are
+# those of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.  hbm_gib is what libtpu says it has when a
+# program does not fit.  The clock is peak / (2 x units x width^2): 8 units of 128 x 128 in v4 and
+# v5p, 4 in v5e, 4 of 256 x 256 in v6e.
+CHIPS = {
+    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 300e9, 3, 4096),
+    'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 200e9, 2, 256),
+    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 600e9, 3, 6144),
+    'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 448e9, 2, 256),
+}
+FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+CUBES = (
+    '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16',
+    '16x16x16', '16x16x24',
+)  # fmt: skip
+
+
+def names():
+    """Topologies as one rents them."""
+    return [f'{c.name}:{s}' for c in CHIPS.values() for s in (FLAT if c.dims == 2 else CUBES)]
+
+
+def parse(name):
+    """'v5e:4x4' -> (Chip, (4, 4)); ValueError in one sentence with the nearest valid name."""
+    found = re.fullmatch(r'(v\w+):(\d+(?:x\d+)+)', name)
+    chip = CHIPS.get(found.group(1)) if found else None
+    if chip is None or name not in names():
+        raise ValueError(f"There is no topology '{name}'; did you mean '{nearest(name)}'?")
+    return chip, tuple(map(int, found.group(2).split('x')))
+
+
+def nearest(name):
+    """The valid name that is most like `name`: the same chip, about as many of them."""
+    kind, _, shape = name.partition(':')
+    sides = [int(s) for s in re.findall(r'\d+', shape)]
+    kinds = [c.name for c in CHIPS.values() if c.dims == len(sides)] or list(CHIPS)
+    near = kind if kind in CHIPS else difflib.get_close_matches(kind, kinds, n=1, cutoff=0.0)[0]
+    own = [n for n in names() if n.startswith(f'{near}:')]
+    if not sides:
+        return own[3]
+    count = math.prod(sides)
+    return min(own, key=lambda n: abs(math.prod(map(int, n.partition(':')[2].split('x'))) - count))
+
+
+def devices(name, slices=1):
+    """Devices of `slices` slices of a topology: they compile and cannot run.
+
+    Raises:
+      ValueError: libtpu is missing, or there is no such topology.
+    """
+    _, shape = parse(name)
+    if importlib.util.find_spec('libtpu') is None:
+        raise ValueError(
+            "planning compiles with libtpu, which is missing: pip install 'ssl_jax[tpu]'."
+        )
+    quiet = {
+        'TPU_SKIP_MDS_QUERY': '1',  # it would wait for the metadata server of a TPU VM
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # a training run may hold the chips
+        'TPU_MIN_LOG_LEVEL': '3',
+        'TPU_STDERR_LOG_LEVEL': '3',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+    }
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    options = {'num_slices': slices} if slices > 1 else {}
+    if math.prod(shape) == 1:
+        options['chips_per_host_bounds'] = [1, 1, 1]
+    try:
+        return topologies.get_topology_desc(
+            platform='tpu', topology_name=name, **options
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f'libtpu has no topology {name} x {slices}: {error}') from error

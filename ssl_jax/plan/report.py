@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as text and as a picture."""
+
+import textwrap
+
+GIB = 2**30
+LIMITS = (
+    'Memory is what the compiler allocates. Time is its static estimate, the cycles of all '
+    'operations one after another: transfers between chips and between HBM and on-chip memory are '
+    'taken to be hidden behind them, the input pipeline to keep up. Nothing was run.'
+)
+
+
+def text(plan):
+    """The report of one plan (a dict of `compile.plan`), a few dozen lines."""
+    lines = [
+        f'{plan["name"]} on {_where(plan)}',
+        f'  {plan["parameters"] / 1e6:,.1f} M parameters, {plan["dtype"]}, remat {plan["remat"]}, '
+        f'batch {plan["batch_size"]:,} = {plan["batch_size"] / plan["chips"]:g} per chip'
+        + (f' in {plan["accum_steps"]} micro-batches' if plan['accum_steps'] > 1 else ''),
+        f'  traced in {plan["seconds_to_trace"]:.0f} s, compiled in '
+        f'{plan["seconds_to_compile"]:.0f} s',
+        '',
+        *_memory(plan),
+    ]
+    if 'cycles' in plan:
+        lines += ['', *_time(plan), '', *_communication(plan), '', *_parts(plan)]
+    if 'advice' in plan:
+        lines += ['', *plan['advice']]
+    if 'scale' in plan:
+        s = plan['scale']
+        words = (
+            f'scale: a bfloat16 product of two {s["side"]} x {s["side"]} matrices, compiled in the '
+            f'same call, is estimated at {s["cycles"]:,} cycles, ideal are '
+            f'{s["ideal_cycles"]:,.0f} (MFU {s["mfu"]:.2f}).'
+        )
+        lines += ['', *textwrap.wrap(words, 98)]
+    lines += ['', *textwrap.wrap(LIMITS, 98)]
+    return '\n'.join(lines) + '\n'
+
+
+def _where(plan):
+    mesh = ', '.join(f'{k} {v}' for k, v in plan['mesh'].items() if v > 1) or 'one device'
+    slices = f' x {plan["slices"]} slices' if plan['slices'] > 1 else ''
+    cores = ', each two devices' if plan['devices_per_chip'] > 1 else ''
+    return f'{plan["topology"]}{slices}: {plan["chips"]} chips{cores}, mesh {mesh}'
+
+
+def _memory(plan):
+    hbm, rest = plan['hbm'], None
+    per = 'device' if plan['devices_per_chip'] > 1 else 'chip'
+    rows = [(k, v) for k, v in hbm.items() if k not in ('capacity', 'total')]
+    lines = [f'HBM per {per}, GiB']
+    lines += [f'  {name:<28}{size / GIB:9.2f}' for name, size in rows]
+    total = hbm.get('total', plan.get('needed_gib', 0) * GIB)
+    rest = hbm['capacity'] - total
+    lines.append(f'  {"total, of the usable":<28}{total / GIB:9.2f} of {hbm["capacity"] / GIB:.2f}')
+    if plan['fits']:
+        lines.append(f'  fits, {rest / GIB:.2f} GiB are free')
+    else:
+        lines.append(f'  DOES NOT FIT, by {plan["over_gib"]:.2f} GiB')
+    return lines
+
+
+def _time(plan):
+    lines = [
+        'estimated step',
+        f'  {plan["cycles"] / 1e6:,.1f} M cycles, {plan["step_seconds"] * 1e3:,.1f} ms: '
+        f'{plan["images_per_second"]:,.0f} images/s, '
+        f'{plan["images_per_second_per_chip"]:,.1f} per chip',
+        f'  {plan["flops"] / 1e12:,.1f} useful TFLOP: MFU {plan["mfu"]:.3f}',
+    ]
+    if plan['loops_counted_once']:
+        lines.append(f'  loops of unknown length, counted once: {plan["loops_counted_once"]}')
+    if plan['kernels_without_estimate']:
+        lines.append(f'  kernels without an estimate: {plan["kernels_without_estimate"]}')
+    return lines
+
+
+def _communication(plan):
+    if not plan['collectives']:
+        return ['no communication between chips']
+    lines = ['communication per step              count   MiB sent per device   mesh axes']
+    for c in plan['collectives']:
+        far = ', between slices' if c['between_slices'] else ''
+        lines.append(
+            f'  {c["kind"]:<20}{c["dtype"]:<10}{c["count"]:9,}{c["bytes"] / 2**20:22,.2f}   '
+            f'{" x ".join(c["axes"]) or "none"}{far}'
+        )
+    lines.append(
+        f'  within slices {plan["link_seconds"] * 1e3:,.1f} ms at the full rate of all links of a '
+        f'chip; the step above takes it to be hidden'
+    )
+    return lines
+
+
+def _parts(plan):
+    lines = ['where the cycles go']
+    for row in plan['parts']:
+        if row['share'] >= 0.002:
+            lines.append(f'  {row["share"]:6.1%}  {row["part"]:<22}{row["direction"]}')
+    lines += ['', 'costliest operations']
+    for row in plan['costliest']:
+        if row['share'] >= 0.002:
+            lines.append(
+                f'  {row["share"]:6.1%}  {row["part"]:<22}{row["direction"]:<12}'
+                f'{row["opcode"]:<10}{row["scope"]}'
+            )
+    return lines
+
+
+def picture(plan, path):
+    """Draws where the cycles go: parts of the step, and the costliest operations."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(14, 5))
+    left, right = fig.subplots(1, 2, width_ratios=(1, 1.2))
+    names = list(dict.fromkeys(row['part'] for row in plan['parts']))
+    colours = dict(zip(names, matplotlib.colormaps['tab10'].colors * 2))
+    shade = {'forward': 0.55, 'recomputed': 0.75, 'backward': 1.0, '': 1.0}
+    reached = dict.fromkeys(names, 0.0)
+    for row in plan['parts']:
+        start = reached[row['part']]
+        reached[row['part']] += row['share']
+        left.barh(
+            row['part'], row['share'], left=start, color=colours[row['part']],
+            alpha=shade[row['direction']], edgecolor='white',
+        )  # fmt: skip
+        if row['share'] > 0.04:
+            left.text(
+                start + row['share'] / 2, row['part'], row['direction'] or 'all',
+                ha='center', va='center', fontsize=8,
+            )  # fmt: skip
+    left.invert_yaxis()
+    left.set_xlabel('share of the estimated cycles')
+    rows = plan['costliest'][:18]
+    labels = [f'{r["part"]} {r["direction"]} {r["scope"]} ({r["opcode"]})' for r in rows]
+    bars = [colours[r['part']] for r in rows]
+    right.barh(range(len(rows)), [r['share'] for r in rows], color=bars)
+    right.set_yticks(range(len(rows)), labels, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel('share of the estimated cycles')
+    fig.suptitle(
+        f'{plan["name"]} on {_where(plan)}\n{plan["step_seconds"] * 1e3:,.1f} ms estimated, '
+        f'MFU {plan["mfu"]:.2f}', fontsize=11,
+    )  # fmt: skip
+    fig.tight_layout()
+    fig.savefig(path, dpi=90)
