@@ -30,7 +30,7 @@ def main(argv=None):
 
     p = commands.add_parser('pretrain', help='train an encoder on your images')
     p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
-    p.add_argument('--method', default='mae', help='mae, pixio or dinov2')
+    p.add_argument('--method', default='mae', help='mae, pixio, dinov2, splitmask or beit')
     p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
     p.add_argument('--workdir', required=True, help='where the run lives; start again to continue')
     p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')

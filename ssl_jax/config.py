@@ -38,6 +38,7 @@ OPTIONAL = {
     'method.teacher': str, 'method.teacher_size': str, 'method.teacher_embed_dim': int,
     'method.teacher_depth': int, 'method.teacher_num_heads': int,
     'method.local_size': int, 'method.dino_out_dim': int, 'method.ibot_out_dim': int,
+    'method.vocab': int, 'method.token_patch_size': int,
     'method.layer_scale': float, 'method.warmup_teacher_temp_steps': int,
     'method.warmup_teacher_temp_epochs': float, 'method.warmup_teacher_temp_examples': int,
     'dtype': str, 'init_from': str, 'resume_from': str,

@@ -308,7 +308,7 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
     epochs, for few images up to 1600.
 
     Args:
-      config: a config with `infer=True` (recipes `images_mae`, `images_pixio`, `images_dinov2`).
+      config: a config with `infer=True`, one of the recipes `images_*`.
       num_images: size of the training set.
       image_hw: (height, width) in pixels of a typical image.
       platform: 'cpu', 'gpu' or 'tpu'.
@@ -340,6 +340,9 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
             _infer_images(choose, m, min(image_hw), cpu)
             _infer_encoder(choose, m, num_images, cpu)
             _infer_decoder(choose, m)
+        elif 'vocab' in m:
+            _infer_words(choose, m, min(image_hw), num_images, cpu)
+            _infer_encoder(choose, m, num_images, cpu)
         else:
             _infer_crops(choose, m, min(image_hw), num_images, cpu)
             _infer_encoder(choose, m, num_images, cpu)
@@ -348,8 +351,9 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
         limit = 32 if cpu else 128 * device_count
         batch = 2 ** math.floor(math.log2(max(min(limit, 4096, num_images / 4), 1)))
         ways = device_count * config.accum_steps
-        # KoLeo compares the images of a batch.
-        batch = max(batch // ways, 2 if m.get('koleo_weight') else 1) * ways
+        # KoLeo and InfoNCE compare the images of a batch.
+        compares = m.get('koleo_weight') or m.get('w_nce')
+        batch = max(batch // ways, 2 if compares else 1) * ways
         choose('batch_size', batch, f'{num_images:,} images, {device_count} device(s)')
         if config.optim.lr is None:
             # Square root instead of MAE's linear rule, which would starve small batches.
@@ -408,6 +412,17 @@ def _infer_crops(choose, m, short_side, num_images, cpu):
     count = 1024 if num_images < 20_000 else 8192 if num_images < 2_000_000 else 65_536
     for head in ('dino', 'ibot'):
         choose(f'method.{head}_out_dim', count, f'prototypes for {num_images:,} images')
+
+
+def _infer_words(choose, m, short_side, num_images, cpu):
+    """Crop, patches and visual words of SplitMask and BEiT."""
+    size = m.img_size or min(short_side, 64 if cpu else 224)
+    patch = _patch_size(choose, size)
+    size = max(size // patch, 2) * patch
+    choose('method.img_size', size, f'short side of the images {short_side}')
+    choose('method.token_patch_size', math.gcd(patch, 8), f'pixels, of patches of {patch}')
+    count = 512 if num_images < 1000 else 2048 if num_images < 100_000 else 8192
+    choose('method.vocab', count, f'visual words for {num_images:,} images')
 
 
 def _infer_encoder(choose, m, num_images, cpu):

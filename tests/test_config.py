@@ -361,9 +361,10 @@ PLACES = {
     'ImageNet on a pod': (1_281_167, (375, 500), 'tpu', 256, 200),
     'tiny images on a pod': (10**8, (20, 31), 'tpu', 256, 200),
 }
+INFERRED = [name for name in config.recipes() if name.startswith('images_')]
 
 
-@pytest.mark.parametrize('recipe', ['images_mae', 'images_pixio', 'images_dinov2'])
+@pytest.mark.parametrize('recipe', INFERRED)
 @pytest.mark.parametrize('place', PLACES)
 def test_inferred_config_is_complete_and_valid_everywhere(recipe, place):
     num_images, hw, platform, devices, cores = PLACES[place]
@@ -377,7 +378,7 @@ def test_inferred_config_is_complete_and_valid_everywhere(recipe, place):
     assert len(decisions) > 8
 
 
-@pytest.mark.parametrize('recipe', ['images_mae', 'images_pixio', 'images_dinov2'])
+@pytest.mark.parametrize('recipe', INFERRED)
 def test_inferred_run_on_a_cpu_lasts_minutes(recipe):
     c, _ = config.infer(config.load(recipe), *PLACES['street scenes on two cores'])
     steps = config.steps('total', c, 367, c.batch_size)

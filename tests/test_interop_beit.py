@@ -12,9 +12,8 @@ import pytest
 
 import tiny
 import tiny_weights
-from golden import load
 from ssl_jax import config as config_lib
-from ssl_jax import config_splitmask, features, runs
+from ssl_jax import config_splitmask, features, methods, runs
 from ssl_jax.interop import beit, describe, export, layouts, torch_io
 from ssl_jax.interop import load as load_lib
 from ssl_jax.models import vit as vit_lib
@@ -160,3 +159,229 @@ def test_the_description_names_the_positions(kind):
     }
     assert want[kind] in text and 'beit, official names' in text
     assert describe.from_dict(json.loads(json.dumps(describe.to_dict(w)))) == w
+
+
+# transformers
+
+
+def their_model(folder, w):
+    """Their model, with every key of the file used and none of the model left out."""
+    transformers = pytest.importorskip('transformers')
+    name = layouts.hf_class(w.family, w.vit, w.what)
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+        assert not info[problem], f'{name}: {problem} {info[problem]}'
+    return model.eval()
+
+
+def write(folder, kind, what):
+    """(Weights, params, folder): what an export writes for transformers."""
+    w, params, tensors, _ = exported(kind, 'hf', what)
+    folder.mkdir()
+    torch_io.write(folder / 'model.safetensors', tensors, {'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(layouts.config_json(w)))
+    return w, params, folder
+
+
+def as_torch(images):
+    torch = pytest.importorskip('torch')
+    return torch.from_numpy(np.moveaxis(images, -1, 1).copy())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('masked', [False, True])
+def test_transformers_gives_the_same_tokens(kind, masked, tmp_path):
+    torch = pytest.importorskip('torch')
+    w, params, folder = write(tmp_path / 'hf', kind, 'backbone')
+    model, kw = their_model(folder, w), {}
+    images = tiny_weights.images((w.vit.img_size,) * 2)
+    mask = np.random.default_rng(1).random((len(images), 16)) < 0.4
+    if masked and not w.vit.mask_token:
+        pytest.skip('a fine-tuned model has no mask token')
+    if masked:
+        kw = {'bool_masked_pos': torch.from_numpy(mask)}
+    with torch.no_grad():
+        theirs = model(as_torch(images), **kw).last_hidden_state.numpy()
+    ours = tokens(w.vit, params, images, mask=jnp.asarray(mask) if masked else None)
+    tiny_weights.assert_same_tokens(ours, theirs)
+
+
+def test_transformers_predicts_the_same_words(tmp_path):
+    torch = pytest.importorskip('torch')
+    w, params, folder = write(tmp_path / 'hf', 'beit', 'full')
+    model = their_model(folder, w)
+    images = tiny_weights.images((32, 32))
+    mask = np.random.default_rng(1).random((len(images), 16)) < 0.4
+    with torch.no_grad():
+        theirs = model(as_torch(images), bool_masked_pos=torch.from_numpy(mask)).logits.numpy()
+    ours = tokens(w.vit, params, images, mask=jnp.asarray(mask))[:, 1:]
+    ours = ours @ params['head']['kernel'] + params['head']['bias']
+    tiny_weights.assert_same_tokens(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    'kind,what', [(kind, 'backbone') for kind in KINDS] + [('beit', 'full')], ids=str
+)
+def test_what_transformers_saves_and_holds_comes_back_bit_identical(kind, what, tmp_path):
+    w, params, folder = write(tmp_path / 'hf', kind, what)
+    model = their_model(folder, w)
+    model.save_pretrained(tmp_path / 'again')
+    file = torch_io.read(tmp_path / 'again')
+    state_dict = {k: v.numpy() for k, v in model.state_dict().items()}
+    for tensors, hints in ((file.tensors, file.hints), (state_dict, layouts.config_json(w))):
+        found = layouts.recognise(tensors, hints)
+        assert (found.family, found.layout, found.what) == ('beit', 'hf', what)
+        assert found.vit == w.vit and found.vocab == w.vocab
+        same(layouts.to_ours(found, tensors), params)
+        assert set(layouts.to_layout(found, params)[0]) == set(tensors)
+
+
+def test_a_fine_tuned_classifier_of_transformers_is_read_and_its_head_named(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    w, params, _, _ = exported('layer', 'hf')
+    config = transformers.BeitConfig(
+        **{**layouts.config_json(w), 'use_mean_pooling': True}, num_labels=3
+    )
+    model = transformers.BeitForImageClassification(config)
+    model.save_pretrained(tmp_path / 'classifier')
+    file = torch_io.read(tmp_path / 'classifier')
+    found = layouts.recognise(file.tensors, file.hints)
+    assert found.vit == w.vit and found.fc_norm
+    assert found.left_out == ('classifier.bias', 'classifier.weight')
+    first, second = layouts.notes(found)
+    assert 'no final norm but pooler.layernorm, of the mean of patches' in first
+    assert second == 'Left out, as no part of these weights: classifier.bias, classifier.weight.'
+    norm = layouts.to_ours(found, file.tensors)['encoder']['norm']
+    assert norm['scale'].tolist() == [1.0] * 36
+
+
+# Whole commands
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """method -> the workdir of a tiny run of it."""
+    made = {}
+
+    def get(name, **fields):
+        key = name, *fields.items()
+        if key not in made:
+            m = getattr(config_splitmask, name)()
+            m.update(
+                size=None,
+                embed_dim=32,
+                depth=2,
+                num_heads=4,
+                patch_size=8,
+                img_size=32,
+                token_patch_size=8,
+                vocab=64,
+                **fields,
+            )
+            made[key] = tmp_path_factory.mktemp(name) / 'run'
+            tiny.save(tiny.config(method=m, name=f'tiny {name}'), made[key], step=2)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize('to,what', [c[1:] for c in CASES if c[0] == 'beit'])
+def test_a_run_leaves_and_comes_back_and_gives_the_same_features(run, tmp_path, to, what):
+    workdir = run('beit')
+    out = export.export(workdir, to, tmp_path / 'out', what=what)
+    load_lib.import_weights(out, tmp_path / 'w', log=None)
+    want = runs.open_run(workdir)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    a = features.load_model(workdir)(images)
+    for path in (out, tmp_path / 'w'):
+        got = load_lib.load_backbone(path)
+        same(got.params, want.params['encoder'])
+        assert got.vit == want.method.vit
+        assert got.transform == want.transform
+    b = features.load_model(out)(images)
+    for name in ('cls', 'patch', 'patch_tokens'):
+        np.testing.assert_array_equal(a[name], b[name])
+    again = runs.open_run(tmp_path / 'w')
+    assert again.method is None
+    if what == 'full':
+        same(again.params['head'], want.params['head'])
+        second = export.export(tmp_path / 'w', to, tmp_path / 'again', what='full')
+        one, two = (torch_io.read(folder).tensors for folder in (out, second))
+        same(dict(one), dict(two))
+
+
+def test_the_card_says_that_the_words_stay_behind_and_its_lines_work(run, tmp_path):
+    for what, name in (('backbone', 'BeitModel'), ('full', 'BeitForMaskedImageModeling')):
+        out = export.export(run('beit'), 'hf', tmp_path / what, what=what)
+        text = (out / 'README.md').read_text()
+        assert 'The 64 visual words that were predicted in training (random_patches)' in text
+        assert 'positions: relative, a table of biases for all blocks' in text
+        assert ('layer to visual words' in text) == (what == 'full')
+        pytest.importorskip('transformers')
+        found = {}
+        exec(text.split('```python')[1].split('```')[0].replace('DIR', str(out)), found)
+        assert type(found['model']).__name__ == name
+
+
+def test_published_files_of_beit_are_normalised_as_published(run, tmp_path):
+    out = export.export(run('beit'), 'official', tmp_path / 'out')
+    half = [0.5, 0.5, 0.5]
+    assert load_lib.load_backbone(out).transform['mean'] != half
+    bare = tmp_path / 'beit_base_patch16_224_pt22k.safetensors'
+    torch_io.write(bare, torch_io.read(out).tensors)
+    view = load_lib.load_backbone(bare).transform
+    assert view['mean'] == half and view['std'] == half
+
+
+@pytest.mark.parametrize('key', ['model', 'module'])
+def test_a_checkpoint_of_the_official_code_is_read(tmp_path, key):
+    torch = pytest.importorskip('torch')
+    w, params, state_dict, _ = exported('beit', 'official', 'full')
+    tensors = {k: torch.from_numpy(np.array(x)) for k, x in state_dict.items()}
+    torch.save({key: tensors, 'epoch': 3}, tmp_path / 'checkpoint.pth')
+    file = torch_io.read(tmp_path / 'checkpoint.pth')
+    same(layouts.to_ours(layouts.recognise(file.tensors), file.tensors), params)
+
+
+SPLITMASK = {
+    '': ({}, 'vit'),
+    'sincos': (dict(pos_embed='sincos'), 'mae'),
+    'scaled': (dict(layer_scale=0.1), 'dinov2'),
+}
+
+
+@pytest.mark.parametrize('to', export.LAYOUTS)
+def test_a_splitmask_encoder_leaves_as_the_plain_vit_it_is(run, tmp_path, to):
+    workdir = run('splitmask')
+    out = export.export(workdir, to, tmp_path / 'out')
+    got = load_lib.load_backbone(out)
+    assert got.weights.family == 'vit' and got.vit.pos_embed == 'learned'
+    same(got.params, runs.open_run(workdir).params['encoder'])
+    text = (out / 'README.md').read_text()
+    assert 'Method: splitmask' in text and 'their codebook is in the checkpoint' in text
+    with pytest.raises(ValueError, match='in names that others know, and this checkpoint has none'):
+        export.export(workdir, to, tmp_path / 'full', what='full')
+
+
+@pytest.mark.parametrize('kind', SPLITMASK)
+def test_every_form_of_splitmask_has_a_layout_or_a_reason(kind):
+    c = config_lib.default()
+    c.method = config_splitmask.splitmask()
+    c.method.update(size='Ti', **SPLITMASK[kind][0])
+    config_lib.config_rules.fill_size(c.method)
+    vit = methods.from_config(c).vit
+    family = layouts.family_of(vit)
+    can = layouts.available(vit, None, family)
+    assert family == SPLITMASK[kind][1]
+    assert not can['hf', 'backbone'] and not can['timm', 'backbone']
+    assert bool(can['official', 'backbone']) == (kind == 'scaled')
+    none = layouts.available(vit.clone(num_cls_tokens=0), None, family)
+    assert 'class token' in none['hf', 'backbone'] and 'class token' in none['timm', 'backbone']
+
+
+def test_beit_on_pixels_has_no_words_to_export(run, tmp_path):
+    workdir = run('beit', tokenizer='pixel')
+    export.export(workdir, 'hf', tmp_path / 'out')
+    assert 'visual words' not in (tmp_path / 'out' / 'README.md').read_text()
+    with pytest.raises(ValueError, match='use what=backbone'):
+        export.export(workdir, 'hf', tmp_path / 'full', what='full')

@@ -42,7 +42,7 @@ DTYPES = {
     'BOOL': np.dtype('?'),
 }
 # Where the weights are in a training checkpoint; the first that is there is taken.
-WRAPPERS = ('teacher', 'model', 'state_dict', 'student')
+WRAPPERS = ('teacher', 'model', 'state_dict', 'student', 'module')
 PREFIXES = ('module.', '_orig_mod.', 'backbone.')
 OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 

@@ -35,6 +35,8 @@ class Words:
       tokenizer: None where pixels are the target, normalised per patch as in MAE.
     """
 
+    monitored = 'patch'  # features that must not collapse; the class token has no task of its own
+
     vit: vit_lib.ViT
     head: layers.Dense
     tokenizer: tokenizers.Tokenizer | None
