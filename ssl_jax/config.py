@@ -41,8 +41,9 @@ OPTIONAL = {
     'method.vocab': int, 'method.token_patch_size': int,
     'method.layer_scale': float, 'method.warmup_teacher_temp_steps': int,
     'method.warmup_teacher_temp_epochs': float, 'method.warmup_teacher_temp_examples': int,
-    'dtype': str, 'init_from': str, 'resume_from': str,
     'method.num_classes': int, 'method.ema_decay': float, 'method.rel_pos': str,
+    'method.crop_pct': float,
+    'dtype': str, 'init_from': str, 'resume_from': str,
 }  # fmt: skip
 
 
@@ -207,9 +208,9 @@ def load(spec, overrides=()):
     for override in overrides:
         set_value(config, override)
     config_rules.fill_size(config.method)
-    if not config.infer:
     if config.init_from and 'classes' in config.method:
         config_finetune.follow(config, overrides)
+    if not config.infer:
         validate(config)
     return lock(config)
 
