@@ -11,11 +11,7 @@ Expected: not measured with these settings yet.
 Cost: about 20 minutes on one free CPU core.
 """
 
-import os
-
-import ml_collections
-
-from ssl_jax import config
+from ssl_jax import config, config_data
 
 
 def get_config(arg=''):
@@ -41,15 +37,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    cifar = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'cifar10')
-    train = dict(source='parquet', path=f'{cifar}/train.parquet')
-    test = dict(source='parquet', path=f'{cifar}/test.parquet')
-    c.data.train = ml_collections.ConfigDict(train)
-    c.data.eval_train = ml_collections.ConfigDict(train)
-    c.data.eval_test = ml_collections.ConfigDict(test)
+    config_data.cifar10(c)
     c.eval.every_epochs = 2.0
-    c.eval.knn_k = (10, 20)
-    c.eval.max_train = 10000  # enough to see a trend; `ssl_jax eval` takes all
-    c.eval.max_test = 2000
 
     return c

@@ -13,11 +13,7 @@ Expected: not measured yet.
 Cost: 7.5e14 useful FLOPs, five times `cifar10_mae`: 2 h at the 100 images/s of two busy CPU cores.
 """
 
-import os
-
-import ml_collections
-
-from ssl_jax import config, config_splitmask
+from ssl_jax import config, config_data, config_splitmask
 
 
 def get_config(arg=''):
@@ -41,15 +37,7 @@ def get_config(arg=''):
     config_splitmask.optim(c.optim)
     c.optim.lr = 7e-4
 
-    cifar = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'cifar10')
-    train = dict(source='parquet', path=f'{cifar}/train.parquet')
-    test = dict(source='parquet', path=f'{cifar}/test.parquet')
-    c.data.train = ml_collections.ConfigDict(train)
-    c.data.eval_train = ml_collections.ConfigDict(train)
-    c.data.eval_test = ml_collections.ConfigDict(test)
+    config_data.cifar10(c)
     c.eval.every_epochs = 4.0
-    c.eval.knn_k = (10, 20)
-    c.eval.max_train = 10000  # enough to see a trend; `ssl_jax eval` takes all
-    c.eval.max_test = 2000
 
     return c

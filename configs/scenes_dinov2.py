@@ -10,9 +10,7 @@ Expected: not measured; the class-token loss starts at ln 1024 + 50/64 = 7.7, as
 Cost: not measured.
 """
 
-import ml_collections
-
-from ssl_jax import config, config_dinov2
+from ssl_jax import config, config_data, config_dinov2
 
 
 def get_config(arg=''):
@@ -37,15 +35,7 @@ def get_config(arg=''):
     c.optim.lr = 5e-4
     c.optim.warm_freeze_steps = 50
 
-    train = dict(source='scenes', n=4096, size=96, split='train')
-    test = dict(source='scenes', n=1000, size=96, split='test')
-    c.data.train = ml_collections.ConfigDict(train)
-    c.data.eval_train = ml_collections.ConfigDict(train)
-    c.data.eval_test = ml_collections.ConfigDict(test)
-    c.data.num_threads = 2
+    config_data.scenes(c, size=96)
     c.eval.every_steps = 250
-    c.eval.knn_k = (20,)
-    c.eval.max_train = 2000
-    c.eval.max_test = 500
 
     return c

@@ -10,9 +10,7 @@ Expected: loss falling from 1.1; pictures in the workdir show it.
 Cost: some minutes on 2 CPU cores.
 """
 
-import ml_collections
-
-from ssl_jax import config
+from ssl_jax import config, config_data
 
 
 def get_config(arg=''):
@@ -42,15 +40,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    train = dict(source='scenes', n=4096, size=64, split='train')
-    test = dict(source='scenes', n=1000, size=64, split='test')
-    c.data.train = ml_collections.ConfigDict(train)
-    c.data.eval_train = ml_collections.ConfigDict(train)
-    c.data.eval_test = ml_collections.ConfigDict(test)
-    c.data.num_threads = 2
+    config_data.scenes(c)
     c.eval.every_steps = 400
-    c.eval.knn_k = (20,)
-    c.eval.max_train = 2000
-    c.eval.max_test = 500
 
     return c

@@ -12,9 +12,7 @@ to 1.1 nats, and `nce_acc`, how often the other half of an image is the most sim
 Cost: 8 minutes on one busy CPU core, 1.8e13 useful FLOPs.
 """
 
-import ml_collections
-
-from ssl_jax import config, config_splitmask
+from ssl_jax import config, config_data, config_splitmask
 
 
 def get_config(arg=''):
@@ -38,15 +36,7 @@ def get_config(arg=''):
     config_splitmask.optim(c.optim)
     c.optim.lr = 1e-3
 
-    train = dict(source='scenes', n=4096, size=64, split='train')
-    test = dict(source='scenes', n=1000, size=64, split='test')
-    c.data.train = ml_collections.ConfigDict(train)
-    c.data.eval_train = ml_collections.ConfigDict(train)
-    c.data.eval_test = ml_collections.ConfigDict(test)
-    c.data.num_threads = 2
+    config_data.scenes(c)
     c.eval.every_steps = 200
-    c.eval.knn_k = (20,)
-    c.eval.max_train = 2000
-    c.eval.max_test = 500
 
     return c
