@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BEiT on CIFAR-10, 32 px: the encoder, words and length of `cifar10_splitmask`.
+
+Command:
+  SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_beit --workdir runs/cifar10_beit
+
+Expected: not measured yet.
+Cost: not measured.
+"""
+
+from ssl_jax import config, config_data, config_splitmask
+
+
+def get_config(arg=''):
+    del arg
+    c = config.default()
+    c.name = 'cifar10_beit'
+
+    c.total_epochs = 16.0
+    c.warmup_epochs = 0.5
+    c.batch_size = 64
+
+    c.method = m = config_splitmask.beit()
+    m.size = None
+    m.embed_dim, m.depth, m.num_heads = 128, 6, 4
+    m.patch_size = m.token_patch_size = 4
+    m.img_size = 32
+    m.vocab = 2048
+    m.drop_path = 0.0  # small models underfit
+    m.crop_scale = (0.4, 1.0)
+    m.jitter_prob = 0.0  # a jittered patch is another word
+
+    config_splitmask.optim(c.optim)
+    c.optim.lr = 7e-4
+
+    config_data.cifar10(c)
+    c.eval.every_epochs = 4.0
+
+    return c
