@@ -385,3 +385,54 @@ def test_beit_on_pixels_has_no_words_to_export(run, tmp_path):
     assert 'visual words' not in (tmp_path / 'out' / 'README.md').read_text()
     with pytest.raises(ValueError, match='use what=backbone'):
         export.export(workdir, 'hf', tmp_path / 'full', what='full')
+
+
+# timm
+
+
+def timm_keys(v):
+    """Keys of timm's Beit with num_classes=0 and a norm before pooling.
+
+    Source: timm 1.0.31 `timm/models/beit.py`, read off a state_dict().
+    """
+    keys = {'cls_token', 'patch_embed.proj.weight', 'patch_embed.proj.bias'}
+    keys |= {'norm.weight', 'norm.bias'}
+    if v.pos_embed == 'learned':
+        keys.add('pos_embed')
+    if v.rel_pos == 'shared':
+        keys.add('rel_pos_bias.relative_position_bias_table')
+    block = {f'{m}.{x}' for m in ('norm1', 'norm2', 'attn.proj') for x in ('weight', 'bias')}
+    block |= {f'mlp.{m}.{x}' for m in ('fc1', 'fc2') for x in ('weight', 'bias')}
+    block |= {'attn.qkv.weight', 'attn.q_bias', 'attn.v_bias'}
+    if v.rel_pos == 'layer':
+        block.add('attn.relative_position_bias_table')
+    if v.layer_scale is not None:
+        block |= {'gamma_1', 'gamma_2'}
+    return keys | {f'blocks.{i}.{k}' for i in range(v.depth) for k in block}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_keys_are_those_of_timm(kind):
+    w, _, tensors, extra = exported(kind, 'timm')
+    assert set(tensors) == timm_keys(w.vit)
+    assert set(extra) == ({'encoder/mask_token'} if w.vit.mask_token else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_timm_gives_the_same_tokens_and_their_mean(kind, tmp_path):
+    # timm that is there but not able to start, say without torchvision, is as good as none.
+    timm = pytest.importorskip('timm', exc_type=ImportError)
+    torch = pytest.importorskip('torch')
+    w, params, tensors, _ = exported(kind, 'timm')
+    torch_io.write(tmp_path / 'model.safetensors', tensors, {'format': 'pt'})
+    (tmp_path / 'config.json').write_text(json.dumps(layouts.config_json(w)))
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert set(model.state_dict()) == set(tensors)
+    images = tiny_weights.images((w.vit.img_size,) * 2)
+    ours = tokens(w.vit, params, images)
+    with torch.no_grad():
+        theirs = model.forward_features(as_torch(images)).numpy()
+        mean = model(as_torch(images)).numpy()
+    tiny_weights.assert_same_tokens(ours, theirs)
+    tiny_weights.assert_same_tokens(ours[:, 1:].mean(axis=1), mean)

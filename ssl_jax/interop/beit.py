@@ -111,6 +111,8 @@ def timm_args(vit):
         use_rel_pos_bias=vit.rel_pos == 'layer',
         use_shared_rel_pos_bias=vit.rel_pos == 'shared',
         init_values=None,  # without layer scale
+        global_pool='avg',
+        use_fc_norm=False,  # the final norm is before pooling, on every token
     )
 
 

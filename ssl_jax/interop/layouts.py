@@ -464,7 +464,7 @@ def _timm_config(w):
         architecture=architecture,
         num_classes=0,
         num_features=v.embed_dim,
-        global_pool='token',
+        global_pool=args.get('global_pool', 'token'),
         model_args=args,
         pretrained_cfg=dict(
             tag='ssl_jax',
