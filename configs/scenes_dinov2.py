@@ -29,7 +29,6 @@ def get_config(arg=''):
     m.patch_size = 8
     m.img_size = 64
     m.local_size = 32
-    m.warmup_teacher_temp_steps = 300
 
     config_dinov2.optim(c.optim)
     c.optim.lr = 5e-4

@@ -374,8 +374,6 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
         total = _total_steps(config, num_images)
         if duration('warmup', config)[0] is None:
             choose('warmup_steps', total // 20, 'a twentieth of the run')
-        if 'teacher_temp' in m and duration('warmup_teacher_temp', m)[0] is None:
-            choose('method.warmup_teacher_temp_steps', total // 5, 'a fifth of the run')
         if duration('every', config.eval)[0] is None:
             choose('eval.every_steps', max(total // 5, 1), 'five rounds of pictures and scores')
         validate(config)
