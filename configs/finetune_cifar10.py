@@ -11,7 +11,7 @@ The control, from scratch:
   SSL_JAX_DATA=/data ssl_jax finetune --config finetune_cifar10 --model none --workdir runs/scratch
 
 Expected: not measured yet.
-Cost: 1e14 useful FLOPs per 10 epochs.
+Cost: 2.5e14 useful FLOPs.
 """
 
 import os

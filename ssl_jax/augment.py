@@ -161,6 +161,11 @@ def apply_photometry(images, draws, *, taps=9, threshold=128, skip=(False,) * 4)
             x = _maybe(draw.solarize, lambda x: solarize(x, threshold), x)
         return jnp.stack(x, axis=-1)
 
+    return per_sample(one, images, draws)
+
+
+def per_sample(one, images, draws):
+    """one(image, draw) of every sample of a batch, in the way that suits the device."""
     mesh = jax.sharding.get_abstract_mesh()
     every = jax.vmap(one)
     if not (mesh.empty or mesh.size == 1):  # a loop would gather the batch from all devices

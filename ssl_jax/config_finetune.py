@@ -10,6 +10,7 @@ RECIPES = {
     'mae': 'finetune_mae_vitb16',
     'beit': 'finetune_beit_vitb16',
     'splitmask': 'finetune_splitmask_vitb16',
+    None: 'finetune_images',
 }
 # Fields that are those of the model that is fine-tuned.
 FOLLOWED = (
@@ -26,7 +27,7 @@ def classifier():
     """
     m = ml_collections.ConfigDict()
     m.name = 'classifier'
-    m.num_classes = None  # outputs of the head; None: as many as data.train has
+    m.num_classes = None  # outputs of the head; None: as many as data.train has (unread: 1000)
     m.classes = ()  # their names, written by the run
     m.pool = 'patch'  # what the head sees: mean of the 'patch' tokens, then a fresh norm; or 'cls'
     m.ema_decay = None  # per step, of an average of the weights that is evaluated too; None: none
@@ -57,6 +58,11 @@ def classifier():
     m.crop_ratio = (3 / 4, 4 / 3)  # RandomResizedCrop: width / height
     m.flip = 0.5  # probability of a horizontal flip
     m.repeats = 1  # crops of each image in a batch, batch_size counts them all (Hoffer et al.)
+    m.randaugment_layers = 2  # operations in a row, see ssl_jax.randaugment; 0: none
+    m.randaugment_prob = 0.5  # of each
+    m.randaugment_magnitude = 9.0  # of 10
+    m.randaugment_std = 0.5  # of the magnitude
+    m.erase_prob = 0.25  # probability that a rectangle becomes noise
     m.mixup = 0.8  # alpha of Beta(alpha, alpha); 0: no mixup
     m.cutmix = 1.0
     m.mixup_prob = 1.0  # probability that a batch is mixed at all
@@ -75,9 +81,17 @@ def optim(o):
     o.layer_decay = 0.65
 
 
+def beit(m):
+    """The encoder of BEiT's base model, for training from scratch, in place."""
+    m.pos_embed, m.rel_pos, m.key_bias = 'none', 'layer', False
+    m.init_scheme = 'beit'
+    with m.ignore_type():
+        m.layer_scale = 0.1
+
+
 def plain(m):
     """No regularisation but crops and flips, in place."""
-    m.update(mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+    m.update(randaugment_layers=0, erase_prob=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
     m.drop_path = 0.0
 
 
@@ -124,10 +138,11 @@ def command(model, data=None, test=None, recipe=None, config=None):
     """(recipe, overrides) of `ssl_jax finetune` with these arguments."""
     if recipe and config:
         raise ValueError(f'--recipe {recipe} and --config {config} are both recipes: give one.')
-    if recipe and recipe not in RECIPES:
-        raise ValueError(f"--recipe '{recipe}' is unknown: use one of {', '.join(RECIPES)}.")
-    if not recipe and not config:
-        raise ValueError('give --recipe mae (or beit, splitmask), or --config RECIPE.')
+    if recipe not in RECIPES:
+        known = ', '.join(name for name in RECIPES if name)
+        raise ValueError(f"--recipe '{recipe}' is unknown: use one of {known}.")
+    if not data and not config:
+        raise ValueError('give --data LABELLED (your images) or --config RECIPE.')
     # From scratch the lower layers have as much to learn as the upper ones.
     fields = ['optim.layer_decay=None'] if model == 'none' else [f'init_from={model}']
     if data:

@@ -16,7 +16,7 @@ CHOICES = {
     'optim.lr_scaling': ('linear', 'sqrt'),
     'optim.schedule': ('mae', 'dinov2'),
     'optim.clip_by': ('all', 'network', 'tensor'),
-    'method.pos_embed': ('sincos', 'learned'),
+    'method.pos_embed': ('sincos', 'learned', 'none'),
     'method.pos_resize': ('bicubic', 'offset', 'antialias'),
     'method.ffn': ('mlp', 'swiglu'),
     'method.teacher_ffn': ('mlp', 'swiglu'),
@@ -70,6 +70,11 @@ RANGES = (
     ('method.ema_decay', 0.0, 1.0),
     ('method.crop_pct', 0.1, 1.0),
     ('method.repeats', 1, 64),
+    ('method.randaugment_layers', 0, 16),
+    ('method.randaugment_prob', 0.0, 1.0),
+    ('method.randaugment_magnitude', 0.0, 10.0),
+    ('method.randaugment_std', 0.0, 10.0),
+    ('method.erase_prob', 0.0, 1.0),
     ('method.mixup', 0.0, 100.0),
     ('method.cutmix', 0.0, 100.0),
     ('method.mixup_prob', 0.0, 1.0),
@@ -283,6 +288,8 @@ def _shape_errors(m):
                 f'method.mask_ratio={m.mask_ratio} leaves none of the {(side // grid) ** 2} mask '
                 'cells visible: lower mask_ratio, mask_grid or patch_size.'
             )
+    if m.get('pos_embed') == 'none' and not m.get('rel_pos'):
+        yield "method.pos_embed='none' tells no positions: use 'learned' or 'sincos'."
     for prefix in ('', 'decoder_'):
         dim, heads = m.get(f'{prefix}embed_dim'), m.get(f'{prefix}num_heads')
         if dim and heads and dim % heads:
@@ -340,6 +347,9 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
             _infer_images(choose, m, min(image_hw), cpu)
             _infer_encoder(choose, m, num_images, cpu)
             _infer_decoder(choose, m)
+        elif 'classes' in m:
+            _infer_views(choose, m, min(image_hw), cpu)
+            _infer_encoder(choose, m, num_images, cpu)
         elif 'vocab' in m:
             _infer_words(choose, m, min(image_hw), num_images, cpu)
             _infer_encoder(choose, m, num_images, cpu)
@@ -355,7 +365,7 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
         compares = m.get('koleo_weight') or m.get('w_nce')
         batch = max(batch // ways, 2 if compares else 1) * ways
         choose('batch_size', batch, f'{num_images:,} images, {device_count} device(s)')
-        if config.optim.lr is None:
+        if config.optim.lr is None and 'classes' not in m:
             # Square root instead of MAE's linear rule, which would starve small batches.
             lr = float(f'{1.5e-3 * math.sqrt(config.batch_size / 1024):.2g}')
             choose('optim.lr', lr, '1.5e-3 at batch 1024, with the root of the batch')
@@ -369,6 +379,8 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
                 examples = min(max(16e6, 400 * num_images), 1e9)
                 why = 'small sets need many passes, large ones 400'
             examples = min(examples, 1600 * num_images)
+            if 'classes' in m and examples > 100 * num_images:
+                examples, why = 100 * num_images, 'fine-tuning is short'
             epochs = float(f'{max(examples, config.batch_size) / num_images:.3g}')
             choose('total_epochs', epochs, why)
         total = _total_steps(config, num_images)
@@ -397,6 +409,17 @@ def _patch_size(choose, size):
     """Patch size for crops of about so many pixels."""
     patch = 4 if size < 64 else 8 if size < 160 else 16
     return choose('method.patch_size', patch, f'for crops of about {size} pixels')
+
+
+def _infer_views(choose, m, short_side, cpu):
+    """Crops of a classifier; what a model has decided is kept."""
+    size = m.img_size or min(short_side, 64 if cpu else 224)
+    patch = _patch_size(choose, size)
+    size = max(size // patch, 2) * patch
+    size = choose('method.img_size', size, f'short side of the images {short_side}')
+    small = short_side * 0.875 < size
+    why = 'share of the short side that is tested'
+    choose('method.crop_pct', 1.0 if small else 0.875, why)
 
 
 def _infer_crops(choose, m, short_side, num_images, cpu):

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import augment, checkpoint, config_finetune, methods, metrics, mixup, sharding, train
+from ssl_jax import (
+    augment,
+    checkpoint,
+    config_finetune,
+    methods,
+    metrics,
+    mixup,
+    runs,
+    sharding,
+    train,
+)
 from ssl_jax import config as config_lib
-from ssl_jax import state as state_lib
 from ssl_jax.data import pipeline, sources
 from ssl_jax.evals import accuracy
 
@@ -21,6 +30,7 @@ def config(**fields):
     m = config_finetune.classifier()
     m.update(size=None, embed_dim=32, depth=2, num_heads=4, patch_size=8, img_size=32)
     m.update(num_classes=10, crop_pct=1.0, drop_path=0.2)
+    m.update(randaugment_layers=0, erase_prob=0.0)  # they take long to compile
     optim = config_lib.default().optim
     config_finetune.optim(optim)
     optim = {f'optim__{k}': v for k, v in optim.items()}
@@ -151,14 +161,6 @@ def test_test_images_of_other_classes_are_refused():
     accuracy.check_classes(('a', 'c'), source)
 
 
-def test_the_classes_are_kept_with_the_checkpoint(tmp_path):
-    train.train(config(total_steps=1, warmup_steps=0), tmp_path)
-    from ssl_jax import runs
-
-    run = runs.open_run(tmp_path)
-    assert run.method.classes[:2] == ('disc', 'ring') and run.method.num_classes == 10
-
-
 # The loop
 
 
@@ -190,6 +192,11 @@ def test_a_restart_continues_to_the_same_bits_with_the_average(unbroken, tmp_pat
     assert_same_bits(final_state(tmp_path, c)[1], final_state(want, c)[1])
 
 
+def test_the_classes_are_kept_with_the_checkpoint(unbroken):
+    run = runs.open_run(unbroken[1])
+    assert run.method.classes[:2] == ('disc', 'ring') and run.method.num_classes == 10
+
+
 def test_the_run_scores_the_weights_and_their_average(unbroken):
     c, workdir = unbroken
     scored = [r for r in metrics.read(workdir) if 'test/top1' in r][-1]
@@ -213,8 +220,8 @@ def test_the_average_follows_the_weights():
     np.testing.assert_allclose(extra['ema']['w'], 0.1, rtol=1e-6)
 
 
-def losses_on(devices, **mesh):
-    c = config(total_steps=3, warmup_steps=0, batch_size=16)
+def losses_on(devices, fields, **mesh):
+    c = config(total_steps=3, warmup_steps=0, batch_size=16, **fields)
     method = methods.from_config(c)
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
     program = train.make_program(c, method, lambda name, *_, **__: {'total': 3}.get(name, 0), mesh)
@@ -230,23 +237,19 @@ def losses_on(devices, **mesh):
     return np.array(found)
 
 
-def test_what_is_mixed_and_learned_does_not_depend_on_the_devices():
-    np.testing.assert_allclose(losses_on(8, data=2, fsdp=4), losses_on(1), rtol=1e-5)
-
-
-def test_a_non_finite_step_leaves_the_average_alone():
-    method = dataclasses.replace(methods.from_config(config()), ema_decay=0.5, mixup=0, cutmix=0)
-    from ssl_jax import optim
-
-    params, extra = method.init(jax.random.key(0))
-    tx, _ = optim.make(config().optim, params)
-    step = state_lib.make_step(method, tx, lambda s: dict(lr=1e-3, weight_decay=0.0), seed=0)
-    batch = {'image': np.zeros((2, 1, 32, 32, 3), np.float32), 'label': np.zeros(2, np.int32)}
-    batch['image'][0] = np.nan
-    start = state_lib.TrainState.create(params, extra, tx)
-    after, _ = jax.jit(step)(start, batch)
-    assert_same_bits(after.extra, extra)
-    assert int(after.skipped[1]) == 1
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        pytest.param(
+            dict(method__randaugment_layers=2, method__erase_prob=0.5), marks=pytest.mark.slow
+        ),
+    ],
+    ids=['mixing', 'everything'],
+)
+def test_what_is_mixed_and_learned_does_not_depend_on_the_devices(fields):
+    want = losses_on(1, fields)
+    np.testing.assert_allclose(losses_on(8, fields, data=2, fsdp=4), want, rtol=1e-5)
 
 
 def test_a_test_image_counts_once_and_a_nan_never():
@@ -309,9 +312,19 @@ def test_rows_of_one_image_stand_together_and_have_other_crops():
     assert not np.array_equal(first['image'][0], first['image'][1])
 
 
-def test_augment_is_not_normalised_twice():
-    method = methods.from_config(config())
-    images = np.full((2, 32, 32, 3), 128, np.uint8)
-    params, extra = method.init(jax.random.key(0))
-    want = method.forward(params, augment.normalize(images))
-    np.testing.assert_array_equal(method.logits(params, extra, images)['test'], want)
+def test_without_regularisation_the_head_sees_normalised_pixels_and_plain_labels():
+    c = config(method__flip=0.0)
+    with c.unlocked():
+        config_finetune.plain(c.method)
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32, 3)).astype(np.uint8)
+    batch = {'image': images, 'label': np.arange(4), 'row': np.arange(4)}
+    x, targets = methods.from_config(c).see(batch, jax.random.key(0))
+    np.testing.assert_array_equal(x, augment.normalize(images[:, 0]))
+    np.testing.assert_array_equal(targets, np.eye(10)[:4])
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_scenes_learns_above_chance(tmp_path):
+    c = config_lib.load('finetune_scenes', ['total_steps=300', 'warmup_steps=30',
+        'optim.layer_decay=None', 'log.tensorboard=False', 'data.eval_test.n=300'])  # fmt: skip
+    assert train.train(c, tmp_path)['test/top1'] > 20  # of 10 classes

@@ -12,12 +12,13 @@ from ssl_jax import state as state_lib
 
 # The smallest recipe of each method: change only sizes here.
 SHRINK = ('method.embed_dim=32', 'method.depth=2', 'method.num_heads=2', 'batch_size=16')
-RECIPES = [r for r in config_lib.recipes() if not r.startswith('images_')]
+RECIPES = [r for r in config_lib.recipes() if not config_lib.load(r).infer]
 LENGTHS = {'total': 1000, 'warmup': 1}
 SMALL = [r for r in RECIPES if 'scenes' in r]
 # Tracing takes seconds each: one recipe of every kind here, all others among the slow tests.
 FIRST = ('mae_vitb16', 'pixio_vit5b16', 'dinov2_vitl16_short', 'dino_vits16', 'splitmask_vitb16')
 FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL)
+FIRST += ('finetune_mae_vitb16', 'finetune_beit_vitb16')
 EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
 
 

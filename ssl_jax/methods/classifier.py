@@ -3,7 +3,8 @@
 
 The head sees the mean of the patch tokens after the last block through a norm of its own (the
 encoder's final norm is then unused), or the class tokens after the final norm.  Everything random
-beside the crops happens here, on the device: flip, mixup or CutMix, stochastic depth.
+beside the crops happens here, on the device: flip, RandAugment, erasing, mixup or CutMix, and
+stochastic depth.
 
 Reference: MAE `models_vit.py`, `engine_finetune.py`; BEiT `modeling_finetune.py`.
 """
@@ -13,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses
+from ssl_jax import augment, losses, randaugment
 from ssl_jax import mixup as mixup_lib
 from ssl_jax.data import pipeline
 from ssl_jax.models import layers
@@ -40,6 +41,11 @@ class Classifier:
     crop_ratio: tuple = (3 / 4, 4 / 3)
     flip: float = 0.5
     repeats: int = 1
+    randaugment_layers: int = 2
+    randaugment_prob: float = 0.5
+    randaugment_magnitude: float = 9.0
+    randaugment_std: float = 0.5
+    erase_prob: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0
     mixup_prob: float = 1.0
@@ -94,10 +100,23 @@ class Classifier:
 
     def see(self, batch, rng):
         """A batch of crops -> (normalised, augmented and mixed images, targets (B, K))."""
-        flip_rng, mix_rng = jax.random.split(rng)
+        *rngs, mix_rng = jax.random.split(rng, 4)
         rows, images = batch['row'], batch['image'][:, 0]
-        images = augment.random_flip(augment.sample_keys(flip_rng, rows), images, self.flip)
+        flip_keys, op_keys, erase_keys = (augment.sample_keys(k, rows) for k in rngs)
+        images = augment.random_flip(flip_keys, images, self.flip)
+        if self.randaugment_layers:
+            images = randaugment.rand_augment(
+                op_keys,
+                images,
+                layers=self.randaugment_layers,
+                magnitude=self.randaugment_magnitude,
+                std=self.randaugment_std,
+                prob=self.randaugment_prob,
+                mean=self.mean,
+            )
         images = augment.normalize(images, self.mean, self.std)
+        if self.erase_prob:
+            images = randaugment.erase(erase_keys, images, self.erase_prob)
         # Micro-batches differ in their first row.
         mix_rng = jax.random.fold_in(mix_rng, rows[0])
         prob = self.mixup_prob if self.mixup or self.cutmix else 0.0
@@ -176,8 +195,6 @@ def from_config(config, clock=None):
     """Builds the method from `config.method`, `config.dtype` and `config.remat`."""
     del clock  # nothing here changes from step to step
     m = config.method
-    if m.num_classes is None:
-        raise ValueError('method.num_classes is None: set it, or train, which asks the images.')
     dim, depth, heads = vit_lib.SIZES[m.size] if m.size else (None, None, None)
     vit = vit_lib.ViT(
         embed_dim=m.embed_dim or dim,
@@ -188,7 +205,9 @@ def from_config(config, clock=None):
         remat=config.remat,
     )
     fields = {f.name for f in dataclasses.fields(Classifier)} - {'vit', 'labels'}
-    return Classifier(vit=vit, **{k: _frozen(m[k]) for k in fields})
+    fields = {k: _frozen(m[k]) for k in fields}
+    fields['num_classes'] = m.num_classes or 1000  # a run has asked its images, see `complete`
+    return Classifier(vit=vit, **fields)
 
 
 VIT_FIELDS = (
