@@ -379,12 +379,16 @@ def test_every_form_of_splitmask_has_a_layout_or_a_reason(kind):
     assert 'class token' in none['hf', 'backbone'] and 'class token' in none['timm', 'backbone']
 
 
-def test_beit_on_pixels_has_no_words_to_export(run, tmp_path):
-    workdir = run('beit', tokenizer='pixel')
-    export.export(workdir, 'hf', tmp_path / 'out')
-    assert 'visual words' not in (tmp_path / 'out' / 'README.md').read_text()
-    with pytest.raises(ValueError, match='use what=backbone'):
-        export.export(workdir, 'hf', tmp_path / 'full', what='full')
+def test_beit_on_pixels_has_no_words_to_export():
+    c = config_lib.default()
+    c.method = config_splitmask.beit()
+    c.method.update(size='Ti', tokenizer='pixel')
+    config_lib.config_rules.fill_size(c.method)
+    pixels = runs.Run(c, methods.from_config(c), {'encoder': {}}, {}, 0)
+    assert pixels.whole() == ({}, {'encoder': {}})
+    c.method.tokenizer = 'kmeans'
+    words = runs.Run(c, methods.from_config(c), {'encoder': {}, 'head': {}}, {}, 0)
+    assert words.whole()[0]['head'].features == 8192
 
 
 # timm
