@@ -47,7 +47,7 @@ def run(config, topology, slices=1, *, mesh=None, out=None, search=False, log=pr
     chip, _ = chips.parse(topology)
     devices = chips.devices(topology, slices)
     plan = compile_lib.plan(loaded, devices, chip)
-    plan['topology'] = topology
+    plan.update(topology=topology, command=_command(name, topology, slices, mesh, fields))
     plan['scale'] = compile_lib.matmul_scale(devices[0], chip, plan['devices_per_chip'])
     if search:
         log(report.text(plan))
@@ -67,6 +67,14 @@ def run(config, topology, slices=1, *, mesh=None, out=None, search=False, log=pr
         if 'cycles' in plan:
             report.picture(plan, folder / 'plan.png')
     return plan
+
+
+def _command(name, topology, slices, mesh, fields):
+    """What to type for the same plan."""
+    words = ['ssl_jax plan --config', name, '--topology', topology]
+    words += ['--slices', str(slices)] if slices > 1 else []
+    words += ['--mesh', mesh] if mesh else []
+    return ' '.join([*words, *fields])
 
 
 def _mesh_fields(mesh):

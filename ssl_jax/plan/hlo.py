@@ -215,12 +215,17 @@ class Operation:
 
 
 def operations(module, unknown=None):
-    """All Operations with an estimate."""
-    return [
-        Operation(i.name, i.opcode, i.op_name or _inner_name(module, i), i.cycles, times)
-        for _, i, times in walk(module, unknown=unknown)
-        if i.cycles is not None
-    ]
+    """All Operations with an estimate; those that XLA made itself have the scope of their loop."""
+    found, loops = [], {}
+    for computation, i, times in walk(module, unknown=unknown):
+        if i.opcode == 'while':
+            loops[i.called('body')[0]] = i.op_name
+        elif i.cycles is not None:
+            op_name = i.op_name or _inner_name(module, i)
+            if '/' not in op_name and computation in loops:
+                op_name = f'{loops[computation]}/{i.opcode}'
+            found.append(Operation(i.name, i.opcode, op_name, i.cycles, times))
+    return found
 
 
 def _inner_name(module, fusion):

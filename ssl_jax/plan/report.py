@@ -15,6 +15,7 @@ def text(plan):
     """The report of one plan (a dict of `compile.plan`), a few dozen lines."""
     lines = [
         f'{plan["name"]} on {_where(plan)}',
+        f'  {plan["command"]}',
         f'  {plan["parameters"] / 1e6:,.1f} M parameters, {plan["dtype"]}, remat {plan["remat"]}, '
         f'batch {plan["batch_size"]:,} = {plan["batch_size"] / plan["chips"]:g} per chip'
         + (f' in {plan["accum_steps"]} micro-batches' if plan['accum_steps'] > 1 else ''),
