@@ -35,7 +35,6 @@ def main(argv=None):
     p.add_argument('--workdir', required=True, help='where the run lives; start again to continue')
     p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
 
-    p = commands.add_parser('eval', help='kNN and linear probe of a run, beside two baselines')
     p = commands.add_parser('finetune', help='train encoder and classifier on labelled images')
     p.add_argument(
         '--model', required=True, help='a run, an export, HF or timm folder, a file; none: scratch'
@@ -47,6 +46,7 @@ def main(argv=None):
     p.add_argument('--workdir', required=True, help='a new run; start again to continue')
     p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
 
+    p = commands.add_parser('eval', help='kNN and linear probe of a run, beside two baselines')
     p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
     p.add_argument('--data', help="labelled images to learn from; default: the run's own eval set")
     p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
@@ -100,11 +100,11 @@ def main(argv=None):
     try:
         {
             'pretrain': pretrain,
+            'finetune': finetune,
             'eval': evaluate,
             'show': show,
             'features': features,
             'export': export,
-            'finetune': finetune,
             'import': import_,
             'plan': plan,
             'demo': demo,
@@ -132,11 +132,6 @@ def pretrain(args):
     train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
 
 
-def evaluate(args):
-    """`ssl_jax eval`."""
-    from ssl_jax.evals import run
-
-    run.evaluate_run(
 def finetune(args):
     """`ssl_jax finetune`."""
     from ssl_jax import config as config_lib
@@ -149,6 +144,11 @@ def finetune(args):
     train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
 
 
+def evaluate(args):
+    """`ssl_jax eval`."""
+    from ssl_jax.evals import run
+
+    run.evaluate_run(
         args.workdir,
         data=args.data,
         test=args.test,
