@@ -3,6 +3,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,16 @@ def test_remat_changes_no_number(remat):
 
     for a, b in zip(jax.tree.leaves(grads(small())), jax.tree.leaves(grads(small(remat=remat)))):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize('remat, times', [('none', 2), ('dots', 2), ('full', 3)])
+def test_only_full_remat_computes_the_softmax_of_a_block_once_more(remat, times):
+    def loss(p):
+        return small(remat=remat).apply({'params': p}, images())['patch_tokens'].std()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(initialised(small())))
+    # Once for the output; the backward pass has the weights from the kept normalizers.
+    assert len(re.findall(r'f32\[\d+,\d+,17,17\] = exp ', text)) == times
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters():

@@ -17,9 +17,14 @@ import numpy as np
 from ssl_jax import sharding
 from ssl_jax.models import ops
 
+# 'dots' keeps the results of dense layers and of attention: the latter are a tenth of that memory,
+# and the softmax, which costs most, is computed one time less (experiments/tpu).
 REMAT = {
     'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
+    ),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -14,7 +14,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+ATTENTION = 'attention'  # name of its output and normalizers, see `layers.REMAT`
 # Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
 CHUNK_BYTES = 4 << 20
 
@@ -53,7 +55,13 @@ def _attention_forward(qkv, num_heads):
 
     forward = functools.partial(_forward, num_heads, None)
     out, log_total = _per_chunk(forward, num_heads, qkv)
-    return out, (qkv, out, log_total)
+    return _kept(out, qkv, None, log_total)
+
+
+def _kept(out, qkv, bias, log_total):
+    """Output and residuals, named so that rematerialisation can keep what is small of them."""
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in (out, log_total))
+    return out, (qkv, out, log_total) if bias is None else (qkv, bias, out, log_total)
 
 
 def _attention_backward(num_heads, residuals, grad):
@@ -83,7 +91,7 @@ def biased_attention(qkv, bias, num_heads):
 
 def _biased_forward(qkv, bias, num_heads):
     out, log_total = _forward(num_heads, bias, qkv)
-    return out, (qkv, bias, out, log_total)
+    return _kept(out, qkv, bias, log_total)
 
 
 def _biased_backward(num_heads, residuals, grad):
