@@ -245,13 +245,14 @@ def decays(params, no_decay=()):
 
     Exempt are parameters of at most one dimension (besides the stack axis), those named bias, and
     those whose slash path matches a regex of `no_decay`. Class, mask and position tokens have three
-    dimensions in the official codes and do decay (fine-tuning exempts them by `no_decay`).
+    dimensions in the official codes and do decay (fine-tuning exempts them by `no_decay`); so do
+    BEiT's tables of relative positions.
     """
 
     def rule(path, p):
         path = sharding.path_str(path)
         ndim = len(p.shape) - _stacked(path)
-        return ndim > 1 and not path.endswith('bias') and not _matches(no_decay, path)
+        return ndim > 1 and path.split('/')[-1] != 'bias' and not _matches(no_decay, path)
 
     return jax.tree_util.tree_map_with_path(rule, params)
 

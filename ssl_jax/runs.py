@@ -81,8 +81,10 @@ class Run:
         """How images become input of the encoder, see `interop.describe`."""
         if 'imported' in self.meta:
             return self.meta['imported']['transform']
-        size = self.config.eval.size or self.method.views()[0].size
-        return describe.transform_of(size)
+        size, m = self.config.eval.size or self.method.views()[0].size, self.config.method
+        if 'crop_pct' not in m:
+            return describe.transform_of(size)
+        return {**describe.transform_of(size, mean=m.mean, std=m.std), 'crop': m.crop_pct}
 
 
 def open_run(workdir, step=None):

@@ -23,6 +23,7 @@ from ssl_jax import (
 from ssl_jax import config as config_lib
 from ssl_jax.data import pipeline, sources
 from ssl_jax.evals import accuracy
+from ssl_jax.evals import run as evaluate
 
 
 def config(**fields):
@@ -190,6 +191,18 @@ def test_a_restart_continues_to_the_same_bits_with_the_average(unbroken, tmp_pat
             train.train(config(method__ema_decay=0.5, checkpoint__every_steps=2), tmp_path)
     train.train(c, tmp_path)
     assert_same_bits(final_state(tmp_path, c)[1], final_state(want, c)[1])
+
+
+def test_eval_of_the_run_says_its_accuracy(unbroken, capsys):
+    workdir = unbroken[1]
+    found = evaluate.evaluate_run(workdir)
+    logged = [r for r in metrics.read(workdir) if 'test/top1' in r][-1]
+    assert [row['model'] for row in found] == ['trained', 'ema']
+    assert found[0]['top1'] == pytest.approx(logged['test/top1'])
+    assert found[1]['top1'] == pytest.approx(logged['ema/top1'])
+    assert 'the head of the run, one crop, 32 px' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='scored and not probed'):
+        evaluate.evaluate_run(workdir, data='a', test='b')
 
 
 def test_the_classes_are_kept_with_the_checkpoint(unbroken):

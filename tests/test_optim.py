@@ -134,6 +134,13 @@ def test_biases_and_one_dimensional_parameters_of_a_stack_do_not_decay():
     }
 
 
+def test_tables_of_relative_positions_decay():
+    blocks = {'attn': {'rel_pos_bias': jnp.ones((2, 12, 4)), 'qkv': {'q_bias': jnp.ones((2, 8))}}}
+    found = optim.decays({'encoder': {'blocks': blocks, 'rel_pos_bias': jnp.ones((12, 4))}})
+    assert found['encoder']['rel_pos_bias'] and found['encoder']['blocks']['attn']['rel_pos_bias']
+    assert not found['encoder']['blocks']['attn']['qkv']['q_bias']
+
+
 def test_no_decay_exempts_what_its_regexes_match():
     decays = flat(optim.decays(tree(), no_decay=('cls_token$', 'pos_embed$')))
     assert not decays['encoder/cls_token']

@@ -60,7 +60,7 @@ def accuracy(
         raise ValueError(f'None of the {len(source)} test images could be decoded.')
     return {
         name: dict(top1=100 * one / n, top5=100 * five / n, loss=loss / n, n=int(n))
-        for name, (n, one, five, loss) in totals.items()
+        for name, (n, one, five, loss) in sorted(totals.items(), key=lambda x: x[0] != 'test')
     }
 
 

@@ -16,8 +16,8 @@ from etils import epath
 
 from ssl_jax import augment, runs, sharding
 from ssl_jax.data import sources
+from ssl_jax.evals import accuracy, knn, linear, monitors
 from ssl_jax.evals import features as features_lib
-from ssl_jax.evals import knn, linear, monitors
 
 FEATURES = {
     'cls': 'mean of the class tokens after the final norm',
@@ -199,11 +199,12 @@ def table(rows):
     scored = [row for row in rows if row['eval'] != 'monitors']
     if scored:
         p = scored[0]['protocol']
-        out += [
-            '',
-            f'{p["train"]["images"]} training, {p["test"]["images"]} test images ({p["split"]}), '
-            f'{p["num_classes"]} classes; always the most frequent class: {p["chance"]:.2f}.',
-        ]
+        how = 'by guessing'
+        images = f'{p["test"]["images"]} test images'
+        if 'train' in p:
+            images = f'{p["train"]["images"]} training, {images} ({p["split"]})'
+            how = 'always the most frequent class'
+        out += ['', f'{images}, {p["num_classes"]} classes; {how}: {p["chance"]:.2f}.']
     for row in rows:
         if row['eval'] == 'linear' and row['best']['at_edge']:
             out.append(
@@ -224,6 +225,8 @@ def brief(row):
     """The protocol of a row in one phrase."""
     p = row['protocol']
     view = f'{p["resolution"]} px (resize {p["resize"]}, bicubic)'
+    if row['eval'] == 'classifier':
+        return f'the head of the run, one crop, {view}'
     if row['eval'] == 'knn':
         weights = {'pixio': 'exp(s/T)', 'dinov2': 'softmax(s/T)'}[p['weights']]
         return f'k={p["k"]}, T={p["temperature"]:g}, cosine, {weights}, {view}'
@@ -260,12 +263,22 @@ def evaluate_run(
       last_blocks: see `features.make_forward`.
       options: further arguments of `evaluate`.
 
+    A fine-tuned run is scored instead, on `test` or its own test images, see `score_classifier`.
+
     Returns:
       The rows.
     """
     workdir = epath.Path(workdir)
     run = runs.open_run(workdir, step)
     config, transform = run.config, run.transform
+    if hasattr(run.method, 'logits'):
+        if last_blocks or (data is not None and test is not None):
+            raise ValueError(
+                'This run is a classifier, which is scored and not probed: give the labelled '
+                'images with --test alone.'
+            )
+        rows = score_classifier(run, test if test is not None else data, limit)
+        return _report(rows, run, workdir, out)
     if data is None:
         data, test = config.data.eval_train, test or config.data.eval_test
         if data is None:
@@ -298,8 +311,47 @@ def evaluate_run(
     rows = evaluate(
         forwards, train_source, test_source, size=size, mesh=mesh, limit=limit, log=log, **options
     )
+    return _report(rows, run, workdir, out)
+
+
+def score_classifier(run, test=None, limit=None, batch_size=256):
+    """Rows of a fine-tuned run: its own head on test images, by default those of the run.
+
+    'trained' are the weights of the checkpoint, 'ema' their average where the run keeps one.
+    """
+    test = run.config.data.eval_test if test is None else test
+    if test is None:
+        raise ValueError('This classifier names no test images; give labelled ones with --test.')
+    source, method = sources.open_source(test), run.method
+    mesh = sharding.make_mesh(data=1, fsdp=-1)
+    params, extra = (jax.device_put(x, sharding.infer(x, mesh)) for x in (run.params, run.extra))
+    found = accuracy.accuracy(
+        method, params, extra, source, size=run.transform['size'], mesh=mesh, limit=limit,
+        batch_size=batch_size,
+    )  # fmt: skip
+    t = run.transform
+    protocol = dict(
+        eval='classifier',
+        resolution=t['size'],
+        resize=round(t['size'] / t['crop']),
+        crop='centre',
+        interpolation='bicubic, antialiased (Pillow)',
+        normalization=f'mean {tuple(t["mean"])}, std {tuple(t["std"])}',
+        test=dict(images=found['test']['n'], data=str(getattr(source, 'fingerprint', ''))),
+        num_classes=method.num_classes,
+        chance=100.0 / method.num_classes,
+    )
+    names = {'test': 'trained', 'ema': 'ema'}
+    return [
+        _row(names[name], 'classifier', method.pool, scores, protocol)
+        for name, scores in found.items()
+    ]
+
+
+def _report(rows, run, workdir, out):
+    """The rows with the run's name, written and printed by process 0."""
     rows = [dict(row, run=str(workdir), step=run.step) for row in rows]
-    if main:
+    if jax.process_index() == 0:
         out = epath.Path(out) if out else workdir / f'eval_{run.step}.json'
         write_json(rows, out)
         print(f'\n{table(rows)}\n\nwritten to {out}')
