@@ -5,37 +5,25 @@ Both sides do the same work: uint8 images in, normalisation, Pixio masking (8 cl
 the 4 x 4 blocks hidden: 8 + 64 encoder and 8 + 256 decoder tokens), forward, backward and AdamW, in
 float32. The JAX side is the program of a training run (`train.make_program`), with its gradient
 norm and its guard against non-finite updates; the twin is what one would write in PyTorch, with
-`scaled_dot_product_attention` and the fused AdamW. Each side has a process of its own, for two
-pools of threads in one process disturb each other; their steps alternate, so that both meet the
-same neighbours on a shared machine, and the ratio is the median over pairs of steps. Busy cores
-make it meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer.
+`scaled_dot_product_attention` and the fused AdamW. How both are timed: see pairs.py.
 
 Command:
   PYTHONPATH=. python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
 """
 
-import argparse
-import multiprocessing
-import os
-import platform
-import statistics
 import sys
-import time
 
-from ssl_jax import hugepages
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--pairs', type=int, default=15, help='timed pairs of steps, at least 2')
-    parser.add_argument('--threads', type=int, default=2, help='cores, the same for both sides')
-    parser.add_argument('--batch', type=int, default=16, help='images per step')
-    parser.add_argument('--only', choices=('jax', 'torch'), help='time one side alone')
-    return parser.parse_args(argv)
+import pairs
 
 
-def jax_side(batch_size):
-    """(step function of a batch of uint8 images that returns the loss, description)."""
+def images(args):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (args.batch, 256, 256, 3), dtype=np.uint8)
+
+
+def jax_side(args):
+    """(function that does a step, versions)."""
     import jax
     import jaxlib
     import numpy as np
@@ -44,7 +32,7 @@ def jax_side(batch_size):
     from ssl_jax import methods, train
 
     config = config_lib.default()
-    config.batch_size = batch_size
+    config.batch_size = args.batch
     config.total_steps = 1000
     config.mesh.data = 1
     m = config.method
@@ -56,23 +44,23 @@ def jax_side(batch_size):
     method = methods.from_config(config)
     program = train.make_program(config, method, config_lib.clock(config))
     jax.set_mesh(program.mesh)
-    state = program.init()
+    state, batch = program.init(), {'image': images(args)[:, None]}
 
-    def step(images):
+    def step():
         nonlocal state
-        state, metrics = program.step(state, {'image': images[:, None]})
+        state, metrics = program.step(state, batch)
         return float(np.asarray(metrics['loss']))
 
     return step, f'jax {jax.__version__}, jaxlib {jaxlib.__version__}'
 
 
-def torch_side(threads):
+def torch_side(args):
     """The same step in PyTorch, written as its users write it."""
     import torch
     from torch import nn
     from torch.nn import functional as F
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     patch, grid, cls, width, dec_width = 16, 16, 8, 384, 256
 
@@ -140,8 +128,10 @@ def torch_side(threads):
     mean = torch.tensor((0.485, 0.456, 0.406)).reshape(3, 1, 1)
     std = torch.tensor((0.229, 0.224, 0.225)).reshape(3, 1, 1)
 
-    def step(images):
-        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(images(args))
+
+    def step():
+        x = batch.permute(0, 3, 1, 2)
         loss = model((x / 255 - mean) / std)
         optimizer.zero_grad()
         loss.backward()
@@ -151,67 +141,5 @@ def torch_side(threads):
     return step, f'torch {torch.__version__}'
 
 
-def serve(name, args, pipe):
-    """The process of one side: says hello, then times a step whenever it is asked to."""
-    import numpy as np
-
-    step, versions = jax_side(args.batch) if name == 'jax' else torch_side(args.threads)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (args.batch, 256, 256, 3), dtype=np.uint8)
-    step(images), step(images)  # compilation and first touches
-    pipe.send(versions)
-    while pipe.recv():
-        start = time.perf_counter()
-        step(images)
-        pipe.send(time.perf_counter() - start)
-
-
-def main(argv=None):
-    if argv is None:
-        hugepages.restart()  # as the command line of the project does; both sides run with it
-    args = parse_args(argv)
-    # XLA sizes its thread pool by the cores that the process may use when it starts.
-    if hasattr(os, 'sched_setaffinity'):
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < args.threads:
-            raise ValueError(f'--threads {args.threads} is more than the {len(cores)} cores here.')
-        os.sched_setaffinity(0, cores[-args.threads :])
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-
-    context = multiprocessing.get_context('spawn')
-    pipes, versions, processes = {}, [], []
-    for name in [args.only] if args.only else ['jax', 'torch']:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, args, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()  # so that a side that fails ends the wait with EOFError
-        versions.append(pipes[name].recv())
-    times = {name: [] for name in pipes}
-    for i in range(args.pairs):
-        for name in sorted(pipes, reverse=i % 2 == 1):  # alternate who goes first
-            pipes[name].send(True)
-            times[name].append(pipes[name].recv())
-    for pipe in pipes.values():
-        pipe.send(False)
-    for process in processes:
-        process.join()
-    report(args, versions, times)
-
-
-def report(args, versions, times):
-    malloc = os.environ.get(hugepages.VARIABLE) or 'default malloc'
-    print(f'{args.threads} threads, {malloc}, python {platform.python_version()}, '
-          f'{", ".join(versions)}')
-    for name, t in times.items():
-        middle = statistics.median(t)
-        print(f'{name:>6}: median {1e3 * middle:6.0f} ms, min {1e3 * min(t):6.0f} ms, '
-              f'{args.batch / middle:5.1f} images/s')
-    if len(times) == 2:
-        ratio = [j / t for j, t in zip(times['jax'], times['torch'])]
-        low, mid, high = statistics.quantiles(ratio, n=4)
-        print(f' ratio: jax/torch {mid:.3f} (quartiles {low:.3f}..{high:.3f}, {args.pairs} pairs; '
-              f'of the minima {min(times["jax"]) / min(times["torch"]):.3f})')
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(pairs.main(__doc__, {'jax': jax_side, 'torch': torch_side}, batch=16))
