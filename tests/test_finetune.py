@@ -2,6 +2,7 @@
 """Fine-tuning: labels reach the loss, encoders come from runs, classifiers are scored exactly."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from ssl_jax import config as config_lib
 from ssl_jax.data import pipeline, sources
 from ssl_jax.evals import accuracy
 from ssl_jax.evals import run as evaluate
+from ssl_jax.interop import export
 
 
 def config(**fields):
@@ -203,6 +205,41 @@ def test_eval_of_the_run_says_its_accuracy(unbroken, capsys):
     assert 'the head of the run, one crop, 32 px' in capsys.readouterr().out
     with pytest.raises(ValueError, match='scored and not probed'):
         evaluate.evaluate_run(workdir, data='a', test='b')
+
+
+def test_export_has_the_names_of_the_official_classifier(unbroken, tmp_path):
+    from safetensors import numpy as safetensors
+
+    out = export.export(unbroken[1], 'official', tmp_path / 'out', what='full')
+    tensors = safetensors.load_file(out / 'model.safetensors')
+    params = runs.open_run(unbroken[1]).params
+    np.testing.assert_array_equal(tensors['head.weight'], params['head']['kernel'].T)
+    np.testing.assert_array_equal(tensors['fc_norm.weight'], params['fc_norm']['scale'])
+    assert 'norm.weight' not in tensors and 'blocks.1.attn.qkv.weight' in tensors
+    assert json.loads((out / 'config.json').read_text())['classes'][:2] == ['disc', 'ring']
+    with pytest.raises(ValueError, match='names are known to=official'):
+        export.export(unbroken[1], 'hf', tmp_path / 'hf', what='full')
+
+
+@pytest.mark.slow
+def test_pytorch_gives_the_logits_of_an_exported_classifier(unbroken, tmp_path):
+    timm, torch = pytest.importorskip('timm'), pytest.importorskip('torch')
+    from safetensors.torch import load_file
+
+    c, workdir = unbroken
+    out = export.export(workdir, 'official', tmp_path / 'out', what='full')
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=10,
+        global_pool='avg',
+    )  # fmt: skip
+    model.load_state_dict(load_file(out / 'model.safetensors'), strict=True)
+    run = runs.open_run(workdir)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    want = run.method.logits(run.params, run.extra, images)['test']
+    x = np.moveaxis(np.asarray(augment.normalize(images)), -1, 1)
+    with torch.no_grad():
+        found = model.eval()(torch.from_numpy(x.copy())).numpy()
+    np.testing.assert_allclose(found, want, atol=2e-5)
 
 
 def test_the_classes_are_kept_with_the_checkpoint(unbroken):

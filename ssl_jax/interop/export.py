@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from ssl_jax import runs, step_dirs, version
-from ssl_jax.interop import describe, layouts, load, torch_io
+from ssl_jax.interop import beit, describe, layouts, load, tables, torch_io
 
 LIBRARIES = {'official': 'pytorch', 'hf': 'transformers', 'timm': 'timm'}
 LAYOUTS = tuple(LIBRARIES)
@@ -40,7 +40,8 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
       step: which checkpoint; default the newest.
       what: 'backbone', or 'full' with the decoder of a MAE or Pixio, with the projection heads
         of DINOv2 (official names; the teacher, of a distillation the student's average), or with
-        BEiT's layer to visual words (the tokenizer that names them stays behind).
+        BEiT's layer to visual words (the tokenizer that names them stays behind), or with the
+        classifier of a fine-tuned run (official names).
       dtype: 'float32' or 'bfloat16'.
 
     Returns:
@@ -64,11 +65,15 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
     out = pathlib.Path(out)
     _check_replaceable(out)
     run = runs.open_run(workdir, step)
-    weights = _weights(run, to, what)
-    params = run.whole()[1] if what == 'full' else {'encoder': run.backbone()[1]}
-    tensors, extra = layouts.to_layout(weights, params)
-    with torch_io.staged(out) as folder:
+    if what == 'full' and hasattr(run.method, 'logits'):
+        weights, params = _classifier(run, to), run.params
+        tensors, extra, metadata = _classifier_tensors(run, weights), {}, {'format': 'pt'}
+    else:
+        weights = _weights(run, to, what)
+        params = run.whole()[1] if what == 'full' else {'encoder': run.backbone()[1]}
+        tensors, extra = layouts.to_layout(weights, params)
         metadata = {'format': 'pt', load.METADATA: json.dumps(describe.to_dict(weights))}
+    with torch_io.staged(out) as folder:
         torch_io.write(folder / torch_io.WEIGHTS, tensors, metadata, dtype)
         if extra:
             torch_io.write(folder / torch_io.EXTRA, extra, {'format': 'pt'}, dtype)
@@ -76,7 +81,11 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
         provenance = _provenance(run, workdir, weights, dtype)
         provenance['tensors'] = len(tensors)
         provenance['parameters'] = describe.num_parameters(params)
-        _json(folder / 'config.json', _config(run.method, weights, dtype, transform))
+        config = _config(run.method, weights, dtype, transform)
+        if what == 'full' and hasattr(run.method, 'logits'):
+            names = list(run.method.classes)
+            config.update(num_classes=len(names), pool=run.method.pool, classes=names)
+        _json(folder / 'config.json', config)
         _json(folder / 'preprocessor_config.json', describe.processor_of(transform))
         _json(folder / PROVENANCE, provenance)
         card = _card(run, workdir, weights, params, provenance, transform, list(extra))
@@ -132,6 +141,30 @@ def _weights(run, to, what):
         vocab=vocab if what == 'full' else None,
         **plain,
     )
+
+
+def _classifier(run, to):
+    """`layouts.Weights` of the encoder of a fine-tuned run that is written with its head."""
+    if to != 'official':
+        raise ValueError(
+            f'to={to} what=full is not possible for a classifier: its names are known to=official; '
+            f'use that, or what=backbone.'
+        )
+    return _weights(run, to, 'backbone')
+
+
+def _classifier_tensors(run, weights):
+    """State dict of MAE's `models_vit.py` and BEiT's `modeling_finetune.py`: encoder and head.
+
+    With the mean of the patches these have `fc_norm` and no final norm of the encoder.
+    """
+    mean, params = run.method.pool == 'patch', dict(run.params)
+    rows = layouts.rows(weights) + tables.linear('head', 'head')
+    if mean:
+        rows = [row for row in rows if not row[0].startswith('encoder/norm/')]
+        rows += tables.norm('fc_norm', 'fc_norm')
+        params['encoder'] = {k: v for k, v in params['encoder'].items() if k != 'norm'}
+    return {**tables.to_torch(rows, params, layouts.fixed(weights)), **beit.buffers(weights)}
 
 
 def _config(method, weights, dtype, transform):

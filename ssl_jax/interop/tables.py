@@ -31,6 +31,11 @@ def linear(ours, torch):
     return _rows(ours, torch, _DENSE)
 
 
+def norm(ours, torch):
+    """Rows of one LayerNorm."""
+    return _rows(ours, torch, _NORM)
+
+
 def _rows(ours, torch, leaves):
     return [(f'{ours}/{a}', f'{torch}.{b}', how) for a, b, how in leaves]
 
