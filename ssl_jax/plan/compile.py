@@ -87,8 +87,8 @@ def plan(config, devices, chip):
     state = sum(out['hbm'][k] for k in ('parameters', 'moments', 'extra'))
     used = {
         'batch, padding': memory.argument_size_in_bytes - state,
-        'activations, temporaries': memory.temp_size_in_bytes,
-        'new outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        # At the peak: temp_size_in_bytes adds up what need not live at the same time.
+        'activations, temporaries': memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         'program': memory.generated_code_size_in_bytes,
     }
     out['hbm'].update(used, total=state + sum(used.values()))
