@@ -141,7 +141,7 @@ def command(model, data=None, test=None, recipe=None, config=None):
     if recipe not in RECIPES:
         known = ', '.join(name for name in RECIPES if name)
         raise ValueError(f"--recipe '{recipe}' is unknown: use one of {known}.")
-    if not data and not config:
+    if not data and not config and not recipe:
         raise ValueError('give --data LABELLED (your images) or --config RECIPE.')
     # From scratch the lower layers have as much to learn as the upper ones.
     fields = ['optim.layer_decay=None'] if model == 'none' else [f'init_from={model}']

@@ -137,6 +137,19 @@ def _fresh(config):
     return jax.device_get(jax.jit(methods.from_config(config).init)(jax.random.key(0)))
 
 
+def test_the_command_picks_recipe_and_data():
+    command = config_finetune.command
+    assert command('m', 'd', 't') == (
+        'finetune_images',
+        ['init_from=m', 'data.train=d', 'data.eval_test=t', 'method.num_classes=None'],
+    )
+    assert command('none', recipe='beit') == ('finetune_beit_vitb16', ['optim.layer_decay=None'])
+    with pytest.raises(ValueError, match="'bert' is unknown: use one of mae, beit, splitmask"):
+        command('m', 'd', recipe='bert')
+    with pytest.raises(ValueError, match='give --data LABELLED'):
+        command('m')
+
+
 # Labels
 
 
