@@ -7,8 +7,9 @@ columns `image` (struct with `bytes`) and `label`.
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_mae --workdir runs/cifar10_mae
 
-Expected: not measured with these settings yet.
-Cost: about 20 minutes on one free CPU core.
+Expected: linear probe 59 % (raw pixels 41, the encoder untrained 46), kNN on quadrants 52 %
+(45, 37); loss 0.44.
+Cost: 25 minutes at the 200 images/s of one free CPU core.
 """
 
 from ssl_jax import config, config_data

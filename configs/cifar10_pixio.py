@@ -19,7 +19,7 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'cifar10_pixio'
 
-    c.total_epochs = 6.0
+    c.total_epochs = 4.0
     c.warmup_epochs = 0.5
     c.batch_size = 64
 
