@@ -33,6 +33,7 @@ def get_config(arg=''):
     m.img_size = 32
     m.local_size = 16
     m.blur = 'none'
+    m.layer_scale = None
 
     config_dinov2.optim(c.optim)
     c.optim.lr = 1e-3

@@ -105,8 +105,9 @@ def small(m):
     Not measured: fewer prototypes, since 65,536 would outnumber the images, and Sinkhorn-Knopp over
     a batch of 128 could use at most 256 at a time; fewer local crops, larger ones, since small
     images have no room for 5 % of their area; a lower teacher momentum, since a run of some
-    thousand steps cannot wait for an average over hundreds; no LayerScale, whose small start keeps
-    the residual branches of a short run asleep; no stochastic depth: small models underfit.
+    thousand steps cannot wait for an average over hundreds; LayerScale starts at 1, for a small
+    start keeps the residual branches of a short run asleep; no stochastic depth: small models
+    underfit.
     """
     m.n_local_crops = 4
     m.global_crops_scale = (0.4, 1.0)
@@ -115,6 +116,6 @@ def small(m):
     m.dino_bottleneck_dim = m.ibot_bottleneck_dim = 64
     m.head_hidden_dim = 256
     m.separate_heads = True
-    m.layer_scale = None
+    m.layer_scale = 1.0
     m.warmup_teacher_temp = m.teacher_temp = m.patch_teacher_temp = 0.02
     m.momentum_teacher = 0.98

@@ -100,7 +100,7 @@ def test_all_crops_in_one_pass_equal_a_pass_for_each_size():
             np.testing.assert_allclose(together, value, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('bottleneck', [64, 256])
+@pytest.mark.parametrize('bottleneck', [64, pytest.param(256, marks=pytest.mark.slow)])
 def test_the_first_loss_under_sinkhorn_is_ln_k_plus_50_over_the_bottleneck(bottleneck):
     """Spec section 3.9, within 1 %."""
     c = tiny.dinov2()

@@ -65,7 +65,13 @@ def test_the_loss_of_a_repeated_batch_falls_on_eight_devices(recipe):
     assert np.mean(losses[-3:]) < losses[0]
 
 
-@pytest.mark.parametrize('recipe', SMALL)
+@pytest.mark.parametrize(
+    'recipe',
+    [
+        pytest.param(r, marks=pytest.mark.slow) if r in ('scenes_distill', 'scenes_beit') else r
+        for r in SMALL
+    ],
+)
 def test_no_gradient_reaches_extra(recipe):
     config = shrunk(recipe)
     method = methods.from_config(config, clock)
