@@ -17,10 +17,12 @@ import time
 import jax
 import jax.numpy as jnp
 
+from ssl_jax import hugepages
 from ssl_jax.models import vit as vit_lib
 
 
 def main():
+    hugepages.restart()  # as the command line of the project does
     parser = argparse.ArgumentParser()
     parser.add_argument('--rounds', type=int, default=7)
     rounds = parser.parse_args().rounds

@@ -2,9 +2,12 @@
 """Steps of this project and of a PyTorch twin in turn, and the ratio of their times.
 
 Each side has a process of its own, for two pools of threads in one process disturb each other;
-their steps alternate, so that both meet the same neighbours on a shared machine, and the ratio is
-the median over pairs of steps. Busy cores make it meaningless, in favour of JAX: PyTorch's threads
-then wait for each other far longer.
+they take turns, so that both meet the same neighbours on a shared machine, and the ratio is the
+median over pairs of turns. A turn is two steps, of which the second is timed, for training is one
+step after the other: the first one of a turn also pays for the pause, since a virtual machine may
+hand the memory that a step has freed to its host after two seconds and must then fetch it back
+(0.7 s per step of XLA, 0.3 s of PyTorch, where this was written). Busy cores make the ratio
+meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer.
 """
 
 import argparse
@@ -28,7 +31,7 @@ def main(doc, sides, batch):
     """
     hugepages.restart()  # as the command line of the project does; both sides run with it
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument('--pairs', type=int, default=15, help='timed pairs of steps, at least 2')
+    parser.add_argument('--pairs', type=int, default=15, help='timed pairs of turns, at least 2')
     parser.add_argument('--threads', type=int, default=2, help='cores, the same for both sides')
     parser.add_argument('--batch', type=int, default=batch, help='images per step')
     parser.add_argument('--only', choices=tuple(sides), help='time one side alone')
@@ -63,11 +66,12 @@ def main(doc, sides, batch):
 
 
 def serve(side, args, pipe):
-    """The process of one side: says hello, then times a step whenever it is asked to."""
+    """The process of one side: says hello, then takes a turn whenever it is asked to."""
     step, versions = side(args)
     step(), step()  # compilation and first touches
     pipe.send(versions)
     while pipe.recv():
+        step()
         start, cpu = time.perf_counter(), time.process_time()
         step()
         pipe.send((time.perf_counter() - start, time.process_time() - cpu))
