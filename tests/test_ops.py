@@ -68,6 +68,27 @@ def test_attention_in_chunks_of_samples_is_the_same(batch, monkeypatch):
     np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
 
 
+@pytest.mark.parametrize('head_dim', [32, 64, 128])
+def test_attention_with_packed_heads_equals_float64(head_dim):
+    """The form for TPU, run on CPU."""
+    heads = 256 // head_dim
+    qkv, grad = normal(0, 2, 17, 3 * 256), normal(1, 2, 17, 256)
+    out, log_total = ops._forward_packed(heads, qkv)
+    d_qkv = ops._backward_packed(heads, qkv, out, log_total, grad)
+    want, d_want = attention64(qkv, grad, heads=heads)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
+    np.testing.assert_allclose(log_total, ops._forward(heads, None, qkv)[1], atol=2e-6)
+
+
+@pytest.mark.parametrize('dim, heads, packed', [(256, 4, True), (160, 2, False), (96, 3, False)])
+def test_heads_stay_packed_on_tpu_where_they_fill_the_lanes(dim, heads, packed):
+    traced = jax.jit(lambda x: ops.attention(x, heads)).trace(jnp.zeros((2, 17, 3 * dim)))
+    apart = f'tensor<2x{heads}x17x17xf32>'  # all heads' logits at once
+    assert (apart not in traced.lower(lowering_platforms=('tpu',)).as_text()) == packed
+    assert apart in traced.lower(lowering_platforms=('cpu',)).as_text()
+
+
 def test_attention_survives_logits_of_ten_thousand():
     qkv, grad = normal(0, 1, 17, 96, scale=50.0), normal(1, 1, 17, 32)
     out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 1), qkv, grad=grad)

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 ATTENTION = 'attention'  # name of its output and normalizers, see `layers.REMAT`
 # Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
 CHUNK_BYTES = 4 << 20
+LANES = 128  # of a TPU's vector registers, and rows and columns of its matrix unit
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -54,7 +55,8 @@ def _attention_forward(qkv, num_heads):
         )
 
     forward = functools.partial(_forward, num_heads, None)
-    out, log_total = _per_chunk(forward, num_heads, qkv)
+    packed = functools.partial(_forward_packed, num_heads)
+    out, log_total = _by_platform(forward, packed, num_heads, qkv)
     return _kept(out, qkv, None, log_total)
 
 
@@ -68,7 +70,8 @@ def _attention_backward(num_heads, residuals, grad):
     def backward(*args):
         return _backward(num_heads, None, *args)[0]
 
-    return (_per_chunk(backward, num_heads, *residuals, grad),)
+    packed = functools.partial(_backward_packed, num_heads)
+    return (_by_platform(backward, packed, num_heads, *residuals, grad),)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
@@ -150,16 +153,23 @@ def _logits(q, k, bias):
     return logits if bias is None else logits + bias
 
 
-def _per_chunk(fn, num_heads, *args):
-    """fn(*args); on one CPU in chunks of samples whose attention weights fit into its cache."""
-    batch, tokens, _ = args[0].shape
+def _by_platform(fn, packed, num_heads, *args):
+    """fn(*args), in the form that suits the platform the program is lowered for.
+
+    On one CPU in chunks of samples whose attention weights fit into its cache; on TPU `packed`,
+    where whole heads fill the lanes.
+    """
+    batch, tokens, dim = args[0].shape
+    dim //= 3
     chunk = max(1, CHUNK_BYTES // (4 * num_heads * tokens**2))
     mesh = jax.sharding.get_abstract_mesh()
+    forms = {}
     # A loop over samples that several devices hold between them would gather the batch.
-    if chunk >= batch or not (mesh.empty or mesh.size == 1):
-        return fn(*args)
-    loop = functools.partial(_map_chunks, fn, chunk)
-    return jax.lax.platform_dependent(*args, cpu=loop, default=fn)
+    if chunk < batch and (mesh.empty or mesh.size == 1):
+        forms['cpu'] = functools.partial(_map_chunks, fn, chunk)
+    if dim % LANES == 0 and LANES % (dim // num_heads) == 0 and mesh.shape.get('tensor', 1) == 1:
+        forms['tpu'] = packed
+    return jax.lax.platform_dependent(*args, **forms, default=fn) if forms else fn(*args)
 
 
 def _map_chunks(fn, chunk, *args):
@@ -173,6 +183,64 @@ def _map_chunks(fn, chunk, *args):
         last = fn(*[x[whole * chunk :] for x in args])
         out = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), out, last)
     return out
+
+
+def _forward_packed(num_heads, qkv):
+    """`_forward` with the heads left where they are, side by side in tiles of 128 lanes.
+
+    A head is picked out of its tile by zeros in the other heads' lanes. A TPU's matrix unit sums
+    over 128 lanes at a time, so they cost nothing there, while cutting heads of 32 or 64 channels
+    out, and putting them together again, moves all of qkv (experiments/tpu).
+    """
+    scale = (qkv.shape[-1] // 3 // num_heads) ** -0.5
+    outs, logs = [], []
+    for q, k, v in zip(*_tiles(qkv, 3)):
+        out = 0
+        for mine in _own_lanes(num_heads, qkv):
+            logits = jnp.einsum('bnl,bml->bnm', q * mine, k, **_FLOAT32) * scale
+            top = logits.max(axis=-1, keepdims=True)
+            weights = jnp.exp(logits - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            weights = (weights / total).astype(v.dtype)
+            out = out + jnp.einsum('bnm,bml->bnl', weights, v * mine, **_FLOAT32)
+            logs.append((top + jnp.log(total))[..., 0])
+        outs.append(out.astype(qkv.dtype))
+    return jnp.concatenate(outs, axis=-1), jnp.stack(logs, axis=1)
+
+
+def _backward_packed(num_heads, qkv, out, log_total, grad):
+    """The gradient of qkv, `_backward` in the form of `_forward_packed`."""
+    dtype, scale = qkv.dtype, (qkv.shape[-1] // 3 // num_heads) ** -0.5
+    d_qkv, head = [], 0
+    for q, k, v, o, d_o in zip(*_tiles(qkv, 3), *_tiles(out, 1), *_tiles(grad, 1)):
+        both = o.astype(jnp.float32) * d_o
+        d_q = d_k = d_v = 0
+        for mine in _own_lanes(num_heads, qkv):
+            logits = jnp.einsum('bnl,bml->bnm', q * mine, k, **_FLOAT32) * scale
+            weights = jnp.exp(logits - log_total[:, head, :, None])
+            inner = (both * mine.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+            d_out = d_o * mine
+            d_v += jnp.einsum('bnm,bnl->bml', weights.astype(dtype), d_out, **_FLOAT32)
+            d_weights = jnp.einsum('bnl,bml->bnm', d_out, v, **_FLOAT32)
+            d_logits = (weights * (d_weights - inner)).astype(dtype)
+            d_q += jnp.einsum('bnm,bml->bnl', d_logits, k * mine, **_FLOAT32)
+            d_k += jnp.einsum('bnm,bnl->bml', d_logits, q * mine, **_FLOAT32)
+            head += 1
+        d_qkv.append([d.astype(dtype) for d in (d_q * scale, d_k * scale, d_v)])
+    return jnp.concatenate([d for part in zip(*d_qkv) for d in part], axis=-1)
+
+
+def _tiles(x, parts):
+    """(b, N, parts * D) -> [part][tile] of (b, N, 128)."""
+    tiles = jnp.split(x, x.shape[-1] // LANES, axis=-1)
+    each = len(tiles) // parts
+    return [tiles[i * each : (i + 1) * each] for i in range(parts)]
+
+
+def _own_lanes(num_heads, qkv):
+    """For each head of a tile, (128,): 1 in its lanes, 0 in those of the others."""
+    dim = qkv.shape[-1] // 3 // num_heads
+    return (jnp.arange(LANES) // dim == jnp.arange(LANES // dim)[:, None]).astype(qkv.dtype)
 
 
 @jax.custom_vjp
