@@ -70,7 +70,10 @@ def test_centring_of_the_known_matrix():
 
 @pytest.mark.parametrize(
     'prototypes,bottleneck,local,glob',
-    [(65536, 256, 10.0317, 1.2540), (131072, 384, 10.5900, 1.3237)],
+    [
+        (65536, 256, 10.0317, 1.2540),
+        pytest.param(131072, 384, 10.5900, 1.3237, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fresh_head_under_sinkhorn_starts_at_log_k_plus_fifty_over_bottleneck(
     prototypes, bottleneck, local, glob

@@ -20,6 +20,8 @@ FIRST = ('mae_vitb16', 'pixio_vit5b16', 'dinov2_vitl16_short', 'dino_vits16', 's
 FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL)
 FIRST += ('finetune_mae_vitb16', 'finetune_beit_vitb16')
 EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
+LONG = ('scenes_distill', 'scenes_beit')  # their methods share most with others of SMALL
+MOST = [pytest.param(r, marks=pytest.mark.slow) if r in LONG else r for r in SMALL]
 
 
 def clock(prefix, part=None, default=None):
@@ -49,7 +51,7 @@ def test_every_method_has_a_small_recipe():
     assert {config_lib.load(r).method.name for r in SMALL} == set(methods.names())
 
 
-@pytest.mark.parametrize('recipe', SMALL)
+@pytest.mark.parametrize('recipe', MOST)
 def test_the_loss_of_a_repeated_batch_falls_on_eight_devices(recipe):
     config = shrunk(recipe)
     method = methods.from_config(config, clock)
@@ -65,13 +67,7 @@ def test_the_loss_of_a_repeated_batch_falls_on_eight_devices(recipe):
     assert np.mean(losses[-3:]) < losses[0]
 
 
-@pytest.mark.parametrize(
-    'recipe',
-    [
-        pytest.param(r, marks=pytest.mark.slow) if r in ('scenes_distill', 'scenes_beit') else r
-        for r in SMALL
-    ],
-)
+@pytest.mark.parametrize('recipe', MOST)
 def test_no_gradient_reaches_extra(recipe):
     config = shrunk(recipe)
     method = methods.from_config(config, clock)

@@ -252,7 +252,7 @@ def test_a_branch_predicts_what_it_does_not_see():
 @pytest.mark.parametrize(
     'fields',
     [
-        dict(KINDS['uniform disjoint'], num_cls_tokens=0),
+        pytest.param(dict(KINDS['uniform disjoint'], num_cls_tokens=0), marks=pytest.mark.slow),
         dict(KINDS['uniform complement'], tokenizer='pixel'),
         dict(pos_embed='sincos', layer_scale=0.1, proj_dim=8, nce_negatives='both'),
     ],
@@ -400,7 +400,9 @@ def test_poor_words_are_taken_where_the_config_says_so():
     assert 'random_projection' in lines[0]
 
 
-@pytest.mark.parametrize('name', ['splitmask', 'beit'])
+@pytest.mark.parametrize(
+    'name', ['splitmask', pytest.param('beit', marks=pytest.mark.slow)]
+)
 def test_a_sample_draws_by_its_row_whatever_batch_it_is_in(name):
     """Without InfoNCE, whose negatives are the other images, losses of halves average."""
     alone = dict(method__w_nce=0.0) if name == 'splitmask' else {}

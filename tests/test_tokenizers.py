@@ -271,7 +271,10 @@ def perplexity(images, patch, vocab, kind, **fields):
 
 @pytest.mark.parametrize(
     ('name', 'size', 'patch', 'count'),
-    [('cifar10/train.parquet', 32, 4, 600), ('camvid/images/train', 112, 8, 200)],
+    [
+        ('cifar10/train.parquet', 32, 4, 600),
+        pytest.param('camvid/images/train', 112, 8, 200, marks=pytest.mark.slow),
+    ],
 )
 def test_real_patches_use_the_codebooks_in_the_order_of_the_table(
     data_dir, name, size, patch, count

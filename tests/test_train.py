@@ -63,7 +63,7 @@ def killed_run(config, workdir, step, monkeypatch):
             train.train(config, workdir)
 
 
-@pytest.mark.parametrize('step', [1, 5, 7])
+@pytest.mark.parametrize('step', [1, pytest.param(5, marks=pytest.mark.slow), 7])
 def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
     unbroken, tmp_path, monkeypatch, step
 ):
