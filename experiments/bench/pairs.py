@@ -4,9 +4,9 @@
 Each side has a process of its own, for two pools of threads in one process disturb each other;
 they take turns, so that both meet the same neighbours on a shared machine, and the ratio is the
 median over pairs of turns. A turn is two steps, of which the second is timed, for training is one
-step after the other: the first one of a turn also pays for the pause, since a virtual machine may
-hand the memory that a step has freed to its host after two seconds and must then fetch it back
-(0.7 s per step of XLA, 0.3 s of PyTorch, where this was written). Busy cores make the ratio
+step after the other: the first one of a turn also pays for the pause (0.7 s per step of XLA,
+0.3 s of PyTorch, where this was written), perhaps because a virtual machine hands memory that a
+step has freed to its host meanwhile. Busy cores make the ratio
 meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer.
 """
 

@@ -47,7 +47,6 @@ def run(*words):
     )
     if done.returncode:
         sys.exit(f'{done.stdout[-2000:]}\n{done.stderr[-2000:]}')
-    return done.stdout
 
 
 def subset(out):
@@ -59,15 +58,15 @@ def subset(out):
     return path
 
 
-def pretrain(recipe, fields, workdir, seed, steps, data):
+def pretrain(recipe, fields, workdir, seed, data):
     """Seconds that the run took (kept beside it)."""
     taken = workdir / 'seconds.json'
     if not taken.exists():
         start = time.monotonic()
         run(
             'pretrain', '--config', recipe, '--workdir', workdir, '--data', data,
-            f'seed={seed}', f'total_steps={steps}', 'total_epochs=None', 'warmup_epochs=None',
-            f'warmup_steps={steps // 10}', f'batch_size={BATCH}', 'eval.every_epochs=None',
+            f'seed={seed}', f'total_steps={UPDATES}', 'total_epochs=None', 'warmup_epochs=None',
+            f'warmup_steps={UPDATES // 10}', f'batch_size={BATCH}', 'eval.every_epochs=None',
             'eval.knn=False', *SMALL, *fields,
         )  # fmt: skip
         taken.write_text(json.dumps(time.monotonic() - start))
@@ -83,7 +82,6 @@ def probe(workdir):
             '--data', CIFAR / 'train.parquet', '--test', CIFAR / 'test.parquet',
         )  # fmt: skip
     rows = json.loads(path.read_text())
-    rows = rows['rows'] if isinstance(rows, dict) else rows
     return {
         f'{model} {kind}': max(r['top1'] for r in rows if (r['model'], r['eval']) == (model, kind))
         for model in ('trained', 'untrained', 'raw_pixels')
@@ -120,7 +118,7 @@ def controls(out, seeds):
     for seed in seeds:  # outermost, so that a stopped experiment has whole seeds
         for i, (name, (recipe, fields)) in enumerate(CONTROLS.items()):
             workdir = out / f'control{i}_{seed}'
-            pretrain(recipe, fields, workdir, seed, UPDATES, CIFAR / 'train.parquet')
+            pretrain(recipe, fields, workdir, seed, CIFAR / 'train.parquet')
             tuned = finetune(workdir, out / f'control{i}_{seed}_tuned', seed, EPOCHS // 2, data)[0]
             rows[name].append({**probe(workdir), 'tuned': tuned})
     scratch = [finetune('none', out / f'scratch_{s}', s, EPOCHS // 2, data)[0] for s in seeds]
@@ -147,14 +145,13 @@ def target(out, seeds):
     data, pretrained, scratch, seconds = subset(out), [], [], []
     for seed in seeds:
         workdir = out / f'target_{seed}'
-        before = pretrain('cifar10_splitmask', [], workdir, seed, UPDATES, data)
+        before = pretrain('cifar10_splitmask', [], workdir, seed, data)
         top1, after = finetune(workdir, out / f'target_{seed}_tuned', seed, EPOCHS, data)
         pretrained.append(top1)
         epochs = round(EPOCHS * (before + after) / after)
         control, taken = finetune('none', out / f'target_{seed}_scratch', seed, epochs, data)
-        scratch.append(
-            (finetune('none', out / f'target_{seed}_short', seed, EPOCHS, data)[0], control)
-        )
+        few = finetune('none', out / f'target_{seed}_short', seed, EPOCHS, data)[0]
+        scratch.append((few, control))
         seconds.append((before + after, taken, epochs))
     short, long = zip(*scratch)
     ours, theirs, epochs = np.mean(seconds, axis=0)
