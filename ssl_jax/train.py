@@ -97,6 +97,7 @@ def make_program(config, method, clock, mesh=None):
             donate_argnums=0,
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
+            compiler_options=sharding.compiler_options(mesh),
         ),
         groups=groups,
     )

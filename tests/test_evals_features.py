@@ -96,16 +96,25 @@ def test_encoder_features_are_the_stated_means():
 
 def test_encoder_without_class_tokens_has_only_patch_features():
     got = features.make_forward(*make_vit(num_cls_tokens=0))(arrays(3)[1])
-    assert set(got) == {'patch', 'quadrants'}
+    assert set(got) == {'patch', 'grid2'}
 
 
-@pytest.mark.parametrize('grid', [(2, 2), (4, 6), (3, 5)])
-def test_quadrants_are_torchs_adaptive_average_pooling(grid):
+@pytest.mark.parametrize('grid, cells', [((2, 2), 2), ((4, 6), 2), ((3, 5), 2), ((7, 9), 4)])
+def test_means_over_cells_are_torchs_adaptive_average_pooling(grid, cells):
     torch = pytest.importorskip('torch')
     x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 3)).astype(np.float32)
     square = torch.tensor(x.reshape(2, *grid, 3)).permute(0, 3, 1, 2)
-    want = torch.nn.functional.adaptive_avg_pool2d(square, 2).permute(0, 2, 3, 1).reshape(2, 12)
-    np.testing.assert_allclose(features.quadrants(x, grid), want, atol=1e-6)
+    want = torch.nn.functional.adaptive_avg_pool2d(square, cells).permute(0, 2, 3, 1)
+    got = features.cell_means(x, grid, cells)
+    np.testing.assert_allclose(got, want.reshape(2, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'grid, embed_dim, want',
+    [((8, 8), 128, 4), ((2, 3), 128, 2), ((1, 9), 128, 1), ((14, 14), 768, 3), ((14, 14), 3200, 1)],
+)
+def test_the_grid_has_at_most_4_cells_a_side_and_8192_numbers(grid, embed_dim, want):
+    assert features.grid_cells(grid, embed_dim) == want
 
 
 def test_half_precision_forward_returns_float32():

@@ -300,3 +300,24 @@ def test_a_tiny_run_is_planned_for_a_pod(tmp_path):
     assert 'fits, 15.7' in report.text(found)
     report.picture(found, tmp_path / 'plan.png')
     assert (tmp_path / 'plan.png').stat().st_size > 10_000
+
+
+def test_products_of_a_sharded_step_are_not_cut_into_windows():
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    mesh = sharding.make_mesh(1, 4, devices=chips.devices('v5e:2x2'))
+    tokens, kernel = (
+        jax.ShapeDtypeStruct(shape, 'bfloat16', sharding=jax.NamedSharding(mesh, spec))
+        for shape, spec in (((12800, 1024), sharding.BATCH), ((1024, 4096), jax.P('fsdp')))
+    )
+
+    def kinds(options):
+        product = jax.jit(lambda x, w: x @ w, compiler_options=options).lower(tokens, kernel)
+        rows = compile.communication(hlo.parse(product.compile().as_text()), mesh)
+        return {row['kind'] for row in rows}
+
+    assert kinds(None) == {'collective-permute'}  # else the option is no longer needed
+    assert kinds(sharding.compiler_options(mesh)) == {'all-gather'}
+
+
+def test_only_fsdp_on_tpu_needs_an_option_of_the_compiler():
+    assert sharding.compiler_options(sharding.make_mesh(1, 4, devices=jax.devices()[:4])) is None

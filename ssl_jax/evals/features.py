@@ -16,6 +16,8 @@ from ssl_jax import augment, sharding
 from ssl_jax.data import pipeline
 from ssl_jax.models import vit as vit_lib
 
+MAX_GRID = 8192  # numbers per image: a million images in 32 GiB
+
 
 class Stopped(Exception):
     """`should_stop` became true in the middle of an extraction; nothing is returned."""
@@ -31,10 +33,11 @@ def make_forward(
       cls_pre:    mean of the class tokens before it (what Pixio's kNN takes)
       patch:      mean of the patch tokens after the norm
       cls_patch:  cls and patch side by side
-      quadrants:  the patch tokens' means over each quadrant of the image side by side, see there
+      grid<n>:    the patch tokens' means over n x n cells of the image side by side, see
+                  `cell_means`; n is 4, or what the patches and MAX_GRID allow
       cls<n>, cls<n>_patch: the same with the class tokens of the last n = `last_blocks` blocks,
                   each after the final norm (DINOv2's linear protocol takes n = 4)
-    An encoder without class tokens has only `patch` and `quadrants`.
+    An encoder without class tokens has only `patch` and `grid<n>`.
 
     Args:
       vit: `models.vit.ViT`.
@@ -56,7 +59,9 @@ def _features(vit, params, images, mean, std, last_blocks):
     tokens = vit.apply({'params': params}, augment.normalize(images, mean, std), capture=last)
     found = pooled(vit, tokens)
     grid = [side // vit.patch_size for side in images.shape[1:3]]
-    found['quadrants'] = quadrants(tokens['patch_tokens'], grid)
+    cells = grid_cells(grid, vit.embed_dim)
+    if cells > 1:
+        found[f'grid{cells}'] = cell_means(tokens['patch_tokens'], grid, cells)
     if last and vit.num_cls_tokens:
         cls = vit_lib.final_norm(params, tokens['blocks'][:, :, : vit.num_cls_tokens], vit.eps)
         cls = cls.astype(jnp.float32).mean(axis=2)  # (n, B, D)
@@ -92,25 +97,39 @@ def pooled(vit, tokens):
     }
 
 
-def quadrants(patch_tokens, grid):
-    """Means over the four quadrants of the image, (B, N, D) -> float32 (B, 4 D).
+def grid_cells(grid, embed_dim):
+    """Cells per side of the feature `grid<n>`: 4, or fewer where 4 x 4 x embed_dim > MAX_GRID."""
+    return max(n for n in range(1, min(4, *grid) + 1) if n == 1 or n * n * embed_dim <= MAX_GRID)
+
+
+def cell_means(patch_tokens, grid, cells):
+    """Means of the patch tokens over cells x cells parts of the image.
 
     They keep roughly where something is, as raw pixels do and one mean over the image does not:
-    the fair feature beside raw pixels where images are tiny and their objects centred.  The two
-    halves of an odd number of rows share the middle one, as in torch's `adaptive_avg_pool2d`.
+    the fair feature beside raw pixels where images are tiny and their objects centred.  Where the
+    rows do not divide, neighbouring cells share one, as in torch's `adaptive_avg_pool2d`.
 
     Args:
       patch_tokens: (B, N, D), row by row.
       grid: (rows, columns), N of them.
+      cells: per side.
+
+    Returns:
+      float32 (B, cells^2 D), cells row by row.
     """
     b, _, d = patch_tokens.shape
+
+    def weights(n):
+        w = np.zeros((cells, n), np.float32)
+        for i in range(cells):
+            first, end = i * n // cells, -(-(i + 1) * n // cells)
+            w[i, first:end] = 1 / (end - first)
+        return w
+
     x = patch_tokens.astype(jnp.float32).reshape(b, *grid, d)
-    for axis, n in ((1, grid[0]), (2, grid[1])):
-        half = (n + 1) // 2
-        first, last = (jax.lax.slice_in_dim(x, i, i + half, axis=axis) for i in (0, n - half))
-        means = [part.mean(axis=axis, keepdims=True) for part in (first, last)]
-        x = jnp.concatenate(means, axis=axis)
-    return x.reshape(b, 4 * d)
+    rows, columns = map(weights, grid)
+    x = jnp.einsum('ir,brcd,jc->bijd', rows, x, columns, precision='highest')
+    return x.reshape(b, cells * cells * d)
 
 
 def raw_pixels(size=32):

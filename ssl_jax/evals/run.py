@@ -24,13 +24,16 @@ FEATURES = {
     'cls_pre': 'mean of the class tokens before the final norm',
     'patch': 'mean of the patch tokens after the final norm',
     'cls_patch': 'cls and patch side by side',
-    'quadrants': 'means of the patch tokens over each quadrant of the image, side by side',
+    **{
+        f'grid{n}': f'means of the patch tokens over {n} x {n} cells of the image, side by side'
+        for n in (2, 3, 4)
+    },
     'pixels': 'pixels of the (downsized) image',
 }
 # A cosine of several vectors side by side is that of the longest.
 SIDE_BY_SIDE = re.compile(r'cls_patch|cls\d+(_patch)?')
-# cls_pre: after BatchNorm hardly different from cls; quadrants: four times as wide for little.
-NOT_LINEAR = ('cls_pre', 'quadrants')
+# cls_pre: after BatchNorm hardly different from cls; grid: up to sixteen times as wide for little.
+NOT_LINEAR = re.compile(r'cls_pre|grid\d')
 MONITORED = 1024  # images
 
 
@@ -135,7 +138,7 @@ def evaluate(
             log(f'{model} {name}: kNN top-1 {top1}')
         if linear_options is False:
             continue
-        kinds = [name for name in mine if name not in NOT_LINEAR]
+        kinds = [name for name in mine if not NOT_LINEAR.fullmatch(name)]
         probe = dict(num_classes=num_classes, seed=seed, **(linear_options or {}))
         sweep, best = linear.probe(
             {k: train[f'{model}/{k}'] for k in kinds},
