@@ -28,7 +28,7 @@ def get_config(arg=''):
     c.batch_size = 2048
     c.dtype = 'bfloat16'
     c.remat = 'full'
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method = m = config_distill.dino()
     m.size = 'B'

@@ -27,7 +27,7 @@ def get_config(arg=''):
     c.batch_size = 3072
     c.dtype = 'bfloat16'
     c.remat = 'full'
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method = m = config_dinov2.method()
     m.size = 'L'

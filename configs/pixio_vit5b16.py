@@ -28,7 +28,7 @@ def get_config(arg=''):
     c.batch_size = 16384
     c.dtype = 'bfloat16'
     c.remat = 'full'
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method.size = '5B'
     c.method.patch_size = 16

@@ -145,10 +145,13 @@ def _errors(c):
             'init_from (weights only) and resume_from (weights, moments and step) are both set: '
             'set one of them to None.'
         )
-    if sum(size == -1 for size in c.mesh.values()) > 1 or any(
-        size != -1 and size < 1 for size in c.mesh.values()
+    if any(size != -1 and size < 1 for size in c.mesh.values()) or (
+        c.mesh.tensor == -1 and -1 in (c.mesh.data, c.mesh.fsdp)
     ):
-        yield f'mesh={c.mesh.to_dict()} must have positive sizes and at most one -1 (the rest).'
+        yield (
+            f'mesh={c.mesh.to_dict()} must have positive sizes, and -1 (the rest) for one axis or '
+            f'for data and fsdp.'
+        )
     for prefix, sub in (('total', c), ('warmup', c), ('every', c.eval), ('warm_freeze', c.optim)):
         duration(prefix, sub)
     if duration('total', c) == (None, None):

@@ -22,37 +22,17 @@ TENSOR_RULES = (
     (r'(attn/proj|fc2|w3)/kernel$', -2),  # rows: partial sums are added up
     (r'last_layer/weight_[vg]$', -1),  # each device owns some prototypes
 )
+MAX_FSDP = 16  # of 1,280 channels over 128 chips 10 rows are left, and XLA gathers by all-reduce
 # Paths whose leading axis is the scan over blocks; splitting it would gather every iteration.
 STACKED = re.compile(r'(^|/)\w*blocks/')
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """A mesh over all devices (of all processes); one axis may be -1 and takes what is left."""
+    """A mesh over all devices (of all processes); for -1 see `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    known = math.prod(s for s in sizes if s != -1)
-    shape = f'data={data},fsdp={fsdp},tensor={tensor}'
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(f'mesh {shape}: sizes are positive, and at most one is -1 (the rest).')
-    if -1 in sizes:
-        if len(devices) % known:
-            raise ValueError(
-                f'mesh {shape} does not divide {len(devices)} devices; '
-                f'choose sizes whose product divides it.'
-            )
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f'mesh {shape} needs {math.prod(sizes)} devices, there are {len(devices)}; '
-            f'set one axis to -1 to use them all.'
-        )
     slices = len({getattr(d, 'slice_index', 0) for d in devices})
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices), slices)
     if slices > 1:  # the network between them is slow: only gradients cross it, once per step
-        if sizes[0] % slices:
-            raise ValueError(
-                f'mesh {shape} on {slices} slices: fsdp and tensor stay within a slice, so data is '
-                f'a multiple of {slices}; set mesh.data={slices}.'
-            )
         grid = mesh_utils.create_hybrid_device_mesh(
             (sizes[0] // slices, *sizes[1:]),
             (slices, 1, 1),
@@ -61,7 +41,46 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
         )
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     # Said explicitly: the default axis type is Explicit, under which a patchify reshape raises.
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(data, fsdp, tensor, count, slices=1):
+    """(data, fsdp, tensor) for `count` devices in `slices`; an axis of -1 takes what is left.
+
+    Where both data and fsdp are -1, fsdp takes the largest divisor up to MAX_FSDP (within a slice)
+    and data the rest: copies of a state that is split far enough to be small, with shards that
+    still fill the tiles of a TPU.
+    """
+    sizes = [data, fsdp, tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    shape = f'data={data},fsdp={fsdp},tensor={tensor}'
+    if tensor == -1 and -1 in (data, fsdp) or any(s == 0 or s < -1 for s in sizes):
+        raise ValueError(
+            f'mesh {shape}: sizes are positive, and -1 (the rest) is for one axis or for data and '
+            f'fsdp.'
+        )
+    if -1 in sizes:
+        if count % known:
+            raise ValueError(
+                f'mesh {shape} does not divide {count} devices; '
+                f'choose sizes whose product divides it.'
+            )
+        rest = count // known
+        if data == fsdp == -1:
+            sizes[1] = max(n for n in range(1, MAX_FSDP + 1) if rest // slices % n == 0)
+            rest //= sizes[1]
+        sizes[sizes.index(-1)] = rest
+    if math.prod(sizes) != count:
+        raise ValueError(
+            f'mesh {shape} needs {math.prod(sizes)} devices, there are {count}; '
+            f'set one axis to -1 to use them all.'
+        )
+    if sizes[0] % slices:
+        raise ValueError(
+            f'mesh {shape} on {slices} slices: fsdp and tensor stay within a slice, so data is '
+            f'a multiple of {slices}; set mesh.data={slices}.'
+        )
+    return tuple(sizes)
 
 
 def constrain(x, spec=BATCH):

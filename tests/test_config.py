@@ -318,7 +318,7 @@ def test_default_with_a_length_is_valid():
         (dict(init_from='a', resume_from='b'), 'init_from (weights only) and resume_from'),
         (dict(dtype='float16'), "dtype='float16' is unknown: use one of float32, bfloat16."),
         (dict(remat='some'), "remat='some' is unknown: use one of none, dots, full."),
-        (dict(mesh__fsdp=-1), 'at most one -1'),
+        (dict(mesh__tensor=-1), 'for one axis or for data and fsdp'),
         (dict(mesh__tensor=0), 'must have positive sizes'),
         (dict(total_epochs=2.0), 'total_steps=100 and total_epochs=2.0 contradict each other'),
         (dict(total_steps=None), 'None of total_steps, total_epochs, total_examples is set'),

@@ -37,11 +37,20 @@ def test_minus_one_takes_the_remaining_devices():
 
 
 @pytest.mark.parametrize(
+    'count, slices, want',
+    [(8, 1, (1, 8)), (64, 1, (4, 16)), (48, 1, (3, 16)), (24, 1, (2, 12)), (64, 4, (4, 16)),
+     (128, 2, (8, 16)), (32, 4, (4, 8))],
+)  # fmt: skip
+def test_data_and_fsdp_of_minus_one_split_the_state_at_most_16_times(count, slices, want):
+    assert sharding.mesh_sizes(-1, -1, 1, count, slices) == (*want, 1)
+
+
+@pytest.mark.parametrize(
     'sizes,message',
     [
         (dict(data=3), 'needs 3 devices, there are 8'),
         (dict(data=-1, fsdp=3), 'does not divide 8 devices'),
-        (dict(data=-1, fsdp=-1), 'at most one is -1'),
+        (dict(data=-1, tensor=-1), 'for one axis or for data and fsdp'),
         (dict(data=0), 'sizes are positive'),
     ],
 )
