@@ -26,7 +26,7 @@ def show(workdir, data=None, out=None, num=8):
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')
     out.mkdir(parents=True, exist_ok=True)
     vit, params = run.backbone()
-    images = online.first_images(source, vit.img_size, num)
+    images = online.spread_images(source, vit.img_size, num)
     paths = _inside(vit, params, images, run.transform, out)
     if run.method is not None:
         paths += _training(run, source, images, num, out)

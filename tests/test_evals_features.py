@@ -6,7 +6,7 @@ import pytest
 
 from ssl_jax import augment, sharding
 from ssl_jax.data import sources
-from ssl_jax.evals import features
+from ssl_jax.evals import features, online
 from ssl_jax.models import vit as vit_lib
 
 
@@ -170,3 +170,17 @@ def test_class_tokens_of_the_last_blocks_end_with_the_usual_one():
     np.testing.assert_allclose(out['cls2'][:, 16:], out['cls'], atol=1e-6)
     np.testing.assert_array_equal(out['cls2_patch'][:, 32:], out['patch'])
     assert np.abs(out['cls2'][:, :16] - out['cls']).max() > 1e-3
+
+
+def test_the_images_shown_come_from_all_over_a_source():
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
+    got = online.spread_images(sources.Arrays(images), 8, 4)
+    assert got[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+    assert len(online.spread_images(sources.Arrays(images[:3]), 8, 4)) == 3
+
+
+def test_an_image_to_show_that_does_not_decode_gives_way_to_another():
+    images = [np.full((8, 8, 3), i, np.uint8) for i in range(40)]
+    images[10] = b'broken'
+    got = online.spread_images(sources.Arrays(images), 8, 4)
+    assert got[:, 0, 0, 0].tolist() == [0, 20, 30, 1]

@@ -2,7 +2,6 @@
 """What the loop looks at now and then: kNN, accuracy, collapse monitors, pictures."""
 
 import functools
-import itertools
 
 import jax
 import numpy as np
@@ -116,7 +115,7 @@ class Evaluator:
 
         folder = self.workdir / 'pictures'
         if hasattr(self.method, 'reconstruct'):
-            images = first_images(self.shown, self.size, self.config.num_pictures)
+            images = spread_images(self.shown, self.size, self.config.num_pictures)
             made = _reconstruct(
                 self.method, self.mesh, state.params, images, self.keys[: len(images)]
             )
@@ -142,10 +141,18 @@ def _jitted_reconstruct(method, replicated):
     return jax.jit(method.reconstruct, out_shardings=replicated)
 
 
-def first_images(source, size, count):
-    """uint8 (count, size, size, 3): the first images of a source that can be decoded."""
-    images = []
-    with pipeline.eval_stream(source, size, min(count, len(source))) as stream:
-        for batch in itertools.islice(stream, 4):
+def spread_images(source, size, count):
+    """uint8 (count, size, size, 3): images from all over a source, which is often sorted by class.
+
+    One that does not decode gives way to another; of a source too small or broken come fewer.
+    """
+    n = len(source)
+    spread = np.arange(min(count, n)) * n // min(count, n)
+    order = dict.fromkeys(((spread + np.arange(4)[:, None]) % n).reshape(-1).tolist())
+    images, some = [], features.Subset(source, list(order))
+    with pipeline.eval_stream(some, size, len(spread)) as stream:
+        for batch in stream:
             images.extend(batch['image'][batch['mask']])
+            if len(images) >= count:
+                break
     return np.stack(images[:count])
