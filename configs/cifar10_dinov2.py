@@ -21,7 +21,7 @@ def get_config(arg=''):
     c = config.default()
     c.name = 'cifar10_dinov2'
 
-    c.total_epochs = 6.0
+    c.total_epochs = 12.0
     c.warmup_epochs = 0.3
     c.batch_size = 64
 
@@ -29,9 +29,9 @@ def get_config(arg=''):
     config_dinov2.small(m)
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 4, 4
-    m.patch_size = 6
-    m.img_size = 36
-    m.local_size = 18
+    m.patch_size = 8
+    m.img_size = 32
+    m.local_size = 16
     m.blur = 'none'
     m.layer_scale = None
 

@@ -8,7 +8,13 @@ import jax
 
 
 def enable_compile_cache():
-    """Keeps compiled programs on disk, so that a restart does not compile again."""
+    """Keeps compiled programs on disk, so that a restart does not compile again.
+
+    Not where a CPU plays several devices: some programs read back from disk never finish there
+    (jax 0.10.2: devices wait in a collective for others that do not come), and XLA aborts.
+    """
+    if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
+        return
     if jax.config.jax_compilation_cache_dir is None:
         default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
         jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
