@@ -156,6 +156,20 @@ def test_a_restart_does_not_compile_again(tmp_path):
     assert hits[0] == 0 and hits[1] >= 1, hits
 
 
+KEEPS = """
+    import jax
+    from ssl_jax import launch
+    launch.enable_compile_cache()
+    print('KEEPS', jax.config.jax_compilation_cache_dir is not None)
+"""
+
+
+@pytest.mark.parametrize('devices, keeps', [(1, True), (2, False)])
+def test_a_cpu_that_plays_several_devices_keeps_no_programs(tmp_path, devices, keeps):
+    code, out = finish(start(KEEPS, devices, SSL_JAX_CACHE=tmp_path))
+    assert code == 0 and f'KEEPS {keeps}' in out, out
+
+
 TWO = """
     import json, os
     import jax
