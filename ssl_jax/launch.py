@@ -18,7 +18,7 @@ def enable_compile_cache():
     if jax.config.jax_compilation_cache_dir is None:
         default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
         jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def initialize_distributed():

@@ -152,8 +152,7 @@ def test_a_restart_does_not_compile_again(tmp_path):
         code, out = finish(start(code, SSL_JAX_CACHE=tmp_path / 'cache'))
         assert code == 0, out
         hits.append(int(out.split('HITS')[1]))
-    # The step's; the weights' program may compile within the second below which nothing is kept.
-    assert hits[0] == 0 and hits[1] >= 1, hits
+    assert hits[0] == 0 and hits[1] >= 2, hits  # the weights' program and the step's
 
 
 KEEPS = """
