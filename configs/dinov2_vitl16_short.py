@@ -27,7 +27,7 @@ def get_config(arg=''):
     c.warmup_steps = 12_500
     c.batch_size = 2048
     c.dtype = 'bfloat16'
-    c.remat = 'full'
+    c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method = m = config_dinov2.method()

@@ -15,7 +15,7 @@ def get_config(arg=''):
     c = config.recipe('finetune_mae_vitb16', arg)
     c.name = 'finetune_mae_vith14'
     c.total_epochs = 50.0
-    c.remat = 'full'
+    c.remat = 'dots'
     c.method.update(size='H', patch_size=14, drop_path=0.3)
     c.optim.base_lr, c.optim.layer_decay = 1e-3, 0.75
 

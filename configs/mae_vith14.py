@@ -28,7 +28,7 @@ def get_config(arg=''):
     c.warmup_epochs = 40.0
     c.batch_size = 4096
     c.dtype = 'bfloat16'
-    c.remat = 'full'
+    c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method.size = 'H'

@@ -27,7 +27,7 @@ def get_config(arg=''):
     c.warmup_steps = 128_400
     c.batch_size = 16384
     c.dtype = 'bfloat16'
-    c.remat = 'full'
+    c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method.size = '1B'

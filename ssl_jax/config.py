@@ -69,7 +69,7 @@ def default():
     c.warmup_examples = None
 
     c.dtype = 'float32'  # compute type of the networks; parameters and moments are float32
-    c.remat = 'none'  # what backward recomputes: 'none', all but the 'dots', or 'full' blocks
+    c.remat = 'none'  # what backward recomputes: 'none', norms and qkv ('dots'), 'full' blocks
 
     c.method = m = ml_collections.ConfigDict()
     m.name = 'mae'  # module in ssl_jax/methods

@@ -83,16 +83,40 @@ def mesh_sizes(data, fsdp, tensor, count, slices=1):
     return tuple(sizes)
 
 
-def constrain(x, spec=BATCH):
+def constrain(x, spec=BATCH, multiple=1):
     """Constrains an activation to `spec` on the current mesh.
 
-    Nothing happens where there is no mesh, or where the leading dimension does not divide (the
-    single dummy image that parameters are initialised with).
+    Nothing happens where there is no mesh, or where the leading dimension, in multiples of so many
+    rows, does not divide (the single dummy image that parameters are initialised with).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape['data'] * mesh.shape['fsdp']):
+    if mesh.empty or x.shape[0] % (mesh.shape['data'] * mesh.shape['fsdp'] * multiple):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def num_devices():
+    """Of the current mesh; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def only_rows(count):
+    """Whether the current mesh splits `count` rows evenly and nothing else: no tensor axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.shape['tensor'] == 1 and count % mesh.size == 0
+
+
+def per_device(fn, split, whole=0):
+    """fn, run on each device for its own part of the batch: for kernels, which XLA cannot split.
+
+    The first `split` arguments are split over the batch (`only_rows`), and all results; `whole`
+    more arguments are the same everywhere.
+    """
+    if num_devices() == 1:
+        return fn
+    specs = (BATCH,) * split + (P(),) * whole
+    return jax.shard_map(fn, in_specs=specs, out_specs=BATCH, check_vma=False)
 
 
 def path_str(path):

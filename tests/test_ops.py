@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from ssl_jax import sharding
-from ssl_jax.models import ops
+from ssl_jax.models import ops, tpu_kernels
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -37,6 +37,12 @@ def attention64(qkv, grad, heads):
     return (weights @ v).swapaxes(1, 2).reshape(b, n, width // 3), d_qkv
 
 
+def attend(qkv, heads):
+    """`ops.attention` of images (B, N, 3 D)."""
+    b, n, width = qkv.shape
+    return ops.attention(qkv.reshape(b * n, width), heads, ((1, n),)).reshape(b, n, width // 3)
+
+
 def forward_and_gradient(fn, *args, grad):
     """Output and gradients of fn for the cotangent `grad`, compiled."""
 
@@ -52,7 +58,7 @@ def forward_and_gradient(fn, *args, grad):
 @pytest.mark.parametrize('head_dim', [8, 32, 64, 80])
 def test_attention_and_its_gradient_equal_float64(tokens, head_dim):
     qkv, grad = normal(0, 2, tokens, 3 * 2 * head_dim), normal(1, 2, tokens, 2 * head_dim)
-    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 2), qkv, grad=grad)
+    out, (d_qkv,) = forward_and_gradient(lambda x: attend(x, 2), qkv, grad=grad)
     want, d_want = attention64(qkv, grad, heads=2)
     np.testing.assert_allclose(out, want, atol=2e-6)
     np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
@@ -62,36 +68,104 @@ def test_attention_and_its_gradient_equal_float64(tokens, head_dim):
 def test_attention_in_chunks_of_samples_is_the_same(batch, monkeypatch):
     qkv, grad = normal(0, batch, 9, 48), normal(1, batch, 9, 16)
     monkeypatch.setattr(ops, 'CHUNK_BYTES', 2 * 4 * 9**2 * 4)  # two samples at a time
-    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 4), qkv, grad=grad)
+    out, (d_qkv,) = forward_and_gradient(lambda x: attend(x, 4), qkv, grad=grad)
     want, d_want = attention64(qkv, grad, heads=4)
     np.testing.assert_allclose(out, want, atol=2e-6)
     np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
 
 
-@pytest.mark.parametrize('head_dim', [32, 64, 128])
-def test_attention_with_packed_heads_equals_float64(head_dim):
-    """The form for TPU, run on CPU."""
-    heads = 256 // head_dim
-    qkv, grad = normal(0, 2, 17, 3 * 256), normal(1, 2, 17, 256)
-    out, log_total = ops._forward_packed(heads, qkv)
-    d_qkv = ops._backward_packed(heads, qkv, out, log_total, grad)
+# Images and tokens: whole windows, windows that begin between multiples of 8, two images to a
+# window, images that do not fill the last block; heads that are a part of 128 lanes, all of them,
+# and some that lie across two tiles.
+@pytest.mark.parametrize(
+    'images, tokens, head_dim, heads',
+    [
+        (2, 16, 64, 4),
+        (9, 17, 32, 4),
+        (8, 50, 64, 2),
+        (3, 37, 80, 8),
+        (2, 50, 128, 1),
+        (8, 130, 64, 2),
+    ],
+)
+def test_the_tpu_kernels_of_attention_equal_float64(images, tokens, head_dim, heads):
+    width = heads * head_dim
+    qkv, grad = normal(0, images, tokens, 3 * width), normal(1, images, tokens, width)
+    rows = jnp.asarray(qkv.reshape(-1, 3 * width)), jnp.asarray(grad.reshape(-1, width))
+    out = tpu_kernels.attention(rows[0], heads, ((1, tokens),), interpret=True)
+    d_qkv = tpu_kernels.attention_gradient(*rows, heads, ((1, tokens),), interpret=True)
     want, d_want = attention64(qkv, grad, heads=heads)
-    np.testing.assert_allclose(out, want, atol=2e-6)
-    np.testing.assert_allclose(d_qkv, d_want, atol=5e-6)
-    np.testing.assert_allclose(log_total, ops._forward(heads, None, qkv)[1], atol=2e-6)
+    np.testing.assert_allclose(out.reshape(want.shape), want, atol=2e-6)
+    np.testing.assert_allclose(d_qkv.reshape(d_want.shape), d_want, atol=5e-6)
 
 
-@pytest.mark.parametrize('dim, heads, packed', [(256, 4, True), (160, 2, False), (96, 3, False)])
-def test_heads_stay_packed_on_tpu_where_they_fill_the_lanes(dim, heads, packed):
-    traced = jax.jit(lambda x: ops.attention(x, heads)).trace(jnp.zeros((2, 17, 3 * dim)))
-    apart = f'tensor<2x{heads}x17x17xf32>'  # all heads' logits at once
-    assert (apart not in traced.lower(lowering_platforms=('tpu',)).as_text()) == packed
-    assert apart in traced.lower(lowering_platforms=('cpu',)).as_text()
+def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself():
+    segments, batch = ((2, 19), (6, 5)), 3
+    qkv, grad = normal(0, batch * 68, 3 * 128), normal(1, batch * 68, 128)
+    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
+    kernels = (
+        tpu_kernels.attention(jnp.asarray(qkv), 2, segments, interpret=True),
+        tpu_kernels.attention_gradient(*map(jnp.asarray, (qkv, grad)), 2, segments, interpret=True),
+    )
+    images = [ops._images(jnp.asarray(x), segments) for x in (qkv, grad)]
+    wants = [attention64(*map(np.asarray, pair), heads=2) for pair in zip(*images)]
+    for found, want in zip((out, d_qkv), zip(*wants)):
+        np.testing.assert_allclose(found, ops._rows(want, segments), atol=5e-6)
+    for found, want in zip(kernels, zip(*wants)):
+        np.testing.assert_allclose(found, ops._rows(want, segments), atol=5e-6)
+
+
+def test_the_tpu_kernels_take_no_notice_of_other_images():
+    """Not even of logits beyond float32's exponentials."""
+    qkv, grad = normal(0, 4, 50, 3 * 128), normal(1, 4, 50, 128)
+
+    def run(qkv):
+        rows = jnp.asarray(qkv.reshape(-1, 3 * 128)), jnp.asarray(grad.reshape(-1, 128))
+        out = tpu_kernels.attention(rows[0], 2, ((1, 50),), interpret=True)
+        d_qkv = tpu_kernels.attention_gradient(*rows, 2, ((1, 50),), interpret=True)
+        return out[50:100], d_qkv[50:100]
+
+    others = qkv.copy()
+    others[[0, 2, 3]] *= 1e3
+    for one, other in zip(run(qkv), run(others)):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('shape', [(8, 128), (1576, 640)])
+def test_the_tpu_kernel_that_sums_rows_equals_float64(shape):
+    x = normal(0, *shape)
+    parts = tpu_kernels.sum_rows(jnp.asarray(x), interpret=True)
+    np.testing.assert_allclose(parts.sum(0), x.astype(np.float64).sum(0), atol=1e-4)
+    assert tpu_kernels.sum_rows(jnp.asarray(x, jnp.bfloat16), interpret=True).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('shape', [(8, 128), (48, 256)])
+def test_the_tpu_kernels_of_layer_norm_equal_float64(shape):
+    x, grad = 3 + normal(0, *shape, scale=2), normal(1, *shape)
+    scale, bias = normal(2, shape[1]), normal(3, shape[1])
+    want, (d_x, d_scale, d_bias) = layer_norm64(x, scale, bias, grad, 1e-6)
+    other = normal(4, *shape)
+    x, grad, scale, bias = jnp.asarray(x), jnp.asarray(grad), scale[None], bias[None]
+    y = tpu_kernels.layer_norm(x, scale, bias, 1e-6, interpret=True)
+    arrays = x, grad, jnp.asarray(other)
+    found = tpu_kernels.layer_norm_gradient(*arrays, scale, 1e-6, interpret=True)
+    np.testing.assert_allclose(y, want, atol=5e-6)
+    np.testing.assert_allclose(found[0], d_x + other, atol=5e-6)
+    np.testing.assert_allclose(found[1].sum(0), d_scale, atol=1e-4)
+    np.testing.assert_allclose(found[2].sum(0), d_bias, atol=1e-4)
+
+
+@pytest.mark.parametrize('dim, heads, kernel', [(256, 4, True), (160, 2, False), (96, 3, False)])
+def test_on_tpu_a_kernel_attends_where_heads_fill_whole_tiles_of_lanes(dim, heads, kernel):
+    traced = jax.jit(lambda x: attend(x, heads)).trace(jnp.zeros((2, 17, 3 * dim)))
+    called = 'tpu_custom_call'
+    assert (called in traced.lower(lowering_platforms=('tpu',)).as_text()) == kernel
+    assert called not in traced.lower(lowering_platforms=('cpu',)).as_text()
 
 
 def test_attention_survives_logits_of_ten_thousand():
     qkv, grad = normal(0, 1, 17, 96, scale=50.0), normal(1, 1, 17, 32)
-    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 1), qkv, grad=grad)
+    out, (d_qkv,) = forward_and_gradient(lambda x: attend(x, 1), qkv, grad=grad)
     want, d_want = attention64(qkv, grad, heads=1)
     np.testing.assert_allclose(out, want, rtol=1e-3, atol=1e-2)
     # Softmax is one-hot here, so gradients of q and k vanish and the one of v is a permutation.
@@ -100,7 +174,7 @@ def test_attention_survives_logits_of_ten_thousand():
 
 def test_attention_says_what_is_wrong_with_the_width():
     with pytest.raises(ValueError, match='3 \\* num_heads = 15'):
-        ops.attention(jnp.zeros((1, 2, 48)), 5)
+        ops.attention(jnp.zeros((2, 48)), 5, ((1, 2),))
 
 
 def test_gelu_and_its_gradient_equal_float64():
@@ -164,7 +238,7 @@ def block(x, scale, w1, w2):
     """A small block that uses every function: (B, N, 16) -> (B, N, 16)."""
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
     y = ops.layer_norm(x, scale, jnp.zeros_like(scale))
-    y = ops.attention(ops.dense(y, w1, zeros(48)), 2)
+    y = attend(ops.dense(y, w1, zeros(48)), 2)
     return x + ops.gelu_dense(y, w2, zeros(16))
 
 
@@ -228,6 +302,6 @@ def test_on_eight_devices_a_split_batch_is_never_gathered(monkeypatch):
 
 def test_the_loop_over_samples_is_for_cpu_alone(monkeypatch):
     monkeypatch.setattr(ops, 'CHUNK_BYTES', 0)
-    traced = jax.jit(lambda x: ops.attention(x, 2)).trace(jnp.zeros((4, 5, 48)))
+    traced = jax.jit(lambda x: attend(x, 2)).trace(jnp.zeros((4, 5, 48)))
     assert 'stablehlo.while' in traced.lower(lowering_platforms=('cpu',)).as_text()
     assert 'stablehlo.while' not in traced.lower(lowering_platforms=('tpu',)).as_text()

@@ -12,6 +12,7 @@ import pytest
 import test_methods
 import tiny
 from ssl_jax import methods, plan, sharding, train
+from ssl_jax.models import ops
 from ssl_jax.plan import chips, compile, hlo, report, search
 
 MESH = {'data': 2, 'fsdp': 4, 'tensor': 1}
@@ -93,6 +94,38 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
     unknown = []
     found = hlo.operations(hlo.parse(TEXT.replace('direction=LT', 'direction=NE')), unknown)
     assert found[0].times == 1 and unknown == ['while.1']
+
+
+KERNEL = """
+  %attention.{number} = bf16[8,4]{{1,0}} custom-call(%arg, %arg), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"steps":"{steps}"
+}}}}, metadata={{op_name="jit(step)/jvp(ViT)/blocks/attn/attention/pallas_call"}}, backend_config={{"custom_call_config":{{"body":"TUzvUg"}}}}
+"""  # noqa: E501
+
+
+def with_kernels(*kernels):
+    """`TEXT` with kernels (number, steps) in its entry."""
+    lines = ''.join(KERNEL.format(number=n, steps=k).lstrip('\n') for n, k in kernels)
+    return hlo.parse(TEXT.replace('  %all-reduce.2', lines + '  %all-reduce.2'))
+
+
+def test_a_kernel_takes_the_bundles_of_one_step_times_its_steps():
+    found = hlo.operations(with_kernels((3, 20)), bundles={'attention.3': 50})
+    kernel = next(o for o in found if o.opcode == 'kernel')
+    assert kernel.cycles == 20 * 50
+    assert compile.scope(kernel.op_name)[2] == 'blocks/attn/attention/pallas_call'
+
+
+def test_a_kernel_takes_no_less_than_its_arrays_through_memory():
+    found = hlo.operations(with_kernels((3, 20)), None, {'attention.3': 50}, bytes_per_cycle=0.1)
+    kernel = next(o for o in found if o.opcode == 'kernel')
+    assert kernel.cycles == 2 * (8 * 4 * 2) / 0.1  # the operand once, though it is passed twice
+
+
+def test_a_kernel_that_was_compiled_once_for_several_takes_as_long_in_each():
+    kernels = with_kernels((3, 20), (4, 20), (5, 10))
+    found = hlo.kernel_cycles(kernels, {'attention.3': 50})
+    assert found == {'attention.3': 1000, 'attention.4': 1000, 'attention.5': None}
 
 
 def test_what_the_compiler_adds_to_a_loop_belongs_to_the_loop():
@@ -306,6 +339,28 @@ def test_a_tiny_run_is_planned_for_a_pod(tmp_path):
     assert 'fits, 15.7' in report.text(found)
     report.picture(found, tmp_path / 'plan.png')
     assert (tmp_path / 'plan.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    mesh = sharding.make_mesh(2, 2, devices=chips.devices('v5e:2x2'))
+    rows, vector = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+        for shape, spec in (((16 * 50, 384), sharding.BATCH), ((384,), jax.P()))
+    )
+
+    def loss(x, scale, bias):
+        y = ops.dense(ops.layer_norm(x, scale, bias), scale * bias[:, None], bias)
+        return ops.attention(y, 2, ((1, 50),)).astype('float32').sum()
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(rows, vector, vector)
+    compiled, bundles = chips.compile_program(lowered)
+    found = hlo.kernel_cycles(hlo.parse(compiled.as_text()), bundles)
+    kinds = {name.split('.')[0] for name in found}
+    assert kinds >= {'layer_norm', 'layer_norm_gradient', 'attention_gradient', 'sum_rows'}
+    assert all(found.values())
 
 
 def test_products_of_a_sharded_step_are_not_cut_into_windows():

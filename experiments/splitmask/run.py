@@ -10,7 +10,8 @@ there is: SplitMask on them, then fine-tuning on them, against training from scr
 time.
 
 Every run is a command of `ssl_jax`, printed before it starts; finished ones are not repeated, so a
-stopped experiment continues. DIR/controls.md and DIR/target.md are the tables.
+stopped experiment continues; another number of updates (--updates) wants another folder.
+DIR/controls.md and DIR/target.md are the tables.
 """
 
 import argparse
@@ -34,7 +35,7 @@ CONTROLS = {
     'MAE': ('cifar10_mae', []),
     'BEiT': ('cifar10_beit', []),
 }
-UPDATES, BATCH, IMAGES = 800, 64, 5000
+BATCH, IMAGES = 64, 5000
 EPOCHS = 10  # of fine-tuning in `target`; `controls` has half as many
 
 
@@ -58,15 +59,15 @@ def subset(out):
     return path
 
 
-def pretrain(recipe, fields, workdir, seed, data):
+def pretrain(recipe, fields, workdir, seed, data, updates):
     """Seconds that the run took (kept beside it)."""
     taken = workdir / 'seconds.json'
     if not taken.exists():
         start = time.monotonic()
         run(
             'pretrain', '--config', recipe, '--workdir', workdir, '--data', data,
-            f'seed={seed}', f'total_steps={UPDATES}', 'total_epochs=None', 'warmup_epochs=None',
-            f'warmup_steps={UPDATES // 10}', f'batch_size={BATCH}', 'eval.every_epochs=None',
+            f'seed={seed}', f'total_steps={updates}', 'total_epochs=None', 'warmup_epochs=None',
+            f'warmup_steps={updates // 10}', f'batch_size={BATCH}', 'eval.every_epochs=None',
             'eval.knn=False', *SMALL, *fields,
         )  # fmt: skip
         taken.write_text(json.dumps(time.monotonic() - start))
@@ -113,17 +114,17 @@ def spread(values):
     return f'{np.mean(values):.1f}{std}'
 
 
-def controls(out, seeds):
+def controls(out, seeds, updates):
     data, rows = subset(out), {name: [] for name in CONTROLS}
     for seed in seeds:  # outermost, so that a stopped experiment has whole seeds
         for i, (name, (recipe, fields)) in enumerate(CONTROLS.items()):
             workdir = out / f'control{i}_{seed}'
-            pretrain(recipe, fields, workdir, seed, CIFAR / 'train.parquet')
+            pretrain(recipe, fields, workdir, seed, CIFAR / 'train.parquet', updates)
             tuned = finetune(workdir, out / f'control{i}_{seed}_tuned', seed, EPOCHS // 2, data)[0]
             rows[name].append({**probe(workdir), 'tuned': tuned})
     scratch = [finetune('none', out / f'scratch_{s}', s, EPOCHS // 2, data)[0] for s in seeds]
     text = [
-        f'{UPDATES} updates of batch {BATCH}, seeds {", ".join(map(str, seeds))}: mean ± standard '
+        f'{updates} updates of batch {BATCH}, seeds {", ".join(map(str, seeds))}: mean ± standard '
         f'deviation, top-1 in %. Probes: {IMAGES} training and test images; '
         f'fine-tuned on {IMAGES}, {EPOCHS // 2} epochs.',
         '',
@@ -141,11 +142,11 @@ def controls(out, seeds):
     return '\n'.join(text)
 
 
-def target(out, seeds):
+def target(out, seeds, updates):
     data, pretrained, scratch, seconds = subset(out), [], [], []
     for seed in seeds:
         workdir = out / f'target_{seed}'
-        before = pretrain('cifar10_splitmask', [], workdir, seed, data)
+        before = pretrain('cifar10_splitmask', [], workdir, seed, data, updates)
         top1, after = finetune(workdir, out / f'target_{seed}_tuned', seed, EPOCHS, data)
         pretrained.append(top1)
         epochs = round(EPOCHS * (before + after) / after)
@@ -155,7 +156,7 @@ def target(out, seeds):
         seconds.append((before + after, taken, epochs))
     short, long = zip(*scratch)
     ours, theirs, epochs = np.mean(seconds, axis=0)
-    ours_was = f'SplitMask {UPDATES} updates, then {EPOCHS} epochs'
+    ours_was = f'SplitMask {updates} updates, then {EPOCHS} epochs'
     return '\n'.join([
         f'{IMAGES} images of CIFAR-10, seeds {", ".join(map(str, seeds))}: top-1 in % on 10,000.',
         '',
@@ -172,8 +173,9 @@ if __name__ == '__main__':
     parser.add_argument('what', choices=('controls', 'target'))
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/splitmask'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--updates', type=int, default=800, help='of pretraining')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    table = {'controls': controls, 'target': target}[args.what](args.out, args.seeds)
+    table = {'controls': controls, 'target': target}[args.what](args.out, args.seeds, args.updates)
     (args.out / f'{args.what}.md').write_text(table + '\n')
     print(table)

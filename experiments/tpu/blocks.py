@@ -32,17 +32,24 @@ DEPTH = 4
 def lower(shape, remat='dots', device=None):
     """The gradient of a stack of blocks, lowered for `device`."""
     batch, tokens, dim, heads = shape
-    stack = layers.block_stack(
-        DEPTH, remat=remat, name=None, num_heads=heads, mlp_ratio=4.0, ffn='mlp', layer_scale=None,
-        eps=1e-6, dtype=jnp.bfloat16, kernel_init=nn.initializers.xavier_uniform(), capture=False,
-    )  # fmt: skip
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            blocks = layers.block_stack(
+                DEPTH, remat=remat, name='blocks', num_heads=heads, mlp_ratio=4.0, ffn='mlp',
+                layer_scale=None, eps=1e-6, dtype=jnp.bfloat16, capture=False,
+                kernel_init=nn.initializers.xavier_uniform(),
+            )  # fmt: skip
+            return blocks(x, None)[0]
+
+    stack = Stack()
     x = jax.ShapeDtypeStruct((batch, tokens, dim), jnp.bfloat16)
     zeros = jnp.zeros(x.shape, x.dtype)
-    params = jax.eval_shape(lambda: stack.init(jax.random.key(0), zeros, None))
+    params = jax.eval_shape(lambda: stack.init(jax.random.key(0), zeros))
 
     def loss(params, x):
-        y, _ = stack.apply(params, x, None)
-        return jnp.square(y.astype(jnp.float32)).sum()
+        return jnp.square(stack.apply(params, x).astype(jnp.float32)).sum()
 
     put = SingleDeviceSharding(device)
     params, x = jax.tree.map(
@@ -55,14 +62,15 @@ def report(name, remat, ops=10, dump=None):
     """Prints cycles, utilisation, and the costliest operations; returns the utilisation."""
     chip = chips.CHIPS['v5e']
     started = time.monotonic()
-    compiled = lower(SHAPES[name], remat, chips.devices('v5e:1x1')[0]).compile()
+    device = chips.devices('v5e:1x1')[0]
+    compiled, bundles = chips.compile_program(lower(SHAPES[name], remat, device))
     text = compiled.as_text()
     if dump:
         with open(dump, 'w') as f:
             f.write(text)
     batch, tokens, dim, _ = SHAPES[name]
     flops = 3 * batch * vit.flops_per_image(dim, DEPTH, tokens)
-    found = hlo.operations(hlo.parse(text))
+    found = hlo.operations(hlo.parse(text), bundles=bundles, bytes_per_cycle=chip.hbm / chip.clock)
     cycles = sum(o.cycles * o.times for o in found)
     mfu = flops / chip.flops_per_cycle / cycles
     print(

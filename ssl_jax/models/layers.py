@@ -13,18 +13,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
 from ssl_jax.models import ops
 
-# 'dots' keeps the results of dense layers and of attention: the latter are a tenth of that memory,
-# and the softmax, which costs most, is computed one time less (experiments/tpu).
+# 'dots' keeps the results of attention, of the first half of the MLP and of the residual sum
+# between them; norms and the fused qkv are computed again, which takes a TPU less time than writing
+# them to memory and reading them back (experiments/tpu).
+HIDDEN, BETWEEN = 'hidden', 'between'
 REMAT = {
     'none': None,
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
-    ),
+    'dots': jax.checkpoint_policies.save_only_these_names(ops.ATTENTION, HIDDEN, BETWEEN),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -71,10 +71,11 @@ class LayerNorm(nn.Module):
     eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, and_input=False):
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-        return ops.layer_norm(x, scale, bias, self.eps)
+        both = ops.layer_norm_and_input(x, scale, bias, self.eps)
+        return both if and_input else both[0]
 
 
 class QKV(nn.Module):
@@ -130,8 +131,7 @@ def relative_rows(window):
 class Attention(nn.Module):
     """Multi-head self-attention; the fused qkv has rows [q | k | v], each head-major.
 
-    With `segments` the tokens of a row belong to several images, see `split`: the projections run
-    over all of them at once, attention within each image.
+    The projections run over all tokens at once, attention within each image.
 
     Attributes:
       key_bias: whether keys have a bias.
@@ -145,7 +145,7 @@ class Attention(nn.Module):
     window: tuple | None = None
 
     @nn.compact
-    def __call__(self, x, segments=None, bias=None):  # (B, T, D); bias (H, T, T)
+    def __call__(self, x, segments, bias=None):  # (B * T, D), see `Block`; bias (H, T, T)
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         if self.key_bias:
@@ -156,18 +156,12 @@ class Attention(nn.Module):
             shape = (relative_rows(self.window), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
             bias = relative_bias(table, self.window)
+
         if bias is not None:
-            y = ops.biased_attention(qkv, bias, self.num_heads)
-        elif segments is None:
-            y = ops.attention(qkv, self.num_heads)
+            images = qkv.reshape(-1, segments[0][1], 3 * dim)
+            y = ops.biased_attention(images, bias, self.num_heads).reshape(x.shape)
         else:
-
-            def attend(part):  # (B, n, N, 3 D)
-                flat = part.reshape(-1, *part.shape[2:])
-                y = ops.attention(flat, self.num_heads)
-                return y.reshape(*part.shape[:3], dim)
-
-            y = join([attend(part) for part in split(qkv, segments)])
+            y = ops.attention(qkv, self.num_heads, segments)
         return Dense(dim, name='proj', **dense)(y)
 
 
@@ -181,7 +175,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        y = Dense(self.hidden_dim, name='fc1', **dense)(x)
+        y = checkpoint_name(Dense(self.hidden_dim, name='fc1', **dense)(x), HIDDEN)
         return Dense(x.shape[-1], name='fc2', fn=ops.gelu_dense, **dense)(y)
 
 
@@ -195,7 +189,8 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-        gate, value = jnp.split(Dense(2 * self.hidden_dim, name='w12', **dense)(x), 2, axis=-1)
+        both = checkpoint_name(Dense(2 * self.hidden_dim, name='w12', **dense)(x), HIDDEN)
+        gate, value = jnp.split(both, 2, axis=-1)
         return Dense(x.shape[-1], name='w3', **dense)(nn.silu(gate) * value)
 
 
@@ -210,23 +205,12 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)
 
 
-def split(x, segments):
-    """(B, T, D) -> one (B, n, N, D) per segment (n, N): n images of N tokens each, in order."""
-    parts, start = [], 0
-    for n, tokens in segments:
-        part = x[:, start : start + n * tokens]
-        parts.append(part.reshape(x.shape[0], n, tokens, x.shape[-1]))
-        start += n * tokens
-    return parts
-
-
-def join(parts):
-    """Inverse of `split`."""
-    return jnp.concatenate([p.reshape(p.shape[0], -1, p.shape[-1]) for p in parts], axis=1)
-
-
 class Block(nn.Module):
     """Pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
+
+    Tokens are rows, (B * T, D): on TPU an axis of N tokens by itself would be padded to a multiple
+    of 8, or everything moved around. `segments` says whose they are: per row of the batch n images
+    of N tokens each, then those of the next segment.
 
     `drop` is the stochastic depth of the two residual branches:
       None           both branches as they are;
@@ -243,7 +227,7 @@ class Block(nn.Module):
     dtype: Any
     kernel_init: Callable
     capture: bool
-    segments: tuple | None = None
+    segments: tuple
     key_bias: bool = True
     window: tuple | None = None
 
@@ -265,32 +249,30 @@ class Block(nn.Module):
         if self.layer_scale is not None:
             scales = [LayerScale(self.layer_scale, name=f'ls{i}') for i in (1, 2)]
 
-        def branch(i, x, segments):
-            y = norms[i](x)
+        def branch(i, y, segments):
             return scales[i](attn(y, segments, bias) if i == 0 else mlp(y))
 
         for i in (0, 1):
-            if drop is None:
-                x = x + branch(i, x, self.segments)
-            elif isinstance(drop, tuple):
-                x = subset_residual(
-                    functools.partial(branch, i), x, self.segments, [ids[:, i] for ids in drop]
-                )
-            else:
-                factor = _per_token(drop[..., i], self.segments)
-                x = x + branch(i, x, self.segments) * factor.astype(x.dtype)
+            if isinstance(drop, tuple):
+                some = lambda x, kept, i=i: branch(i, norms[i](x), kept)  # noqa: E731
+                x = subset_residual(some, x, self.segments, [ids[:, i] for ids in drop])
+                continue
+            y, x = norms[i](x, and_input=True)
+            y = branch(i, y, self.segments)
+            if drop is not None:
+                y = y * _per_token(drop[..., i], self.segments).astype(x.dtype)
+            x = checkpoint_name(x + y, BETWEEN)
         # One constraint per block keeps activations split over the batch.  Without it XLA may
         # replicate them: measured 12.6 GiB against 3.0 GiB per chip on ViT-L.
-        x = sharding.constrain(x)
+        x = sharding.constrain(x, multiple=sum(n * tokens for n, tokens in self.segments))
         return x, (x if self.capture else None)
 
 
 def _per_token(factor, segments):
-    """A factor per image (B, n) -> per token (B, T, 1), or (B, 1, 1) for one image per row."""
-    if segments is None:
-        return factor[..., None]
+    """A factor per image (B, n) -> per token (B * T, 1)."""
     repeats = np.concatenate([np.full(n, tokens) for n, tokens in segments])
-    return jnp.repeat(factor, repeats, axis=1, total_repeat_length=int(repeats.sum()))[..., None]
+    factor = jnp.repeat(factor, repeats, axis=1, total_repeat_length=int(repeats.sum()))
+    return factor.reshape(-1, 1)
 
 
 def subset_residual(branch, x, segments, ids):
@@ -299,24 +281,25 @@ def subset_residual(branch, x, segments, ids):
     ids: per segment (B, k), the positions of the kept images among the n of their row.
     Reference: dinov2 `layers/block.py: drop_add_residual_stochastic_depth_list`.
     """
-    images = split(x, segments)
+    images = ops.split(ops.per_row(x, segments), segments)
     taken = [jnp.take_along_axis(p, i[..., None, None], axis=1) for p, i in zip(images, ids)]
     kept = tuple((i.shape[1], tokens) for i, (_, tokens) in zip(ids, segments))
-    changes = split(branch(join(taken), kept), kept)
+    changes = branch(ops.join(taken).reshape(-1, x.shape[-1]), kept)
+    changes = ops.split(ops.per_row(changes, kept), kept)
     add = jax.vmap(lambda p, i, y: p.at[i].add(y, unique_indices=True))
-    return join(
-        [
-            add(p, i, y * jnp.asarray(p.shape[1] / i.shape[1], y.dtype))
-            for p, i, y in zip(images, ids, changes)
-        ]
-    )
+    changed = [
+        add(p, i, y * jnp.asarray(p.shape[1] / i.shape[1], y.dtype))
+        for p, i, y in zip(images, ids, changes)
+    ]
+    return ops.join(changed).reshape(x.shape)
 
 
-def block_stack(depth, *, remat, name, shared_bias=False, **kw):
+def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
     """`depth` blocks as one scan: parameters stacked on axis 0, one block compiled.
 
-    Returns a module (x, drop) -> (x, outputs of all blocks or None); drop as `Block` takes it,
-    with a leading depth axis.  With `shared_bias` it is (x, drop, bias), one bias for all blocks.
+    Returns a function (x, drop) -> (x, outputs of all blocks or None) of tokens x (B, T, D); drop
+    as `Block` takes it, with a leading depth axis.  With `shared_bias` it is (x, drop, bias), one
+    bias for all blocks.  segments: as `Block` takes them; None: a row is an image.
     """
     block = Block
     if REMAT[remat] is not None:
@@ -328,7 +311,14 @@ def block_stack(depth, *, remat, name, shared_bias=False, **kw):
         in_axes=(0, nn.broadcast) if shared_bias else 0,
         length=depth,
     )
-    return stack(name=name, **kw)
+
+    def run(x, drop, *bias):
+        owners = segments or ((1, x.shape[1]),)
+        rows = x.reshape(-1, x.shape[-1])
+        rows, captured = stack(name=name, segments=owners, **kw)(rows, drop, *bias)
+        return rows.reshape(x.shape), jax.tree.map(lambda y: y.reshape(depth, *x.shape), captured)
+
+    return run
 
 
 def rescale_residuals(blocks):

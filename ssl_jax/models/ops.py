@@ -16,26 +16,31 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ssl_jax import sharding
+from ssl_jax.models import tpu_kernels
+
 ATTENTION = 'attention'  # name of its output and normalizers, see `layers.REMAT`
 # Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
 CHUNK_BYTES = 4 << 20
-LANES = 128  # of a TPU's vector registers, and rows and columns of its matrix unit
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def attention(qkv, num_heads):
-    """Multi-head self-attention, ``softmax(q k^T / sqrt(d)) v``, over the fused projection.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def attention(qkv, num_heads, segments):
+    """Multi-head self-attention of each image, ``softmax(q k^T / sqrt(d)) v``.
 
     The softmax is computed in float32 whatever the dtype of the input. The (N, N) weights are not
     kept for the backward pass; it computes them again from the logarithm of their normalizer.
 
     Args:
-        qkv: (B, N, 3 * D) array; the last axis holds all queries, then all keys, then all values,
-            each as ``num_heads`` heads of ``d = D / num_heads`` channels (torch's fused order).
+        qkv: (B * T, 3 * D) array, the tokens of image after image; the last axis holds all queries,
+            then all keys, then all values, each as ``num_heads`` heads of ``d = D / num_heads``
+            channels (torch's fused order).
         num_heads: number of heads, a divisor of D.
+        segments: whose the T tokens of a row of the batch are: (n, N), n images of N tokens each,
+            for one size of image after the other.
 
     Returns:
-        (B, N, D) array of the dtype of ``qkv``, heads side by side.
+        (B * T, D) array of the dtype of ``qkv``, heads side by side.
 
     Raises:
         ValueError: the last axis is not divisible by ``3 * num_heads``.
@@ -44,34 +49,80 @@ def attention(qkv, num_heads):
         Vaswani et al, `Attention is all you need <https://arxiv.org/abs/1706.03762>`_, 2017
         Dao et al, `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022 (the backward pass)
     """
-    return _attention_forward(qkv, num_heads)[0]
+    return _attention_forward(qkv, num_heads, segments)[0]
 
 
-def _attention_forward(qkv, num_heads):
+def _attention_forward(qkv, num_heads, segments):
     if qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f'attention: the last axis of qkv is {qkv.shape[-1]}, not a multiple of 3 * num_heads ='
-            f' {3 * num_heads}; pass the projection (B, N, 3 * D) with D divisible by num_heads.'
+            f' {3 * num_heads}; pass the projection (B * T, 3 * D) with D divisible by num_heads.'
         )
+    batch = len(qkv) // sum(n * tokens for n, tokens in segments)
 
-    forward = functools.partial(_forward, num_heads, None)
-    packed = functools.partial(_forward_packed, num_heads)
-    out, log_total = _by_platform(forward, packed, num_heads, qkv)
-    return _kept(out, qkv, None, log_total)
+    def kernel(qkv):
+        # The kernel of the backward pass finds the normalizers itself.
+        rows = len(qkv) * batch // whole
+        unused = tuple(jnp.zeros((rows * n, num_heads, tokens)) for n, tokens in segments)
+        return tpu_kernels.attention(qkv, num_heads, segments), unused
+
+    def by_image(run, qkv):
+        forward = functools.partial(_forward, num_heads, None)
+        outs, log_totals = zip(*[run(forward, part) for part in _images(qkv, segments)])
+        return _rows(outs, segments), log_totals
+
+    whole = len(qkv)
+    out, log_totals = _by_platform(by_image, kernel, num_heads, segments, qkv)
+    out, log_totals = (checkpoint_name(x, ATTENTION) for x in (out, log_totals))
+    return out, (qkv, out, log_totals)
 
 
-def _kept(out, qkv, bias, log_total):
-    """Output and residuals, named so that rematerialisation can keep what is small of them."""
-    out, log_total = (checkpoint_name(x, ATTENTION) for x in (out, log_total))
-    return out, (qkv, out, log_total) if bias is None else (qkv, bias, out, log_total)
+def per_row(x, segments):
+    """(B * T, D) -> (B, T, D)."""
+    return x.reshape(-1, sum(n * tokens for n, tokens in segments), x.shape[-1])
 
 
-def _attention_backward(num_heads, residuals, grad):
+def split(x, segments):
+    """(B, T, D) -> one (B, n, N, D) per segment (n, N): n images of N tokens each, in order."""
+    parts, start = [], 0
+    for n, tokens in segments:
+        part = x[:, start : start + n * tokens]
+        parts.append(part.reshape(x.shape[0], n, tokens, x.shape[-1]))
+        start += n * tokens
+    return parts
+
+
+def join(parts):
+    """Inverse of `split`."""
+    return jnp.concatenate([p.reshape(p.shape[0], -1, p.shape[-1]) for p in parts], axis=1)
+
+
+def _images(x, segments):
+    """(B * T, D) -> the images of each size, (B * n, N, D)."""
+    return [part.reshape(-1, *part.shape[2:]) for part in split(per_row(x, segments), segments)]
+
+
+def _rows(parts, segments):
+    """Inverse of `_images`."""
+    images = [x.reshape(-1, n, *x.shape[1:]) for x, (n, _) in zip(parts, segments)]
+    x = join(images)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _attention_backward(num_heads, segments, residuals, grad):
+    def kernel(qkv, out, log_totals, grad):
+        del out, log_totals
+        return tpu_kernels.attention_gradient(qkv, grad, num_heads, segments)
+
     def backward(*args):
         return _backward(num_heads, None, *args)[0]
 
-    packed = functools.partial(_backward_packed, num_heads)
-    return (_by_platform(backward, packed, num_heads, *residuals, grad),)
+    def by_image(run, qkv, out, log_totals, grad):
+        qkv, out, grad = (_images(x, segments) for x in (qkv, out, grad))
+        parts = [run(backward, *args) for args in zip(qkv, out, log_totals, grad)]
+        return _rows(parts, segments)
+
+    return (_by_platform(by_image, kernel, num_heads, segments, *residuals, grad),)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
@@ -93,8 +144,8 @@ def biased_attention(qkv, bias, num_heads):
 
 
 def _biased_forward(qkv, bias, num_heads):
-    out, log_total = _forward(num_heads, bias, qkv)
-    return _kept(out, qkv, bias, log_total)
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(num_heads, bias, qkv))
+    return out, (qkv, bias, out, log_total)
 
 
 def _biased_backward(num_heads, residuals, grad):
@@ -153,28 +204,36 @@ def _logits(q, k, bias):
     return logits if bias is None else logits + bias
 
 
-def _by_platform(fn, packed, num_heads, *args):
-    """fn(*args), in the form that suits the platform the program is lowered for.
+def _by_platform(by_image, kernel, num_heads, segments, *args):
+    """The form that suits the platform the program is lowered for, of arrays of rows.
 
-    On one CPU in chunks of samples whose attention weights fit into its cache; on TPU `packed`,
-    where whole heads fill the lanes.
+    On TPU ``kernel(*args)``, on each device for its own images. Else ``by_image(run, *args)``, that
+    calls ``run(fn, *images)`` for ``fn(*images)``: on one CPU this goes in chunks.
     """
-    batch, tokens, dim = args[0].shape
-    dim //= 3
-    chunk = max(1, CHUNK_BYTES // (4 * num_heads * tokens**2))
-    mesh = jax.sharding.get_abstract_mesh()
+    rows, dim = args[0].shape
+    batch = rows // sum(n * tokens for n, tokens in segments)
+    default = functools.partial(by_image, lambda fn, *images: fn(*images))
     forms = {}
     # A loop over samples that several devices hold between them would gather the batch.
-    if chunk < batch and (mesh.empty or mesh.size == 1):
-        forms['cpu'] = functools.partial(_map_chunks, fn, chunk)
-    if dim % LANES == 0 and LANES % (dim // num_heads) == 0 and mesh.shape.get('tensor', 1) == 1:
-        forms['tpu'] = packed
-    return jax.lax.platform_dependent(*args, **forms, default=fn) if forms else fn(*args)
+    in_chunks = any(_chunk(num_heads, tokens) < batch * n for n, tokens in segments)
+    if in_chunks and sharding.num_devices() == 1:
+        forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
+    if sharding.only_rows(batch) and tpu_kernels.attention_fits(dim // 3, num_heads):
+        forms['tpu'] = sharding.per_device(kernel, len(args))
+    return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 
 
-def _map_chunks(fn, chunk, *args):
-    """fn over chunks of the leading axis; a last, shorter chunk goes by itself."""
-    batch = args[0].shape[0]
+def _chunk(num_heads, tokens):
+    """How many images have attention weights that fit into the cache."""
+    return max(1, CHUNK_BYTES // (4 * num_heads * tokens**2))
+
+
+def _map_chunks(num_heads, fn, *args):
+    """fn over chunks of images; a last, shorter chunk goes by itself."""
+    batch, tokens, _ = args[0].shape
+    chunk = _chunk(num_heads, tokens)
+    if chunk >= batch:
+        return fn(*args)
     whole = batch // chunk
     head = [x[: whole * chunk].reshape(whole, chunk, *x.shape[1:]) for x in args]
     out = jax.lax.map(lambda xs: fn(*xs), head)
@@ -183,64 +242,6 @@ def _map_chunks(fn, chunk, *args):
         last = fn(*[x[whole * chunk :] for x in args])
         out = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), out, last)
     return out
-
-
-def _forward_packed(num_heads, qkv):
-    """`_forward` with the heads left where they are, side by side in tiles of 128 lanes.
-
-    A head is picked out of its tile by zeros in the other heads' lanes. A TPU's matrix unit sums
-    over 128 lanes at a time, so they cost nothing there, while cutting heads of 32 or 64 channels
-    out, and putting them together again, moves all of qkv (experiments/tpu).
-    """
-    scale = (qkv.shape[-1] // 3 // num_heads) ** -0.5
-    outs, logs = [], []
-    for q, k, v in zip(*_tiles(qkv, 3)):
-        out = 0
-        for mine in _own_lanes(num_heads, qkv):
-            logits = jnp.einsum('bnl,bml->bnm', q * mine, k, **_FLOAT32) * scale
-            top = logits.max(axis=-1, keepdims=True)
-            weights = jnp.exp(logits - top)
-            total = weights.sum(axis=-1, keepdims=True)
-            weights = (weights / total).astype(v.dtype)
-            out = out + jnp.einsum('bnm,bml->bnl', weights, v * mine, **_FLOAT32)
-            logs.append((top + jnp.log(total))[..., 0])
-        outs.append(out.astype(qkv.dtype))
-    return jnp.concatenate(outs, axis=-1), jnp.stack(logs, axis=1)
-
-
-def _backward_packed(num_heads, qkv, out, log_total, grad):
-    """The gradient of qkv, `_backward` in the form of `_forward_packed`."""
-    dtype, scale = qkv.dtype, (qkv.shape[-1] // 3 // num_heads) ** -0.5
-    d_qkv, head = [], 0
-    for q, k, v, o, d_o in zip(*_tiles(qkv, 3), *_tiles(out, 1), *_tiles(grad, 1)):
-        both = o.astype(jnp.float32) * d_o
-        d_q = d_k = d_v = 0
-        for mine in _own_lanes(num_heads, qkv):
-            logits = jnp.einsum('bnl,bml->bnm', q * mine, k, **_FLOAT32) * scale
-            weights = jnp.exp(logits - log_total[:, head, :, None])
-            inner = (both * mine.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-            d_out = d_o * mine
-            d_v += jnp.einsum('bnm,bnl->bml', weights.astype(dtype), d_out, **_FLOAT32)
-            d_weights = jnp.einsum('bnl,bml->bnm', d_out, v, **_FLOAT32)
-            d_logits = (weights * (d_weights - inner)).astype(dtype)
-            d_q += jnp.einsum('bnm,bml->bnl', d_logits, k * mine, **_FLOAT32)
-            d_k += jnp.einsum('bnm,bnl->bml', d_logits, q * mine, **_FLOAT32)
-            head += 1
-        d_qkv.append([d.astype(dtype) for d in (d_q * scale, d_k * scale, d_v)])
-    return jnp.concatenate([d for part in zip(*d_qkv) for d in part], axis=-1)
-
-
-def _tiles(x, parts):
-    """(b, N, parts * D) -> [part][tile] of (b, N, 128)."""
-    tiles = jnp.split(x, x.shape[-1] // LANES, axis=-1)
-    each = len(tiles) // parts
-    return [tiles[i * each : (i + 1) * each] for i in range(parts)]
-
-
-def _own_lanes(num_heads, qkv):
-    """For each head of a tile, (128,): 1 in its lanes, 0 in those of the others."""
-    dim = qkv.shape[-1] // 3 // num_heads
-    return (jnp.arange(LANES) // dim == jnp.arange(LANES // dim)[:, None]).astype(qkv.dtype)
 
 
 @jax.custom_vjp
@@ -270,7 +271,23 @@ def _dense_backward(residuals, grad):
 def _dense_gradients(x, kernel, grad):
     rows = grad.reshape(-1, grad.shape[-1])  # (B * N, M)
     d_kernel = _transposed_product(x.reshape(-1, x.shape[-1]), rows)
-    return grad @ kernel.T, d_kernel, sum_rows(rows)
+    return grad @ kernel.T, d_kernel, _sum_of_stored_rows(rows)
+
+
+def _sum_of_stored_rows(x):
+    """`sum_rows` of an array that is in memory anyway: by a kernel on TPU."""
+
+    def kernel(x):
+        return sharding.per_device(tpu_kernels.sum_rows, 1)(x).sum(axis=0).astype(x.dtype)
+
+    forms = {'tpu': kernel} if _kernels_take(x) else {}
+    return jax.lax.platform_dependent(x, **forms, default=sum_rows) if forms else sum_rows(x)
+
+
+def _kernels_take(x):
+    """Whether the TPU kernels for rows take x as the current mesh splits it."""
+    rows = (x.shape[0] // sharding.num_devices(), *x.shape[1:])
+    return sharding.only_rows(x.shape[0]) and tpu_kernels.rows_fit(rows)
 
 
 def _transposed_product(a, b):
@@ -373,7 +390,6 @@ def _gelu_dense_backward(residuals, grad):
 gelu_dense.defvjp(_gelu_dense_forward, _gelu_dense_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, eps=1e-6):
     """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis.
 
@@ -389,29 +405,65 @@ def layer_norm(x, scale, bias, eps=1e-6):
     Returns:
         Array of the shape and dtype of ``x``.
     """
+    return layer_norm_and_input(x, scale, bias, eps)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm_and_input(x, scale, bias, eps=1e-6):
+    """``(layer_norm(x, ...), x)``: for a residual branch and what it is added to.
+
+    The gradients of both then come together in one pass over the array.
+    """
     return _layer_norm_forward(x, scale, bias, eps)[0]
 
 
 def _layer_norm_forward(x, scale, bias, eps):
-    y = x.astype(jnp.float32)
-    mean = jnp.mean(y, axis=-1, keepdims=True)
-    y = y - mean
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    y = y * inverse * scale + bias
-    return y.astype(x.dtype), (x, scale, bias, mean, inverse)
+    def plain(x, scale, bias):
+        y = x.astype(jnp.float32)
+        mean = jnp.mean(y, axis=-1, keepdims=True)
+        y = y - mean
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        y = y * inverse * scale + bias
+        return y.astype(x.dtype), mean[..., 0], inverse[..., 0]
+
+    def kernel(x, scale, bias):
+        norm = functools.partial(tpu_kernels.layer_norm, eps=eps)
+        y = sharding.per_device(norm, 1, 2)(x, scale[None], bias[None])
+        unused = jnp.zeros(x.shape[:-1])  # the kernel of the backward pass finds them itself
+        return y, unused, unused
+
+    args = x, scale, bias
+    forms = {'tpu': kernel} if _kernels_take(x) else {}
+    y, mean, inverse = (
+        jax.lax.platform_dependent(*args, **forms, default=plain) if forms else plain(*args)
+    )
+    return (y, x), (x, scale, bias, mean, inverse)
 
 
-def _layer_norm_backward(eps, residuals, grad):
-    del eps
+def _layer_norm_backward(eps, residuals, grads):
+    def plain(x, grad, other, scale, mean, inverse):
+        mean, inverse = mean[..., None], inverse[..., None]
+        grad, other = grad.astype(jnp.float32), other.astype(jnp.float32)
+        normal = (x.astype(jnp.float32) - mean) * inverse
+        d_normal = grad * scale
+        across = jnp.mean(d_normal, axis=-1, keepdims=True)
+        along = jnp.mean(d_normal * normal, axis=-1, keepdims=True)
+        d_x = (d_normal - across - normal * along) * inverse + other
+        return d_x.astype(x.dtype), sum_rows(grad * normal), sum_rows(grad)
+
+    def kernel(x, grad, other, scale, mean, inverse):
+        del mean, inverse
+        norm = functools.partial(tpu_kernels.layer_norm_gradient, eps=eps)
+        d_x, d_scale, d_bias = sharding.per_device(norm, 3, 1)(x, grad, other, scale[None])
+        return d_x, d_scale.sum(axis=0), d_bias.sum(axis=0)
+
     x, scale, bias, mean, inverse = residuals
-    grad = grad.astype(jnp.float32)
-    normal = (x.astype(jnp.float32) - mean) * inverse
-    d_normal = grad * scale
-    across = jnp.mean(d_normal, axis=-1, keepdims=True)
-    along = jnp.mean(d_normal * normal, axis=-1, keepdims=True)
-    d_x = (d_normal - across - normal * along) * inverse
-    d_scale, d_bias = sum_rows(grad * normal), sum_rows(grad)
-    return d_x.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
+    args = x, *grads, scale, mean, inverse
+    forms = {'tpu': kernel} if _kernels_take(x) else {}
+    d_x, d_scale, d_bias = (
+        jax.lax.platform_dependent(*args, **forms, default=plain) if forms else plain(*args)
+    )
+    return d_x, d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm_and_input.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -145,7 +145,7 @@ class ViT(nn.Module):
         embed = PatchEmbed(
             self.embed_dim, self.dtype, None if dinov2 else kernel_init, beit, name='patch_embed'
         )
-        tokens = layers.split(embed(layers.join(patches)), counts)
+        tokens = ops.split(embed(ops.join(patches)), counts)
         if self.mask_token:
             token = self.param('mask_token', mask_init, (1, self.embed_dim))
             if mask is not None:
@@ -165,7 +165,7 @@ class ViT(nn.Module):
             ]
             parts.append(jnp.concatenate([*first, x + patch_pos.astype(x.dtype)], axis=2))
         segments = tuple(p.shape[1:3] for p in parts)  # (n, C + R + N) of each size
-        x = sharding.constrain(layers.join(parts))  # (B, all tokens, D)
+        x = sharding.constrain(ops.join(parts))  # (B, all tokens, D)
 
         if drop_keys is not None and self.drop_path:
             num_images = sum(n for n, _ in segments)
@@ -189,7 +189,7 @@ class ViT(nn.Module):
             dtype=self.dtype,
             kernel_init=kernel_init,
             capture=bool(capture),
-            segments=None if single and not isinstance(drop, tuple) else segments,
+            segments=segments,
         )
         bias = ()
         if shared:
@@ -207,7 +207,7 @@ class ViT(nn.Module):
                     raise ValueError(f'capture={capture} names a block beyond depth {self.depth}.')
                 out['blocks'] = captured[jnp.asarray(ids)]
             return out
-        return [self._named(*p) for p in zip(layers.split(y, segments), layers.split(x, segments))]
+        return [self._named(*p) for p in zip(ops.split(y, segments), ops.split(x, segments))]
 
     def _named(self, y, x):
         """Tokens (..., C + R + N, D) after and before the final norm -> the dict of `__call__`."""

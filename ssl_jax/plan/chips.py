@@ -3,10 +3,13 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import math
 import os
+import pathlib
 import re
+import tempfile
 
 import jax
 
@@ -19,6 +22,7 @@ class Chip:
       hbm_gib: what a program may use; the compiler keeps the rest of the nominal size.
       peak: dense bfloat16 FLOP/s.
       clock: Hz at which the matrix units reach that peak, so that cycles are seconds x clock.
+      hbm: bytes/s to and from memory.
       ici: bytes/s that a chip can send to its neighbours, all links together.
       dims: of its torus.  largest: chips of the largest slice.
     """
@@ -27,6 +31,7 @@ class Chip:
     hbm_gib: float
     peak: float
     clock: float
+    hbm: float
     ici: float
     dims: int
     largest: int
@@ -36,15 +41,15 @@ class Chip:
         return self.peak / self.clock
 
 
-# Peak, nominal HBM (32, 16, 95, 32 GB) and interconnect (2400, 1600, 4800, 3584 Gbit/s one way) are
-# those of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.  hbm_gib is what libtpu says it has when a
-# program does not fit.  The clock is peak / (2 x units x width^2): 8 units of 128 x 128 in v4 and
-# v5p, 4 in v5e, 4 of 256 x 256 in v6e.
+# Peak, nominal HBM (32, 16, 95, 32 GB; 1.23, 0.82, 2.77, 1.64 TB/s) and interconnect (2400, 1600,
+# 4800, 3584 Gbit/s one way) are those of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.  hbm_gib is
+# what libtpu says it has when a program does not fit.  The clock is peak / (2 x units x width^2): 8
+# units of 128 x 128 in v4 and v5p, 4 in v5e, 4 of 256 x 256 in v6e.
 CHIPS = {
-    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 300e9, 3, 4096),
-    'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 200e9, 2, 256),
-    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 600e9, 3, 6144),
-    'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 448e9, 2, 256),
+    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 1.23e12, 300e9, 3, 4096),
+    'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 0.82e12, 200e9, 2, 256),
+    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 2.77e12, 600e9, 3, 6144),
+    'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 1.64e12, 448e9, 2, 256),
 }
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 CUBES = (
@@ -80,6 +85,40 @@ def nearest(name):
     return min(own, key=lambda n: abs(math.prod(map(int, n.partition(':')[2].split('x'))) - count))
 
 
+@functools.cache
+def _schedules():
+    """The folder, gone with the process, to which libtpu writes the schedules of its programs.
+
+    libtpu reads the flag when it is loaded, so this comes before.
+    """
+    folder = tempfile.TemporaryDirectory(prefix='ssl_jax_plan_')
+    flags = (
+        f'--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true '
+        f'--xla_jf_dump_llo_pass_label_regex=final_bundles'
+    )
+    given = os.environ.get('LIBTPU_INIT_ARGS', '')
+    os.environ['LIBTPU_INIT_ARGS'] = f'{given} {flags}'.strip()
+    return folder
+
+
+def compile_program(lowered):
+    """(compiled, {name: bundles}): a lowered program, and how long each of its kernels is.
+
+    A bundle is what a core issues in a cycle. XLA has no estimate for kernels of our own (Pallas);
+    this counts the instructions that they became, loops once.
+    """
+    folder = pathlib.Path(_schedules().name)
+    for old in folder.iterdir():
+        old.unlink()
+    compiled = lowered.compile()
+    found = {}
+    for path in folder.glob('*-schedule-analysis_final_bundles.txt'):
+        total = re.search(r'total scheduled bundles:\s+(\d+)', path.read_text())
+        if total:  # <time>-<name of the instruction>-<pass>-schedule-analysis...
+            found[path.name.split('-', 1)[1].rsplit('-', 3)[0]] = int(total.group(1))
+    return compiled, found
+
+
 def devices(name, slices=1):
     """Devices of `slices` slices of a topology: they compile and cannot run.
 
@@ -101,6 +140,7 @@ def devices(name, slices=1):
     }
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
+    _schedules()
     from jax.experimental import topologies
 
     options = {'num_slices': slices} if slices > 1 else {}

@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ssl_jax import config as config_lib
 from ssl_jax import methods, sharding, train
-from ssl_jax.plan import hlo
+from ssl_jax.plan import chips, hlo
 
 GIB = 2**30
 # Durations in epochs need a number of images; they change constants of the schedule, no shape.
@@ -78,7 +78,7 @@ def plan(config, devices, chip):
     out['seconds_to_trace'] = round(time.monotonic() - started, 1)
     started = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled, bundles = chips.compile_program(lowered)
     except jax.errors.JaxRuntimeError as error:
         out['seconds_to_compile'] = round(time.monotonic() - started, 1)
         return {**out, **out_of_memory(str(error), out['hbm']['capacity'])}
@@ -95,7 +95,7 @@ def plan(config, devices, chip):
     free = out['hbm']['capacity'] - out['hbm']['total']
     out.update(fits=bool(free >= 0), over_gib=round(max(-free, 0) / GIB, 2))
     module = hlo.parse(compiled.as_text())
-    out.update(timing(module, out, chip))
+    out.update(timing(module, out, chip, bundles))
     out['collectives'] = communication(module, built.mesh)
     out['link_seconds'] = sum(
         c['bytes'] for c in out['collectives'] if not c['between_slices']
@@ -143,11 +143,12 @@ def out_of_memory(message, capacity):
     return {'fits': False, 'needed_gib': needed, 'over_gib': round(needed - capacity / GIB, 2)}
 
 
-def timing(module, out, chip):
+def timing(module, out, chip, bundles=()):
     """Cycles of a step as time, images per second and utilisation; what costs most."""
     unknown = []
-    operations = hlo.operations(module, unknown)
     per_device = chip.flops_per_cycle / out['devices_per_chip']
+    memory = chip.hbm / chip.clock / out['devices_per_chip']  # bytes per cycle
+    operations = hlo.operations(module, unknown, dict(bundles), memory)
     cycles = sum(o.cycles * o.times for o in operations)
     seconds = cycles / chip.clock
     parts, costly = collections.Counter(), collections.Counter()
@@ -171,7 +172,9 @@ def timing(module, out, chip):
             for (p, d, s, op), c in costly.most_common(25)
         ],
         'loops_counted_once': unknown,
-        'kernels_without_estimate': hlo.without_estimate(module),
+        'kernels_without_estimate': [
+            name for name, c in hlo.kernel_cycles(module, dict(bundles)).items() if c is None
+        ],
     }
 
 

@@ -7,7 +7,9 @@ libtpu of jax 0.10): one computation per block of lines, one instruction per lin
     %name = shape opcode(%operands), attributes, metadata={op_name="..."}, backend_config={...}
 
 where libtpu's backend_config holds `"estimated_cycles"` of most fusions, copies and conversions.
-Transfers (copies between HBM and VMEM that run beside the program, collectives) have none.
+Transfers (copies between HBM and VMEM that run beside the program, collectives) have none, nor have
+kernels of our own (Pallas): of those libtpu's schedules tell the length of one step of their grid
+(`chips.compile_program`), and they say themselves how many there are.
 """
 
 import collections
@@ -46,6 +48,11 @@ class Instruction:
         found = re.search(r'"estimated_cycles":"?(\d+)', self.rest)
         return int(found.group(1)) if found else None
 
+    @property
+    def is_kernel(self):
+        """Whether it is a kernel of our own, not of XLA."""
+        return self.opcode == 'custom-call' and 'tpu_custom_call' in self.rest
+
     def called(self, attribute):
         """Names of the computations that an attribute such as calls= refers to."""
         found = re.search(rf'\b{attribute}=(\{{[^}}]*\}}|%[\w.-]+)', self.rest)
@@ -69,6 +76,8 @@ class Module:
 
 def parse(text):
     """HLO text -> Module."""
+    # What a kernel says of itself is printed over several lines.
+    text = re.sub(r'kernel_metadata=\{[^}]*\}', lambda m: m.group().replace('\n', ''), text)
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if current is None:
@@ -214,18 +223,55 @@ class Operation:
     times: int
 
 
-def operations(module, unknown=None):
-    """All Operations with an estimate; those that XLA made itself have the scope of their loop."""
-    found, loops = [], {}
+def operations(module, unknown=None, bundles=None, bytes_per_cycle=math.inf):
+    """All Operations with an estimate; those that XLA made itself have the scope of their loop.
+
+    bundles: cycles of one step of a kernel's grid, by its name.  A kernel takes all its steps, or
+    the time in which its operands and results pass HBM at bytes_per_cycle, if that is longer.
+    """
+    found, loops, names = [], {}, {}
+    kernels = kernel_cycles(module, bundles or {})
     for computation, i, times in walk(module, unknown=unknown):
+        cycles = i.cycles
+        if kernels.get(i.name) is not None:
+            if computation not in names:
+                names[computation] = module.by_name(computation)
+            arrays = [names[computation][name].shape for name in set(i.operands())] + [i.shape]
+            transfer = sum(map(nbytes, arrays)) / bytes_per_cycle
+            cycles = max(kernels[i.name], round(transfer))
         if i.opcode == 'while':
             loops[i.called('body')[0]] = i.op_name
-        elif i.cycles is not None:
+        elif cycles is not None:
             op_name = i.op_name or _inner_name(module, i)
             if '/' not in op_name and computation in loops:
                 op_name = f'{loops[computation]}/{i.opcode}'
-            found.append(Operation(i.name, i.opcode, op_name, i.cycles, times))
+            opcode = 'kernel' if i.is_kernel else i.opcode
+            found.append(Operation(i.name, opcode, op_name, cycles, times))
     return found
+
+
+def kernel_cycles(module, bundles):
+    """name -> cycles of all steps of each kernel, None where there is no schedule to tell them.
+
+    libtpu compiles equal kernels once: one without a schedule takes that of its name, result and
+    number of steps.
+    """
+    kernels = {i.name: i for _, i, _ in walk(module) if i.is_kernel}
+    known = {}
+    for name in kernels.keys() & bundles.keys():
+        known[_kind(kernels[name])] = max(bundles[name], known.get(_kind(kernels[name]), 0))
+    found = {}
+    for name, kernel in kernels.items():
+        length, steps = bundles.get(name, known.get(_kind(kernel))), _kind(kernel)[2]
+        found[name] = None if length is None or steps is None else length * steps
+    return found
+
+
+def _kind(kernel):
+    """(name without its number, arrays of the result, steps of its grid)."""
+    steps = re.search(r'kernel_metadata=\{"steps":"(\d+)"', kernel.rest)
+    name = re.sub(r'\.\d+$', '', kernel.name)
+    return name, tuple(arrays(kernel.shape)), int(steps.group(1)) if steps else None
 
 
 def _inner_name(module, fusion):
@@ -237,17 +283,6 @@ def _inner_name(module, fusion):
         if inner.op_name
     )
     return names.most_common(1)[0][0] if names else ''
-
-
-def without_estimate(module):
-    """Names of custom calls with a kernel of their own (Pallas), which have no estimate."""
-    return sorted(
-        {
-            i.name
-            for _, i, _ in walk(module)
-            if i.opcode == 'custom-call' and 'tpu_custom_call' in i.rest and i.cycles is None
-        }
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of attention on one TPU v5e chip by libtpu's schedule: cycles against the bound.
+
+    python experiments/tpu/kernels.py encoder decoder large
+
+The bound is that of the matrix unit for heads as they lie in tiles of 128 lanes: it sums over 128
+channels and makes 128, whatever part of them is a head's. libtpu, no TPU.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+from blocks import SHAPES
+from jax.sharding import SingleDeviceSharding
+
+from ssl_jax.models import tpu_kernels
+from ssl_jax.plan import chips, hlo
+
+
+def measure(name):
+    """Prints cycles of the forward and of the backward kernel."""
+    images, tokens, dim, heads = SHAPES[name]
+    chip, put = chips.CHIPS['v5e'], SingleDeviceSharding(chips.devices('v5e:1x1')[0])
+
+    def rows(width):
+        return jax.ShapeDtypeStruct((images * tokens, width), jnp.bfloat16, sharding=put)
+
+    def forward(qkv):
+        return tpu_kernels.attention(qkv, heads, ((1, tokens),))
+
+    def backward(qkv, grad):
+        return tpu_kernels.attention_gradient(qkv, grad, heads, ((1, tokens),))
+
+    for direction, fn, products, args in (
+        ('forward', forward, 2, (rows(3 * dim),)),
+        ('backward', backward, 5, (rows(3 * dim), rows(dim))),
+    ):
+        compiled, bundles = chips.compile_program(jax.jit(fn).lower(*args))
+        cycles = sum(hlo.kernel_cycles(hlo.parse(compiled.as_text()), bundles).values())
+        bound = products * images * heads * 2 * tokens**2 * 128 / chip.flops_per_cycle
+        print(f'{name} {SHAPES[name]} {direction}: {cycles / 1e3:,.0f} k, bound {bound / 1e3:,.0f} k')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('shapes', nargs='*', default=list(SHAPES))
+    for shape in parser.parse_args().shapes:
+        measure(shape)

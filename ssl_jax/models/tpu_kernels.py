@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for TPU (Pallas): attention of many short sequences, LayerNorm, and sums over rows.
+
+Attention: the logits of an image never leave the chip's vector memory, and nothing moves on the way
+in or out. Tokens stay rows as the dense layers have them, heads stay side by side in tiles of 128
+lanes. Of a tile, one head is picked out by zeros in the lanes of the others, which costs nothing,
+for the matrix unit sums over 128 lanes at a time whatever they hold. Images of any number of tokens
+follow each other without padding: a kernel works on windows of rows that start at a multiple of 8
+and cover one image or some, and takes no notice of the logits between different images.
+
+What they gain by the compiler's own schedule: experiments/tpu.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES, SUBLANES = 128, 8  # of a vector register
+BLOCK = 2**19  # bytes; up to 18 blocks lie in the 16 MiB of vector memory that a kernel may have
+_ROWS_BY_ROWS, _ROWS_BY_COLUMNS, _COLUMNS_BY_COLUMNS = (1, 1), (1, 0), (0, 0)  # what is summed
+_NEVER = -1e30  # a logit between two images
+
+
+def attention_fits(dim, num_heads):
+    """Whether attention's kernels take heads of ``dim / num_heads`` channels: whole tiles."""
+    return dim % math.lcm(dim // num_heads, LANES) == 0
+
+
+def _dot(a, b, axes):
+    """The product of two matrices, summed over one axis of each, in float32."""
+    # What a user asks of products in general ('highest') is not to be had from 16-bit numbers.
+    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
+
+
+def attention(qkv, num_heads, segments, interpret=False):
+    """``softmax(q k^T / sqrt(d)) v`` of every image by itself.
+
+    Args:
+        qkv: (B * T, 3 * D), the tokens of image after image; queries, keys, values of all heads.
+        num_heads: heads of ``d = D / num_heads`` channels, see `attention_fits`.
+        segments: of T tokens: (n, N), n images of N tokens each, for one size after the other.
+        interpret: run the kernel step by step in JAX, on any platform (for tests).
+
+    Returns:
+        (B * T, D) of the dtype of ``qkv``.
+    """
+    kernel, name = _attention_kernel, 'attention'
+    return _attention_call(kernel, name, (qkv,), 1, num_heads, segments, interpret)
+
+
+def attention_gradient(qkv, grad, num_heads, segments, interpret=False):
+    """The gradient of ``qkv`` (B * T, 3 * D) from that of `attention`'s result, (B * T, D)."""
+    kernel, name = _attention_gradient_kernel, 'attention_gradient'
+    return _attention_call(kernel, name, (qkv, grad), 3, num_heads, segments, interpret)
+
+
+def _attention_call(kernel, name, arrays, parts, num_heads, segments, interpret):
+    """`parts` results of (B * T, D) side by side."""
+    rows, dim = arrays[0].shape[0], arrays[0].shape[1] // 3
+    dim_head = dim // num_heads
+    width = math.lcm(dim_head, LANES)  # of a tile, lanes
+    work = _division(segments, rows, width, dim_head, arrays[0].dtype.itemsize)
+    if rows % work.block:
+        arrays = [jnp.pad(x, [(0, -rows % work.block), (0, 0)]) for x in arrays]
+    tiles, steps = dim // width, work.block // work.group // work.groups
+    # Along the last dimension of the grid all steps work on the same blocks, whose results but the
+    # first stay in scratch; then come `parts - 1` short ones that copy these to where they belong.
+    grid = (arrays[0].shape[0] // work.block, tiles, steps + parts - 1)
+
+    def spec(part):
+        return pl.BlockSpec((work.block, width), lambda b, t, w: (b, part * tiles + t))
+
+    def result(b, t, w):
+        return b, jnp.maximum(w - (steps - 1), 0) * tiles + t
+
+    out = pl.pallas_call(
+        functools.partial(kernel, dim_head, work, steps),
+        grid=grid,
+        in_specs=[spec(part) for part in (0, 1, 2, *[0] * (len(arrays) - 1))],
+        out_specs=pl.BlockSpec((work.block, width), result),
+        out_shape=jax.ShapeDtypeStruct((arrays[0].shape[0], parts * dim), arrays[0].dtype),
+        scratch_shapes=[pltpu.VMEM((work.block, width), arrays[0].dtype)] * (parts - 1),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'parallel', 'arbitrary')
+        ),
+        interpret=interpret,
+        name=name,
+        metadata={'steps': str(grid[0] * tiles * steps)},  # for `ssl_jax plan`
+    )(*[arrays[0]] * 3, *arrays[1:])
+    return out[:rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Division:
+    """How rows are divided.
+
+    Attributes:
+      block: rows in vector memory at a time, a multiple of 8 and of `group`.
+      group: rows after which sizes of images repeat.
+      groups: of a step of the kernel.
+      windows: of a group: (first row, images, tokens of each, rows that cover them from a multiple
+        of 8 wherever the group begins).
+    """
+
+    block: int
+    group: int
+    groups: int
+    windows: tuple
+
+
+@functools.lru_cache
+def _division(segments, rows, width, dim_head, itemsize):
+    limit = BLOCK // itemsize // width  # rows
+    if len(segments) == 1:  # a row of the batch has no say: any number of images is a group
+        tokens, images = segments[0][1], rows // segments[0][1]
+        least = SUBLANES // math.gcd(tokens, SUBLANES)
+        block = _most(least * tokens, images / least, limit)
+        segments = ((_images_per_window(tokens, block // tokens, block), tokens),)
+    group = sum(n * tokens for n, tokens in segments)
+    if len(segments) > 1:
+        least = SUBLANES // math.gcd(group, SUBLANES)
+        block = _most(least * group, rows / group / least, limit)
+    windows, first = [], 0
+    for n, tokens in segments:
+        images = _images_per_window(tokens, n, block)
+        for _ in range(n // images):
+            windows.append((first, images, tokens, _cover(first, group, images * tokens, block)))
+            first += images * tokens
+    # Enough heads in a step that the exponentials of one run beside the products of another.
+    wanted = -(-8 * dim_head // width // len(windows))
+    count = block // group
+    groups = next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
+    return _Division(block, group, groups, tuple(windows))
+
+
+def _most(unit, count, limit):
+    """Rows of a block of whole units: as many as it may hold, but few that belong to no image."""
+    wanted = range(max(min(limit // unit, math.ceil(count)), 1), 0, -1)
+    return unit * min(wanted, key=lambda n: math.ceil(count / n) * n - count)
+
+
+def _cover(first, group, rows, block):
+    """Rows of a window from a multiple of 8 that holds `rows` wherever a group begins."""
+    starts = range(first, block, group)
+    most = max(-(-(start % SUBLANES + rows) // SUBLANES) * SUBLANES for start in starts)
+    return min(most, block)
+
+
+def _images_per_window(tokens, count, block):
+    """A divisor of count: small windows leave registers half empty, large ones waste logits."""
+
+    def cost(n):  # of an image; the constant stands for what a window costs whatever its size
+        cover = _cover(0, n * tokens, n * tokens, block)
+        return (cover * -(-cover // LANES) * LANES + 3000) / n
+
+    return min((n for n in range(1, count + 1) if count % n == 0), key=cost)
+
+
+def _windows(step, work, refs):
+    """For each window of a step: its rows of each array, the rows as a slice, and a function.
+
+    The function is: axis -> the number of the image that a row belongs to.
+    """
+    for i in range(work.groups):
+        start = (step * work.groups + i) * work.group
+        for window in work.windows:
+            yield _load(start, *window, refs)
+
+
+def _load(start, first, images, tokens, size, refs):
+    first = start + first
+    start = jnp.minimum(first & ~(SUBLANES - 1), refs[0].shape[0] - size)
+    window = pl.ds(pl.multiple_of(start, SUBLANES), size)
+
+    def image(axis):
+        """int32 (R, 1) or (1, R), from 1; 0 for rows of images of other windows."""
+        shape = [1, 1]
+        shape[axis] = size
+        row = jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis) - (first - start)
+        number = jnp.zeros(shape, jnp.int32)
+        for i in range(images):
+            number += jnp.where(row >= i * tokens, 1, 0)
+        return jnp.where(row < images * tokens, number, 0)
+
+    return [ref[window, :] for ref in refs], window, image
+
+
+def _heads(shape, dim_head):
+    """For each head of a tile: a slice of whole registers, and bool (R, L): its own lanes."""
+    rows, width = shape
+    for start in range(0, width, dim_head):
+        low = start // LANES * LANES
+        high = -(-(start + dim_head) // LANES) * LANES
+        lane = jax.lax.broadcasted_iota(jnp.int32, (rows, high - low), 1) + low
+        yield slice(low, high), (lane >= start) & (lane < start + dim_head)
+
+
+def _attention_kernel(dim_head, work, steps, q_ref, k_ref, v_ref, out_ref):
+    del steps
+    refs = q_ref, k_ref, v_ref
+    for (q, k, v), window, image in _windows(pl.program_id(2), work, refs):
+        same, scale = image(0) == image(1), _log2e(dim_head)
+        out = _Tile(q.shape)
+        for lanes, mine in _heads(q.shape, dim_head):
+            own_q = jnp.where(mine, q[:, lanes], 0)
+            logits = _dot(own_q, k[:, lanes], _ROWS_BY_ROWS)
+            logits = jnp.where(same, logits, _NEVER)
+            weights = jnp.exp2((logits - logits.max(axis=1, keepdims=True)) * scale)
+            total = weights.sum(axis=1, keepdims=True)
+            part = _dot(weights.astype(v.dtype), v[:, lanes], _ROWS_BY_COLUMNS)
+            out.put(lanes, mine, part / total)
+        out.store(out_ref, window, image(0) > 0)
+
+
+def _attention_gradient_kernel(
+    dim_head, work, steps, q_ref, k_ref, v_ref, grad_ref, out_ref, d_k_ref, d_v_ref
+):
+    step = pl.program_id(2)
+
+    @pl.when(step < steps)
+    def _():
+        refs = q_ref, k_ref, v_ref, grad_ref
+        _attention_gradient_step(step, dim_head, work, refs, (out_ref, d_k_ref, d_v_ref))
+
+    for i, ref in enumerate((d_k_ref, d_v_ref)):
+
+        @pl.when(step == steps + i)
+        def _(ref=ref):
+            out_ref[...] = ref[...]
+
+
+def _attention_gradient_step(step, dim_head, work, refs, results):
+    # Weights and logits have keys as rows and queries as columns: sums over keys then add whole
+    # registers, and of five products only that for the queries has to transpose.
+    for (q, k, v, grad), window, image in _windows(step, work, refs):
+        same, scale = image(0) == image(1), _log2e(dim_head)
+        d_q, d_k, d_v = _Tile(q.shape), _Tile(q.shape), _Tile(q.shape)
+        for lanes, mine in _heads(q.shape, dim_head):
+            own_k, own_v = (jnp.where(mine, x[:, lanes], 0) for x in (k, v))
+            logits = _dot(own_k, q[:, lanes], _ROWS_BY_ROWS)
+            logits = jnp.where(same, logits, _NEVER)
+            weights = jnp.exp2((logits - logits.max(axis=0, keepdims=True)) * scale)
+            weights = weights * (1 / weights.sum(axis=0, keepdims=True))
+            d_weights = _dot(own_v, grad[:, lanes], _ROWS_BY_ROWS)
+            product = weights * d_weights
+            d_logits = (product - weights * product.sum(axis=0, keepdims=True)).astype(q.dtype)
+            d_v.put(lanes, mine, _dot(weights.astype(q.dtype), grad[:, lanes], _ROWS_BY_COLUMNS))
+            d_k.put(lanes, mine, _dot(d_logits, q[:, lanes], _ROWS_BY_COLUMNS))
+            d_q.put(lanes, mine, _dot(d_logits, k[:, lanes], _COLUMNS_BY_COLUMNS))
+        own, root = image(0) > 0, dim_head**-0.5
+        for tile, ref, factor in zip((d_q, d_k, d_v), results, (root, root, 1.0)):
+            tile.store(ref, window, own, factor)
+
+
+def _log2e(dim_head):
+    """What logits are multiplied by before powers of two: ``log2(e) / sqrt(d)``."""
+    return math.log2(math.e) * dim_head**-0.5
+
+
+class _Tile:
+    """The result for all heads of a tile, (R, width) float32, register columns apart."""
+
+    def __init__(self, shape):
+        rows, width = shape
+        self.columns = [jnp.zeros((rows, LANES), jnp.float32)] * (width // LANES)
+
+    def put(self, lanes, mine, values):
+        """Takes over the lanes of one head."""
+        for at, i in enumerate(range(lanes.start // LANES, lanes.stop // LANES)):
+            part = slice(at * LANES, (at + 1) * LANES)
+            self.columns[i] = jnp.where(mine[:, part], values[:, part], self.columns[i])
+
+    def store(self, ref, window, own, factor=1.0):
+        """Writes the rows of this window's images; what else it covers stays as it is."""
+        for i, column in enumerate(self.columns):
+            lanes = pl.ds(i * LANES, LANES)
+            value = (column * factor).astype(ref.dtype)
+            ref[window, lanes] = jnp.where(own, value, ref[window, lanes])
+
+
+def rows_fit(shape):
+    """Whether the kernels below take (R, M): whole registers."""
+    return len(shape) == 2 and shape[0] % SUBLANES == 0 and shape[1] % LANES == 0
+
+
+def _block_of_rows(rows, columns):
+    """The largest divisor of R that makes a block of at most BLOCK bytes in float32."""
+    blocks = range(min(rows, BLOCK // 4 // columns) // SUBLANES * SUBLANES, 0, -SUBLANES)
+    return next((n for n in blocks if rows % n == 0), SUBLANES)
+
+
+def _add_rows(ref, values):
+    """Adds (R, M) to the eight rows of ref (8, M), whole registers; what is left is for XLA."""
+    ref[...] += values.reshape(-1, SUBLANES, values.shape[-1]).sum(axis=0)
+
+
+def sum_rows(x, interpret=False):
+    """(R, M) -> (8, M) float32, which add up to the sum over R.
+
+    XLA's own reduction takes several times as long.
+    """
+    rows, width = x.shape
+    columns = next(n for n in (512, 256, 128) if width % n == 0)
+    block = _block_of_rows(rows, columns)
+    grid = (width // columns, rows // block)
+
+    def kernel(x_ref, sum_ref):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+
+        _add_rows(sum_ref, x_ref[...].astype(jnp.float32))
+
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[pl.BlockSpec((block, columns), lambda m, r: (r, m))],
+        out_specs=pl.BlockSpec((SUBLANES, columns), lambda m, r: (0, m)),
+        out_shape=jax.ShapeDtypeStruct((SUBLANES, width), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
+        interpret=interpret,
+        name='sum_rows',
+        metadata={'steps': str(math.prod(grid))},
+    )(x)
+
+
+def layer_norm(x, scale, bias, eps, interpret=False):
+    """``(x - mean) / sqrt(var + eps) * scale + bias`` of (R, D) with (1, D) float32 each."""
+
+    def kernel(x_ref, scale_ref, bias_ref, y_ref):
+        normal, _ = _normalise(x_ref[...], eps)
+        y_ref[...] = (normal * scale_ref[...] + bias_ref[...]).astype(y_ref.dtype)
+
+    return _norm_call(kernel, 'layer_norm', (x,), (scale, bias), 0, interpret)[0]
+
+
+def layer_norm_gradient(x, grad, other, scale, eps, interpret=False):
+    """Gradients of x (R, D), and (8, D) float32 that add up to those of scale and of bias.
+
+    That of x has `other` (R, D) added to it: what it gets from elsewhere.
+    """
+
+    def kernel(x_ref, grad_ref, other_ref, scale_ref, d_x_ref, d_scale_ref, d_bias_ref):
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            d_scale_ref[...] = jnp.zeros(d_scale_ref.shape, jnp.float32)
+            d_bias_ref[...] = jnp.zeros(d_bias_ref.shape, jnp.float32)
+
+        normal, inverse = _normalise(x_ref[...], eps)
+        grad = grad_ref[...].astype(jnp.float32)
+        d_normal = grad * scale_ref[...]
+        across = jnp.mean(d_normal, axis=1, keepdims=True)
+        along = jnp.mean(d_normal * normal, axis=1, keepdims=True)
+        d_x = (d_normal - across - normal * along) * inverse
+        d_x_ref[...] = (d_x + other_ref[...].astype(jnp.float32)).astype(d_x_ref.dtype)
+        _add_rows(d_scale_ref, grad * normal)
+        _add_rows(d_bias_ref, grad)
+
+    return _norm_call(kernel, 'layer_norm_gradient', (x, grad, other), (scale,), 2, interpret)
+
+
+def _normalise(x, eps):
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + eps)
+    return x * inverse, inverse
+
+
+def _norm_call(kernel, name, arrays, vectors, sums, interpret):
+    """One pass over arrays (R, D) beside vectors (1, D); one result (R, D) and some sums (8, D)."""
+    rows, width = arrays[0].shape
+    block = _block_of_rows(rows, width)
+    part = pl.BlockSpec((block, width), lambda r: (r, 0))
+    results = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
+    results += [jax.ShapeDtypeStruct((SUBLANES, width), jnp.float32)] * sums
+    return pl.pallas_call(
+        kernel,
+        grid=(rows // block,),
+        in_specs=[part] * len(arrays) + [pl.BlockSpec((1, width), lambda r: (0, 0))] * len(vectors),
+        out_specs=[part] + [pl.BlockSpec((SUBLANES, width), lambda r: (0, 0))] * sums,
+        out_shape=results,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=('arbitrary' if sums else 'parallel',)
+        ),
+        interpret=interpret,
+        name=name,
+        metadata={'steps': str(rows // block)},
+    )(*arrays, *vectors)
