@@ -115,6 +115,21 @@ def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself():
         np.testing.assert_allclose(found, ops._rows(want, segments), atol=5e-6)
 
 
+def test_many_images_of_several_sizes_go_through_the_kernels_size_by_size():
+    """Rows of whole groups of samples, of which DINOv2 leaves images out."""
+    segments = ((20, 19), (14, 5))
+    qkv, grad = (jnp.asarray(normal(i, 2 * 450, w)) for i, w in ((0, 3 * 128), (1, 128)))
+    assert tpu_kernels.attention_takes(qkv, 2, ((2, 19), (6, 5)))
+    assert not tpu_kernels.attention_takes(qkv, 2, segments)
+    out, (want,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
+    forward = functools.partial(tpu_kernels.attention, interpret=True)
+    gradient = functools.partial(tpu_kernels.attention_gradient, interpret=True)
+    found = ops._kernel_by_size(forward, 2, segments, qkv)
+    np.testing.assert_allclose(found, out, atol=5e-6)
+    found = ops._kernel_by_size(gradient, 2, segments, qkv, grad)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
 def test_the_tpu_kernels_take_no_notice_of_other_images():
     """Not even of logits beyond float32's exponentials."""
     qkv, grad = normal(0, 4, 50, 3 * 128), normal(1, 4, 50, 128)

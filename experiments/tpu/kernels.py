@@ -39,7 +39,8 @@ def measure(name):
         compiled, bundles = chips.compile_program(jax.jit(fn).lower(*args))
         cycles = sum(hlo.kernel_cycles(hlo.parse(compiled.as_text()), bundles).values())
         bound = products * images * heads * 2 * tokens**2 * 128 / chip.flops_per_cycle
-        print(f'{name} {SHAPES[name]} {direction}: {cycles / 1e3:,.0f} k, bound {bound / 1e3:,.0f} k')
+        line = f'{direction}: {cycles / 1e3:,.0f} k, bound {bound / 1e3:,.0f} k'
+        print(f'{name} {SHAPES[name]} {line}')
 
 
 if __name__ == '__main__':

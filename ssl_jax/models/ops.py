@@ -64,7 +64,7 @@ def _attention_forward(qkv, num_heads, segments):
         # The kernel of the backward pass finds the normalizers itself.
         rows = len(qkv) * batch // whole
         unused = tuple(jnp.zeros((rows * n, num_heads, tokens)) for n, tokens in segments)
-        return tpu_kernels.attention(qkv, num_heads, segments), unused
+        return _kernel_by_size(tpu_kernels.attention, num_heads, segments, qkv), unused
 
     def by_image(run, qkv):
         forward = functools.partial(_forward, num_heads, None)
@@ -97,6 +97,18 @@ def join(parts):
     return jnp.concatenate([p.reshape(p.shape[0], -1, p.shape[-1]) for p in parts], axis=1)
 
 
+def _kernel_by_size(kernel, num_heads, segments, *args):
+    """kernel(*args, num_heads, segments); where it does not take them at once, size by size."""
+    if tpu_kernels.attention_takes(args[0], num_heads, segments):
+        return kernel(*args, num_heads, segments)
+    parts = []
+    for images in zip(*[_images(x, segments) for x in args]):
+        batch, tokens, _ = images[0].shape
+        rows = [x.reshape(batch * tokens, -1) for x in images]
+        parts.append(kernel(*rows, num_heads, ((1, tokens),)).reshape(batch, tokens, -1))
+    return _rows(parts, segments)
+
+
 def _images(x, segments):
     """(B * T, D) -> the images of each size, (B * n, N, D)."""
     return [part.reshape(-1, *part.shape[2:]) for part in split(per_row(x, segments), segments)]
@@ -112,7 +124,7 @@ def _rows(parts, segments):
 def _attention_backward(num_heads, segments, residuals, grad):
     def kernel(qkv, out, log_totals, grad):
         del out, log_totals
-        return tpu_kernels.attention_gradient(qkv, grad, num_heads, segments)
+        return _kernel_by_size(tpu_kernels.attention_gradient, num_heads, segments, qkv, grad)
 
     def backward(*args):
         return _backward(num_heads, None, *args)[0]

@@ -31,6 +31,14 @@ def attention_fits(dim, num_heads):
     return dim % math.lcm(dim // num_heads, LANES) == 0
 
 
+def attention_takes(qkv, num_heads, segments):
+    """Whether these sizes of images go in one call of `attention`: few, that soon repeat."""
+    dim_head = qkv.shape[-1] // 3 // num_heads
+    rows = math.lcm(sum(n * tokens for n, tokens in segments), SUBLANES)
+    block = rows * math.lcm(dim_head, LANES) * qkv.dtype.itemsize
+    return len(segments) == 1 or block <= 2 * BLOCK and sum(n for n, _ in segments) <= 32
+
+
 def _dot(a, b, axes):
     """The product of two matrices, summed over one axis of each, in float32."""
     # What a user asks of products in general ('highest') is not to be had from 16-bit numbers.
