@@ -95,6 +95,12 @@ def constrain(x, spec=BATCH, multiple=1):
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def whole(x):
+    """Constrains a small array to be whole on every device of the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P())
+
+
 def num_devices():
     """Of the current mesh; 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()

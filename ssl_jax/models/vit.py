@@ -129,7 +129,8 @@ class ViT(nn.Module):
         }[self.init_scheme]
         dinov2, beit = self.init_scheme == 'dinov2', self.init_scheme == 'beit'
 
-        table = self.position_table()
+        # Whole before rows are picked from it, or their channels would go to all chips and back.
+        table = sharding.whole(self.position_table())
         patches, positions = [], []
         for crops in images:
             n, height, width = crops.shape[1:4]
