@@ -29,6 +29,7 @@ def get_config(arg=''):
     c.batch_size = 4096
     c.dtype = 'bfloat16'
     c.remat = 'dots'
+    c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method.size = 'L'
     c.method.patch_size = 16

@@ -32,6 +32,7 @@ def get_config(arg=''):
     c.batch_size = 2048
     c.dtype = 'bfloat16'
     c.remat = 'dots'
+    c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method = config_splitmask.splitmask()
     config_splitmask.optim(c.optim)

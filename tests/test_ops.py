@@ -170,12 +170,28 @@ def test_the_tpu_kernels_of_layer_norm_equal_float64(shape):
     np.testing.assert_allclose(found[2].sum(0), d_bias, atol=1e-4)
 
 
-@pytest.mark.parametrize('dim, heads, kernel', [(256, 4, True), (160, 2, False), (96, 3, False)])
-def test_on_tpu_a_kernel_attends_where_heads_fill_whole_tiles_of_lanes(dim, heads, kernel):
-    traced = jax.jit(lambda x: attend(x, heads)).trace(jnp.zeros((2, 17, 3 * dim)))
-    called = 'tpu_custom_call'
-    assert (called in traced.lower(lowering_platforms=('tpu',)).as_text()) == kernel
-    assert called not in traced.lower(lowering_platforms=('cpu',)).as_text()
+def calls_a_kernel(fn, *args, on='tpu'):
+    return 'tpu_custom_call' in jax.jit(fn).trace(*args).lower(lowering_platforms=(on,)).as_text()
+
+
+@pytest.mark.parametrize(
+    'dim, heads, tokens, kernel',
+    [(256, 4, 17, True), (160, 2, 17, False), (96, 3, 17, False), (256, 4, 577, False)],
+)
+def test_on_tpu_a_kernel_attends_within_whole_tiles_of_lanes(dim, heads, tokens, kernel):
+    qkv = jnp.zeros((2, tokens, 3 * dim))
+    assert calls_a_kernel(lambda x: attend(x, heads), qkv) == kernel
+    assert not calls_a_kernel(lambda x: attend(x, heads), qkv, on='cpu')
+
+
+def test_one_variable_leaves_all_of_a_tpu_program_to_xla(monkeypatch):
+    def block(x):
+        y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))
+        return ops.attention(ops.dense(y, jnp.ones((128, 384)), jnp.zeros(384)), 2, ((1, 8),)).sum()
+
+    assert calls_a_kernel(jax.grad(block), jnp.zeros((16, 128)))
+    monkeypatch.setenv('SSL_JAX_TPU_KERNELS', '0')
+    assert not calls_a_kernel(jax.grad(block), jnp.zeros((16, 128)))
 
 
 def test_attention_survives_logits_of_ten_thousand():

@@ -230,7 +230,7 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
     in_chunks = any(_chunk(num_heads, tokens) < batch * n for n, tokens in segments)
     if in_chunks and sharding.num_devices() == 1:
         forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
-    if sharding.only_rows(batch) and tpu_kernels.attention_fits(dim // 3, num_heads):
+    if sharding.only_rows(batch) and tpu_kernels.attention_fits(dim // 3, num_heads, segments):
         forms['tpu'] = sharding.per_device(kernel, len(args))
     return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 

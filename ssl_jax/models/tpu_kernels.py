@@ -14,6 +14,7 @@ What they gain by the compiler's own schedule: experiments/tpu.
 import dataclasses
 import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a vector register
 BLOCK = 2**19  # bytes; up to 18 blocks lie in the 16 MiB of vector memory that a kernel may have
+MAX_TOKENS = 384  # of an image: its logits for eight heads lie in vector memory
 _ROWS_BY_ROWS, _ROWS_BY_COLUMNS, _COLUMNS_BY_COLUMNS = (1, 1), (1, 0), (0, 0)  # what is summed
 _NEVER = -1e30  # a logit between two images
 
 
-def attention_fits(dim, num_heads):
-    """Whether attention's kernels take heads of ``dim / num_heads`` channels: whole tiles."""
-    return dim % math.lcm(dim // num_heads, LANES) == 0
+def enabled():
+    """False where the environment says SSL_JAX_TPU_KERNELS=0: then XLA makes all of a program."""
+    return os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
+
+
+def attention_fits(dim, num_heads, segments):
+    """Whether attention's kernels take whole tiles of such heads, and images of so many tokens."""
+    longest = max(tokens for _, tokens in segments)
+    whole = dim % math.lcm(dim // num_heads, LANES) == 0
+    return enabled() and whole and longest <= MAX_TOKENS
 
 
 def attention_takes(qkv, num_heads, segments):
@@ -295,7 +304,8 @@ class _Tile:
 
 def rows_fit(shape):
     """Whether the kernels below take (R, M): whole registers."""
-    return len(shape) == 2 and shape[0] % SUBLANES == 0 and shape[1] % LANES == 0
+    whole = len(shape) == 2 and shape[0] % SUBLANES == 0 and shape[1] % LANES == 0
+    return enabled() and whole and shape[1] <= BLOCK // 4 // SUBLANES
 
 
 def _block_of_rows(rows, columns):
