@@ -84,12 +84,11 @@ def _attention_call(kernel, name, arrays, parts, num_heads, segments, interpret)
     dim_head = dim // num_heads
     width = math.lcm(dim_head, LANES)  # of a tile, lanes
     work = _division(segments, rows, width, dim_head, arrays[0].dtype.itemsize)
-    if rows % work.block:
-        arrays = [jnp.pad(x, [(0, -rows % work.block), (0, 0)]) for x in arrays]
     tiles, steps = dim // width, work.block // work.group // work.groups
     # Along the last dimension of the grid all steps work on the same blocks, whose results but the
     # first stay in scratch; then come `parts - 1` short ones that copy these to where they belong.
-    grid = (arrays[0].shape[0] // work.block, tiles, steps + parts - 1)
+    # The last block may reach beyond the end: what is read there is anything, not a number even.
+    grid = (-(-rows // work.block), tiles, steps + parts - 1)
 
     def spec(part):
         return pl.BlockSpec((work.block, width), lambda b, t, w: (b, part * tiles + t))
@@ -97,12 +96,12 @@ def _attention_call(kernel, name, arrays, parts, num_heads, segments, interpret)
     def result(b, t, w):
         return b, jnp.maximum(w - (steps - 1), 0) * tiles + t
 
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(kernel, dim_head, work, steps),
         grid=grid,
         in_specs=[spec(part) for part in (0, 1, 2, *[0] * (len(arrays) - 1))],
         out_specs=pl.BlockSpec((work.block, width), result),
-        out_shape=jax.ShapeDtypeStruct((arrays[0].shape[0], parts * dim), arrays[0].dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, parts * dim), arrays[0].dtype),
         scratch_shapes=[pltpu.VMEM((work.block, width), arrays[0].dtype)] * (parts - 1),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'parallel', 'arbitrary')
@@ -111,7 +110,6 @@ def _attention_call(kernel, name, arrays, parts, num_heads, segments, interpret)
         name=name,
         metadata={'steps': str(grid[0] * tiles * steps)},  # for `ssl_jax plan`
     )(*[arrays[0]] * 3, *arrays[1:])
-    return out[:rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +117,7 @@ class _Division:
     """How rows are divided.
 
     Attributes:
+      rows: all there are.
       block: rows in vector memory at a time, a multiple of 8 and of `group`.
       group: rows after which sizes of images repeat.
       groups: of a step of the kernel.
@@ -126,6 +125,7 @@ class _Division:
         of 8 wherever the group begins).
     """
 
+    rows: int
     block: int
     group: int
     groups: int
@@ -154,7 +154,7 @@ def _division(segments, rows, width, dim_head, itemsize):
     wanted = -(-8 * dim_head // width // len(windows))
     count = block // group
     groups = next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
-    return _Division(block, group, groups, tuple(windows))
+    return _Division(rows, block, group, groups, tuple(windows))
 
 
 def _most(unit, count, limit):
@@ -180,33 +180,35 @@ def _images_per_window(tokens, count, block):
     return min((n for n in range(1, count + 1) if count % n == 0), key=cost)
 
 
-def _windows(step, work, refs):
+def _windows(block, step, work, refs):
     """For each window of a step: its rows of each array, the rows as a slice, and a function.
 
     The function is: axis -> the number of the image that a row belongs to.
     """
     for i in range(work.groups):
         start = (step * work.groups + i) * work.group
-        for window in work.windows:
-            yield _load(start, *window, refs)
+        for first, images, tokens, cover in work.windows:
+            there = work.rows - block * work.block - (start + first)  # rows from here to the end
+            rows = jnp.minimum(images * tokens, there)
+            yield _load(start + first, rows, images, tokens, cover, refs)
 
 
-def _load(start, first, images, tokens, size, refs):
-    first = start + first
+def _load(first, rows, images, tokens, size, refs):
     start = jnp.minimum(first & ~(SUBLANES - 1), refs[0].shape[0] - size)
     window = pl.ds(pl.multiple_of(start, SUBLANES), size)
 
     def image(axis):
-        """int32 (R, 1) or (1, R), from 1; 0 for rows of images of other windows."""
+        """int32 (R, 1) or (1, R), from 1; 0 for rows of other windows and of no image."""
         shape = [1, 1]
         shape[axis] = size
         row = jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis) - (first - start)
         number = jnp.zeros(shape, jnp.int32)
         for i in range(images):
             number += jnp.where(row >= i * tokens, 1, 0)
-        return jnp.where(row < images * tokens, number, 0)
+        return jnp.where(row < rows, number, 0)
 
-    return [ref[window, :] for ref in refs], window, image
+    own = image(0) > 0  # zeros elsewhere, for no weight of 0 makes a number of what is none
+    return [jnp.where(own, ref[window, :], 0) for ref in refs], window, image
 
 
 def _heads(shape, dim_head):
@@ -222,7 +224,7 @@ def _heads(shape, dim_head):
 def _attention_kernel(dim_head, work, steps, q_ref, k_ref, v_ref, out_ref):
     del steps
     refs = q_ref, k_ref, v_ref
-    for (q, k, v), window, image in _windows(pl.program_id(2), work, refs):
+    for (q, k, v), window, image in _windows(pl.program_id(0), pl.program_id(2), work, refs):
         same, scale = image(0) == image(1), _log2e(dim_head)
         out = _Tile(q.shape)
         for lanes, mine in _heads(q.shape, dim_head):
@@ -239,12 +241,12 @@ def _attention_kernel(dim_head, work, steps, q_ref, k_ref, v_ref, out_ref):
 def _attention_gradient_kernel(
     dim_head, work, steps, q_ref, k_ref, v_ref, grad_ref, out_ref, d_k_ref, d_v_ref
 ):
-    step = pl.program_id(2)
+    block, step = pl.program_id(0), pl.program_id(2)
 
     @pl.when(step < steps)
     def _():
         refs = q_ref, k_ref, v_ref, grad_ref
-        _attention_gradient_step(step, dim_head, work, refs, (out_ref, d_k_ref, d_v_ref))
+        _attention_gradient_step(block, step, dim_head, work, refs, (out_ref, d_k_ref, d_v_ref))
 
     for i, ref in enumerate((d_k_ref, d_v_ref)):
 
@@ -253,10 +255,10 @@ def _attention_gradient_kernel(
             out_ref[...] = ref[...]
 
 
-def _attention_gradient_step(step, dim_head, work, refs, results):
+def _attention_gradient_step(block, step, dim_head, work, refs, results):
     # Weights and logits have keys as rows and queries as columns: sums over keys then add whole
     # registers, and of five products only that for the queries has to transpose.
-    for (q, k, v, grad), window, image in _windows(step, work, refs):
+    for (q, k, v, grad), window, image in _windows(block, step, work, refs):
         same, scale = image(0) == image(1), _log2e(dim_head)
         d_q, d_k, d_v = _Tile(q.shape), _Tile(q.shape), _Tile(q.shape)
         for lanes, mine in _heads(q.shape, dim_head):
