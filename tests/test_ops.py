@@ -176,7 +176,13 @@ def calls_a_kernel(fn, *args, on='tpu'):
 
 @pytest.mark.parametrize(
     'dim, heads, tokens, kernel',
-    [(256, 4, 17, True), (160, 2, 17, False), (96, 3, 17, False), (256, 4, 577, False)],
+    [
+        (256, 4, 17, True),
+        (160, 2, 17, False),  # heads of 80 channels fill five tiles, not 1.25
+        (96, 3, 17, False),
+        (256, 4, 577, False),  # logits too large
+        (1280, 16, 257, False),  # eight images by five tiles too large
+    ],
 )
 def test_on_tpu_a_kernel_attends_within_whole_tiles_of_lanes(dim, heads, tokens, kernel):
     qkv = jnp.zeros((2, tokens, 3 * dim))

@@ -222,15 +222,14 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
     On TPU ``kernel(*args)``, on each device for its own images. Else ``by_image(run, *args)``, that
     calls ``run(fn, *images)`` for ``fn(*images)``: on one CPU this goes in chunks.
     """
-    rows, dim = args[0].shape
-    batch = rows // sum(n * tokens for n, tokens in segments)
+    batch = len(args[0]) // sum(n * tokens for n, tokens in segments)
     default = functools.partial(by_image, lambda fn, *images: fn(*images))
     forms = {}
     # A loop over samples that several devices hold between them would gather the batch.
     in_chunks = any(_chunk(num_heads, tokens) < batch * n for n, tokens in segments)
     if in_chunks and sharding.num_devices() == 1:
         forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
-    if sharding.only_rows(batch) and tpu_kernels.attention_fits(dim // 3, num_heads, segments):
+    if sharding.only_rows(batch) and tpu_kernels.attention_fits(args[0], num_heads, segments):
         forms['tpu'] = sharding.per_device(kernel, len(args))
     return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 

@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a vector register
-BLOCK = 2**19  # bytes; up to 18 blocks lie in the 16 MiB of vector memory that a kernel may have
+BLOCK = 2**19  # bytes wanted, of which images make about twice as many at most ...
+MAX_BLOCK = 17 * 2**16  # ... for 12 blocks lie in the 16 MiB that a kernel may have
 MAX_TOKENS = 384  # of an image: its logits for eight heads lie in vector memory
 _ROWS_BY_ROWS, _ROWS_BY_COLUMNS, _COLUMNS_BY_COLUMNS = (1, 1), (1, 0), (0, 0)  # what is summed
 _NEVER = -1e30  # a logit between two images
@@ -33,19 +34,26 @@ def enabled():
     return os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
 
 
-def attention_fits(dim, num_heads, segments):
-    """Whether attention's kernels take whole tiles of such heads, and images of so many tokens."""
-    longest = max(tokens for _, tokens in segments)
+def attention_fits(qkv, num_heads, segments):
+    """Whether attention's kernels take qkv: whole tiles of heads, and images not too long."""
+    dim = qkv.shape[-1] // 3
     whole = dim % math.lcm(dim // num_heads, LANES) == 0
-    return enabled() and whole and longest <= MAX_TOKENS
+    sizes = [tokens for _, tokens in segments]
+    small = max(_least_bytes(qkv, num_heads, tokens) for tokens in sizes) <= MAX_BLOCK
+    return enabled() and whole and small and max(sizes) <= MAX_TOKENS
 
 
 def attention_takes(qkv, num_heads, segments):
     """Whether these sizes of images go in one call of `attention`: few, that soon repeat."""
-    dim_head = qkv.shape[-1] // 3 // num_heads
-    rows = math.lcm(sum(n * tokens for n, tokens in segments), SUBLANES)
-    block = rows * math.lcm(dim_head, LANES) * qkv.dtype.itemsize
-    return len(segments) == 1 or block <= 2 * BLOCK and sum(n for n, _ in segments) <= 32
+    count, tokens = (sum(numbers) for numbers in zip(*[(n, n * size) for n, size in segments]))
+    few = count <= 32 and _least_bytes(qkv, num_heads, tokens) <= MAX_BLOCK
+    return len(segments) == 1 or few
+
+
+def _least_bytes(qkv, num_heads, tokens):
+    """Of the smallest block: a multiple of 8 rows of images or groups of so many tokens."""
+    width = math.lcm(qkv.shape[-1] // 3 // num_heads, LANES)
+    return math.lcm(tokens, SUBLANES) * width * qkv.dtype.itemsize
 
 
 def _dot(a, b, axes):
