@@ -17,6 +17,9 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
     patient = '--xla_cpu_collective_call_terminate_timeout_seconds=300'
     os.environ['XLA_FLAGS'] = f'{flags} {fast} {patient}'.strip()
 
+# Of a program for CPU the kernels for TPU are traced and thrown away; tests of them say '1'.
+os.environ.setdefault('SSL_JAX_TPU_KERNELS', '0')
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -31,6 +34,12 @@ if 'SSL_JAX_CACHE' not in os.environ:
 jax.config.update('jax_compilation_cache_dir', os.environ['SSL_JAX_CACHE'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tpu_kernels_on(monkeypatch):
+    """Programs for TPU have the kernels of `models/tpu_kernels.py`, as outside the tests."""
+    monkeypatch.delenv('SSL_JAX_TPU_KERNELS')
 
 
 @pytest.fixture

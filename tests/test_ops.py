@@ -183,12 +183,14 @@ def calls_a_kernel(fn, *args, on='tpu'):
         (1280, 16, 257, False),  # eight images by five tiles too large
     ],
 )
+@pytest.mark.usefixtures('tpu_kernels_on')
 def test_on_tpu_a_kernel_attends_within_whole_tiles_of_lanes(dim, heads, tokens, kernel):
     qkv = jnp.zeros((2, tokens, 3 * dim))
     assert calls_a_kernel(lambda x: attend(x, heads), qkv) == kernel
     assert not calls_a_kernel(lambda x: attend(x, heads), qkv, on='cpu')
 
 
+@pytest.mark.usefixtures('tpu_kernels_on')
 def test_one_variable_leaves_all_of_a_tpu_program_to_xla(monkeypatch):
     def block(x):
         y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))

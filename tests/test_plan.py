@@ -341,6 +341,7 @@ def test_a_tiny_run_is_planned_for_a_pod(tmp_path):
     assert (tmp_path / 'plan.png').stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures('tpu_kernels_on')
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
     pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
