@@ -17,7 +17,7 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
     patient = '--xla_cpu_collective_call_terminate_timeout_seconds=300'
     os.environ['XLA_FLAGS'] = f'{flags} {fast} {patient}'.strip()
 
-# Of a program for CPU the kernels for TPU are traced and thrown away; tests of them say '1'.
+# Of a program for CPU the kernels for TPU are traced and thrown away; see `tpu_kernels_on`.
 os.environ.setdefault('SSL_JAX_TPU_KERNELS', '0')
 
 import jax  # noqa: E402

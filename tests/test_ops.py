@@ -191,6 +191,28 @@ def test_on_tpu_a_kernel_attends_within_whole_tiles_of_lanes(dim, heads, tokens,
 
 
 @pytest.mark.usefixtures('tpu_kernels_on')
+def test_on_a_mesh_each_device_runs_the_kernels_on_its_part_and_cpu_computes_the_same():
+    qkv, x = jnp.asarray(normal(0, 16 * 8, 384)), jnp.asarray(normal(1, 16 * 8, 128))
+
+    def loss(qkv, x):
+        y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128)) + ops.attention(qkv, 2, ((1, 8),))
+        return jnp.square(ops.dense(y, jnp.eye(128), jnp.zeros(128))).sum()
+
+    alone = jax.jit(jax.grad(loss, argnums=(0, 1)))(qkv, x)
+    mesh = sharding.make_mesh(2, 4, devices=jax.devices()[:8])
+    put = NamedSharding(mesh, sharding.BATCH)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(a, put) for a in (qkv, x)]
+        traced = jax.jit(lambda *a: jax.grad(loss, argnums=(0, 1))(*a)).trace(*split)
+        text = traced.lower(lowering_platforms=('tpu',)).as_text()
+        found = traced.lower().compile()(*split)
+    # A part is 16 rows of the 128: 2 images, padded by no one.
+    assert 'tpu_custom_call' in text and 'tensor<16x384xf32>' in text
+    for a, b in zip(found, alone):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures('tpu_kernels_on')
 def test_one_variable_leaves_all_of_a_tpu_program_to_xla(monkeypatch):
     def block(x):
         y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))

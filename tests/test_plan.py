@@ -110,16 +110,17 @@ def with_kernels(*kernels):
 
 
 def test_a_kernel_takes_the_bundles_of_one_step_times_its_steps():
-    found = hlo.operations(with_kernels((3, 20)), bundles={'attention.3': 50})
+    module = with_kernels((3, 20))
+    found = hlo.operations(module, kernels=hlo.kernel_cycles(module, {'attention.3': 50}))
     kernel = next(o for o in found if o.opcode == 'kernel')
     assert kernel.cycles == 20 * 50
     assert compile.scope(kernel.op_name)[2] == 'blocks/attn/attention/pallas_call'
 
 
 def test_a_kernel_takes_no_less_than_its_arrays_through_memory():
-    found = hlo.operations(with_kernels((3, 20)), None, {'attention.3': 50}, bytes_per_cycle=0.1)
+    found = hlo.operations(with_kernels((3, 20)), None, {'attention.3': 1000}, bytes_per_cycle=0.05)
     kernel = next(o for o in found if o.opcode == 'kernel')
-    assert kernel.cycles == 2 * (8 * 4 * 2) / 0.1  # the operand once, though it is passed twice
+    assert kernel.cycles == 2 * (8 * 4 * 2) / 0.05  # the operand once, though it is passed twice
 
 
 def test_a_kernel_that_was_compiled_once_for_several_takes_as_long_in_each():

@@ -70,7 +70,9 @@ def report(name, remat, ops=10, dump=None):
             f.write(text)
     batch, tokens, dim, _ = SHAPES[name]
     flops = 3 * batch * vit.flops_per_image(dim, DEPTH, tokens)
-    found = hlo.operations(hlo.parse(text), bundles=bundles, bytes_per_cycle=chip.hbm / chip.clock)
+    module = hlo.parse(text)
+    kernels = hlo.kernel_cycles(module, bundles)
+    found = hlo.operations(module, None, kernels, chip.hbm / chip.clock)
     cycles = sum(o.cycles * o.times for o in found)
     mfu = flops / chip.flops_per_cycle / cycles
     print(

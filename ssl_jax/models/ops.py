@@ -58,12 +58,11 @@ def _attention_forward(qkv, num_heads, segments):
             f'attention: the last axis of qkv is {qkv.shape[-1]}, not a multiple of 3 * num_heads ='
             f' {3 * num_heads}; pass the projection (B * T, 3 * D) with D divisible by num_heads.'
         )
-    batch = len(qkv) // sum(n * tokens for n, tokens in segments)
 
     def kernel(qkv):
         # The kernel of the backward pass finds the normalizers itself.
-        rows = len(qkv) * batch // whole
-        unused = tuple(jnp.zeros((rows * n, num_heads, tokens)) for n, tokens in segments)
+        batch = len(qkv) // tokens_per_row(segments)  # of one device
+        unused = tuple(jnp.zeros((batch * n, num_heads, tokens)) for n, tokens in segments)
         return _kernel_by_size(tpu_kernels.attention, num_heads, segments, qkv), unused
 
     def by_image(run, qkv):
@@ -71,15 +70,19 @@ def _attention_forward(qkv, num_heads, segments):
         outs, log_totals = zip(*[run(forward, part) for part in _images(qkv, segments)])
         return _rows(outs, segments), log_totals
 
-    whole = len(qkv)
     out, log_totals = _by_platform(by_image, kernel, num_heads, segments, qkv)
     out, log_totals = (checkpoint_name(x, ATTENTION) for x in (out, log_totals))
     return out, (qkv, out, log_totals)
 
 
+def tokens_per_row(segments):
+    """T of segments (n, N)."""
+    return sum(n * tokens for n, tokens in segments)
+
+
 def per_row(x, segments):
     """(B * T, D) -> (B, T, D)."""
-    return x.reshape(-1, sum(n * tokens for n, tokens in segments), x.shape[-1])
+    return x.reshape(-1, tokens_per_row(segments), x.shape[-1])
 
 
 def split(x, segments):
@@ -222,7 +225,7 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
     On TPU ``kernel(*args)``, on each device for its own images. Else ``by_image(run, *args)``, that
     calls ``run(fn, *images)`` for ``fn(*images)``: on one CPU this goes in chunks.
     """
-    batch = len(args[0]) // sum(n * tokens for n, tokens in segments)
+    batch = len(args[0]) // tokens_per_row(segments)
     default = functools.partial(by_image, lambda fn, *images: fn(*images))
     forms = {}
     # A loop over samples that several devices hold between them would gather the batch.
@@ -231,6 +234,11 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
         forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
     if sharding.only_rows(batch) and tpu_kernels.attention_fits(args[0], num_heads, segments):
         forms['tpu'] = sharding.per_device(kernel, len(args))
+    return _lowered(forms, default, *args)
+
+
+def _lowered(forms, default, *args):
+    """forms[platform](*args) where there is one for the platform that a program is lowered for."""
     return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 
 
@@ -291,8 +299,7 @@ def _sum_of_stored_rows(x):
     def kernel(x):
         return sharding.per_device(tpu_kernels.sum_rows, 1)(x).sum(axis=0).astype(x.dtype)
 
-    forms = {'tpu': kernel} if _kernels_take(x) else {}
-    return jax.lax.platform_dependent(x, **forms, default=sum_rows) if forms else sum_rows(x)
+    return _lowered({'tpu': kernel} if _kernels_take(x) else {}, sum_rows, x)
 
 
 def _kernels_take(x):
@@ -443,11 +450,8 @@ def _layer_norm_forward(x, scale, bias, eps):
         unused = jnp.zeros(x.shape[:-1])  # the kernel of the backward pass finds them itself
         return y, unused, unused
 
-    args = x, scale, bias
     forms = {'tpu': kernel} if _kernels_take(x) else {}
-    y, mean, inverse = (
-        jax.lax.platform_dependent(*args, **forms, default=plain) if forms else plain(*args)
-    )
+    y, mean, inverse = _lowered(forms, plain, x, scale, bias)
     return (y, x), (x, scale, bias, mean, inverse)
 
 
@@ -469,11 +473,8 @@ def _layer_norm_backward(eps, residuals, grads):
         return d_x, d_scale.sum(axis=0), d_bias.sum(axis=0)
 
     x, scale, bias, mean, inverse = residuals
-    args = x, *grads, scale, mean, inverse
     forms = {'tpu': kernel} if _kernels_take(x) else {}
-    d_x, d_scale, d_bias = (
-        jax.lax.platform_dependent(*args, **forms, default=plain) if forms else plain(*args)
-    )
+    d_x, d_scale, d_bias = _lowered(forms, plain, x, *grads, scale, mean, inverse)
     return d_x, d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 

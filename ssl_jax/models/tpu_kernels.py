@@ -45,8 +45,8 @@ def attention_fits(qkv, num_heads, segments):
 
 def attention_takes(qkv, num_heads, segments):
     """Whether these sizes of images go in one call of `attention`: few, that soon repeat."""
-    count, tokens = (sum(numbers) for numbers in zip(*[(n, n * size) for n, size in segments]))
-    few = count <= 32 and _least_bytes(qkv, num_heads, tokens) <= MAX_BLOCK
+    count, group = sum(n for n, _ in segments), sum(n * tokens for n, tokens in segments)
+    few = count <= 32 and _least_bytes(qkv, num_heads, group) <= MAX_BLOCK
     return len(segments) == 1 or few
 
 

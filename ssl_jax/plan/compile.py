@@ -143,12 +143,13 @@ def out_of_memory(message, capacity):
     return {'fits': False, 'needed_gib': needed, 'over_gib': round(needed - capacity / GIB, 2)}
 
 
-def timing(module, out, chip, bundles=()):
+def timing(module, out, chip, bundles=None):
     """Cycles of a step as time, images per second and utilisation; what costs most."""
     unknown = []
     per_device = chip.flops_per_cycle / out['devices_per_chip']
     memory = chip.hbm / chip.clock / out['devices_per_chip']  # bytes per cycle
-    operations = hlo.operations(module, unknown, dict(bundles), memory)
+    kernels = hlo.kernel_cycles(module, bundles or {})
+    operations = hlo.operations(module, unknown, kernels, memory)
     cycles = sum(o.cycles * o.times for o in operations)
     seconds = cycles / chip.clock
     parts, costly = collections.Counter(), collections.Counter()
@@ -172,9 +173,7 @@ def timing(module, out, chip, bundles=()):
             for (p, d, s, op), c in costly.most_common(25)
         ],
         'loops_counted_once': unknown,
-        'kernels_without_estimate': [
-            name for name, c in hlo.kernel_cycles(module, dict(bundles)).items() if c is None
-        ],
+        'kernels_without_estimate': [name for name, c in kernels.items() if c is None],
     }
 
 

@@ -223,14 +223,13 @@ class Operation:
     times: int
 
 
-def operations(module, unknown=None, bundles=None, bytes_per_cycle=math.inf):
+def operations(module, unknown=None, kernels=None, bytes_per_cycle=math.inf):
     """All Operations with an estimate; those that XLA made itself have the scope of their loop.
 
-    bundles: cycles of one step of a kernel's grid, by its name.  A kernel takes all its steps, or
-    the time in which its operands and results pass HBM at bytes_per_cycle, if that is longer.
+    kernels: `kernel_cycles`.  A kernel takes these, or the time in which its operands and results
+    pass HBM at bytes_per_cycle, if that is longer.
     """
-    found, loops, names = [], {}, {}
-    kernels = kernel_cycles(module, bundles or {})
+    found, loops, names, kernels = [], {}, {}, kernels or {}
     for computation, i, times in walk(module, unknown=unknown):
         cycles = i.cycles
         if kernels.get(i.name) is not None:
@@ -253,6 +252,7 @@ def operations(module, unknown=None, bundles=None, bytes_per_cycle=math.inf):
 def kernel_cycles(module, bundles):
     """name -> cycles of all steps of each kernel, None where there is no schedule to tell them.
 
+    bundles: cycles of one step of its grid, by the name of a kernel (`chips.compile_program`).
     libtpu compiles equal kernels once: one without a schedule takes that of its name, result and
     number of steps.
     """
