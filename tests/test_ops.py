@@ -40,7 +40,8 @@ def attention64(qkv, grad, heads):
 def attend(qkv, heads):
     """`ops.attention` of images (B, N, 3 D)."""
     b, n, width = qkv.shape
-    return ops.attention(qkv.reshape(b * n, width), heads, ((1, n),)).reshape(b, n, width // 3)
+    y = ops.attention(qkv.reshape(b * n, width), heads, (ops.Segment(1, n),))
+    return y.reshape(b, n, width // 3)
 
 
 def forward_and_gradient(fn, *args, grad):
@@ -91,16 +92,21 @@ def test_the_tpu_kernels_of_attention_equal_float64(images, tokens, head_dim, he
     width = heads * head_dim
     qkv, grad = normal(0, images, tokens, 3 * width), normal(1, images, tokens, width)
     rows = jnp.asarray(qkv.reshape(-1, 3 * width)), jnp.asarray(grad.reshape(-1, width))
-    out = tpu_kernels.attention(rows[0], heads, ((1, tokens),), interpret=True)
-    d_qkv = tpu_kernels.attention_gradient(*rows, heads, ((1, tokens),), interpret=True)
+    out = tpu_kernels.attention(rows[0], heads, (ops.Segment(1, tokens),), interpret=True)
+    d_qkv = tpu_kernels.attention_gradient(*rows, heads, (ops.Segment(1, tokens),), interpret=True)
     want, d_want = attention64(qkv, grad, heads=heads)
     np.testing.assert_allclose(out.reshape(want.shape), want, atol=2e-6)
     np.testing.assert_allclose(d_qkv.reshape(d_want.shape), d_want, atol=5e-6)
 
 
-def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself():
-    segments, batch = ((2, 19), (3, 5)), 3
-    qkv, grad = normal(0, batch * 53, 3 * 128), normal(1, batch * 53, 128)
+@pytest.mark.parametrize(
+    'sizes', [((2, 19), (3, 5)), ((11, 19, 5), (7, 5, 3)), ((3, 16), (2, 8))]
+)
+def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself(sizes):
+    segments, batch = tuple(ops.Segment(*s) for s in sizes), 3
+    rows = batch * ops.tokens_per_row(segments)
+    qkv, grad = normal(0, rows, 3 * 128), normal(1, rows, 128)
+    grad = ops._rows(ops._images(jnp.asarray(grad), segments), segments)  # no gradient of padding
     out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
     kernels = (
         tpu_kernels.attention(jnp.asarray(qkv), 2, segments, interpret=True),
@@ -116,9 +122,9 @@ def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself():
 
 def test_many_images_of_several_sizes_go_through_the_kernels_size_by_size():
     """Rows of whole groups of samples, of which DINOv2 leaves images out."""
-    segments = ((12, 9), (22, 4))
+    segments = (ops.Segment(12, 9), ops.Segment(22, 4))
     qkv, grad = (jnp.asarray(normal(i, 196, w)) for i, w in ((0, 3 * 128), (1, 128)))
-    assert tpu_kernels.attention_takes(qkv, 2, ((2, 19), (6, 5)))
+    assert tpu_kernels.attention_takes(qkv, 2, (ops.Segment(2, 19), ops.Segment(6, 5)))
     assert not tpu_kernels.attention_takes(qkv, 2, segments)
     out, (want,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
     forward = functools.partial(tpu_kernels.attention, interpret=True)
@@ -135,8 +141,8 @@ def test_the_tpu_kernels_take_no_notice_of_other_images():
 
     def run(qkv):
         rows = jnp.asarray(qkv.reshape(-1, 3 * 128)), jnp.asarray(grad.reshape(-1, 128))
-        out = tpu_kernels.attention(rows[0], 2, ((1, 50),), interpret=True)
-        d_qkv = tpu_kernels.attention_gradient(*rows, 2, ((1, 50),), interpret=True)
+        out = tpu_kernels.attention(rows[0], 2, (ops.Segment(1, 50),), interpret=True)
+        d_qkv = tpu_kernels.attention_gradient(*rows, 2, (ops.Segment(1, 50),), interpret=True)
         return out[50:100], d_qkv[50:100]
 
     others = qkv.copy()
@@ -145,7 +151,7 @@ def test_the_tpu_kernels_take_no_notice_of_other_images():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize('shape', [(8, 128), (1576, 640)])
+@pytest.mark.parametrize('shape', [(8, 128), (1576, 640), (1688, 128)])  # the last: no divisor
 def test_the_tpu_kernel_that_sums_rows_equals_float64(shape):
     x = normal(0, *shape)
     parts = tpu_kernels.sum_rows(jnp.asarray(x), interpret=True)
@@ -153,7 +159,7 @@ def test_the_tpu_kernel_that_sums_rows_equals_float64(shape):
     assert tpu_kernels.sum_rows(jnp.asarray(x, jnp.bfloat16), interpret=True).dtype == jnp.float32
 
 
-@pytest.mark.parametrize('shape', [(8, 128), (48, 256)])
+@pytest.mark.parametrize('shape', [(8, 128), (48, 256), (536, 256)])
 def test_the_tpu_kernels_of_layer_norm_equal_float64(shape):
     x, grad = 3 + normal(0, *shape, scale=2), normal(1, *shape)
     scale, bias = normal(2, shape[1]), normal(3, shape[1])
@@ -162,7 +168,7 @@ def test_the_tpu_kernels_of_layer_norm_equal_float64(shape):
     x, grad, scale, bias = jnp.asarray(x), jnp.asarray(grad), scale[None], bias[None]
     y = tpu_kernels.layer_norm(x, scale, bias, 1e-6, interpret=True)
     arrays = x, grad, jnp.asarray(other)
-    found = tpu_kernels.layer_norm_gradient(*arrays, scale, 1e-6, interpret=True)
+    found = tpu_kernels.layer_norm_gradient(*arrays, scale=scale, eps=1e-6, interpret=True)
     np.testing.assert_allclose(y, want, atol=5e-6)
     np.testing.assert_allclose(found[0], d_x + other, atol=5e-6)
     np.testing.assert_allclose(found[1].sum(0), d_scale, atol=1e-4)
@@ -195,7 +201,8 @@ def test_on_a_mesh_each_device_runs_the_kernels_on_its_part_and_cpu_computes_the
     qkv, x = jnp.asarray(normal(0, 16 * 8, 384)), jnp.asarray(normal(1, 16 * 8, 128))
 
     def loss(qkv, x):
-        y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128)) + ops.attention(qkv, 2, ((1, 8),))
+        y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))
+        y += ops.attention(qkv, 2, (ops.Segment(1, 8),))
         return jnp.square(ops.dense(y, jnp.eye(128), jnp.zeros(128))).sum()
 
     alone = jax.jit(jax.grad(loss, argnums=(0, 1)))(qkv, x)
@@ -216,7 +223,8 @@ def test_on_a_mesh_each_device_runs_the_kernels_on_its_part_and_cpu_computes_the
 def test_one_variable_leaves_all_of_a_tpu_program_to_xla(monkeypatch):
     def block(x):
         y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))
-        return ops.attention(ops.dense(y, jnp.ones((128, 384)), jnp.zeros(384)), 2, ((1, 8),)).sum()
+        qkv = ops.dense(y, jnp.ones((128, 384)), jnp.zeros(384))
+        return ops.attention(qkv, 2, (ops.Segment(1, 8),)).sum()
 
     assert calls_a_kernel(jax.grad(block), jnp.zeros((16, 128)))
     monkeypatch.setenv('SSL_JAX_TPU_KERNELS', '0')
@@ -234,7 +242,7 @@ def test_attention_survives_logits_of_ten_thousand():
 
 def test_attention_says_what_is_wrong_with_the_width():
     with pytest.raises(ValueError, match='3 \\* num_heads = 15'):
-        ops.attention(jnp.zeros((2, 48)), 5, ((1, 2),))
+        ops.attention(jnp.zeros((2, 48)), 5, (ops.Segment(1, 2),))
 
 
 def test_gelu_and_its_gradient_equal_float64():

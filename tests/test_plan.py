@@ -354,7 +354,7 @@ def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
 
     def loss(x, scale, bias):
         y = ops.dense(ops.layer_norm(x, scale, bias), scale * bias[:, None], bias)
-        return ops.attention(y, 2, ((1, 50),)).astype('float32').sum()
+        return ops.attention(y, 2, (ops.Segment(1, 50),)).astype('float32').sum()
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(rows, vector, vector)

@@ -15,47 +15,62 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from ssl_jax.models import layers, vit
+from ssl_jax import sharding
+from ssl_jax.models import layers, ops, vit
 from ssl_jax.plan import chips, compile, hlo
 
-# name: (images per chip, tokens, width, heads)
+# name: ((images, tokens) of each size on a chip, width, heads)
 SHAPES = {
-    'encoder': (64, 50, 1024, 16),
-    'decoder': (64, 197, 512, 16),
-    'large': (64, 257, 1024, 16),
-    'pixio_h': (64, 72, 1280, 16),
-    'pixio_decoder': (64, 264, 512, 16),
+    'encoder': ([(64, 50)], 1024, 16),
+    'decoder': ([(64, 197)], 512, 16),
+    'large': ([(64, 257)], 1024, 16),
+    'pixio_h': ([(64, 72)], 1280, 16),
+    'pixio_decoder': ([(64, 264)], 512, 16),
+    'dinov2': ([(128, 197), (512, 37)], 1024, 16),
 }
+DROP_PATH = {'dinov2': 0.3}  # share of the images that skip a branch; these have LayerScale too
 DEPTH = 4
 
 
-def lower(shape, remat='dots', device=None):
+def segments_of(name):
+    """`ops.Segment`s of a shape; images that may be left out are padded, as `vit.ViT` does."""
+    multiple = 8 if name in DROP_PATH else 1
+    return tuple(ops.Segment(n, tokens, -tokens % multiple) for n, tokens in SHAPES[name][0])
+
+
+def lower(name, remat='dots', device=None):
     """The gradient of a stack of blocks, lowered for `device`."""
-    batch, tokens, dim, heads = shape
+    sizes, dim, heads = SHAPES[name]
+    drop, dropped, segments = None, name in DROP_PATH, segments_of(name)
+    if dropped:
+        counts = [n for n, _ in sizes]
+        keys = jax.random.split(jax.random.key(0), 1)
+        drop = layers.drop_path_subsets(keys, DEPTH, DROP_PATH[name], counts)
 
     class Stack(nn.Module):
         @nn.compact
-        def __call__(self, x):
+        def __call__(self, x, drop):
             blocks = layers.block_stack(
                 DEPTH, remat=remat, name='blocks', num_heads=heads, mlp_ratio=4.0, ffn='mlp',
-                layer_scale=None, eps=1e-6, dtype=jnp.bfloat16, capture=False,
-                kernel_init=nn.initializers.xavier_uniform(),
+                layer_scale=1e-5 if dropped else None, eps=1e-6, dtype=jnp.bfloat16, capture=False,
+                kernel_init=nn.initializers.xavier_uniform(), segments=segments,
             )  # fmt: skip
-            return blocks(x, None)[0]
+            return blocks(x, drop)[0]
 
     stack = Stack()
-    x = jax.ShapeDtypeStruct((batch, tokens, dim), jnp.bfloat16)
-    zeros = jnp.zeros(x.shape, x.dtype)
-    params = jax.eval_shape(lambda: stack.init(jax.random.key(0), zeros))
+    x = jax.ShapeDtypeStruct((1, ops.tokens_per_row(segments), dim), jnp.bfloat16)
+    init = lambda: stack.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), drop)  # noqa: E731
+    params = jax.eval_shape(init)
 
-    def loss(params, x):
-        return jnp.square(stack.apply(params, x).astype(jnp.float32)).sum()
+    def loss(params, x, drop):
+        return jnp.square(stack.apply(params, x, drop).astype(jnp.float32)).sum()
 
     put = SingleDeviceSharding(device)
-    params, x = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=put), (params, x)
+    options = sharding.compiler_options(sharding.make_mesh(1, 1, devices=[device]))
+    args = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=put), (params, x, drop)
     )
-    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x)
+    return jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options).lower(*args)
 
 
 def report(name, remat, ops=10, dump=None):
@@ -63,13 +78,14 @@ def report(name, remat, ops=10, dump=None):
     chip = chips.CHIPS['v5e']
     started = time.monotonic()
     device = chips.devices('v5e:1x1')[0]
-    compiled, bundles = chips.compile_program(lower(SHAPES[name], remat, device))
+    compiled, bundles = chips.compile_program(lower(name, remat, device))
     text = compiled.as_text()
     if dump:
         with open(dump, 'w') as f:
             f.write(text)
-    batch, tokens, dim, _ = SHAPES[name]
-    flops = 3 * batch * vit.flops_per_image(dim, DEPTH, tokens)
+    sizes, dim, _ = SHAPES[name]
+    flops = 3 * sum(n * vit.flops_per_image(dim, DEPTH, tokens) for n, tokens in sizes)
+    flops *= 1 - DROP_PATH.get(name, 0)
     module = hlo.parse(text)
     kernels = hlo.kernel_cycles(module, bundles)
     found = hlo.operations(module, None, kernels, chip.hbm / chip.clock)

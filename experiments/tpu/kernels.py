@@ -11,26 +11,27 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-from blocks import SHAPES
+from blocks import SHAPES, segments_of
 from jax.sharding import SingleDeviceSharding
 
-from ssl_jax.models import tpu_kernels
+from ssl_jax.models import ops, tpu_kernels
 from ssl_jax.plan import chips, hlo
 
 
 def measure(name):
     """Prints cycles of the forward and of the backward kernel."""
-    images, tokens, dim, heads = SHAPES[name]
+    (sizes, dim, heads), segments = SHAPES[name], segments_of(name)
     chip, put = chips.CHIPS['v5e'], SingleDeviceSharding(chips.devices('v5e:1x1')[0])
 
     def rows(width):
-        return jax.ShapeDtypeStruct((images * tokens, width), jnp.bfloat16, sharding=put)
+        shape = (ops.tokens_per_row(segments), width)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=put)
 
     def forward(qkv):
-        return tpu_kernels.attention(qkv, heads, ((1, tokens),))
+        return tpu_kernels.attention(qkv, heads, segments)
 
     def backward(qkv, grad):
-        return tpu_kernels.attention_gradient(qkv, grad, heads, ((1, tokens),))
+        return tpu_kernels.attention_gradient(qkv, grad, heads, segments)
 
     for direction, fn, products, args in (
         ('forward', forward, 2, (rows(3 * dim),)),
@@ -38,7 +39,8 @@ def measure(name):
     ):
         compiled, bundles = chips.compile_program(jax.jit(fn).lower(*args))
         cycles = sum(hlo.kernel_cycles(hlo.parse(compiled.as_text()), bundles).values())
-        bound = products * images * heads * 2 * tokens**2 * 128 / chip.flops_per_cycle
+        squares = sum(n * tokens**2 for n, tokens in sizes)
+        bound = products * heads * 2 * squares * 128 / chip.flops_per_cycle
         line = f'{direction}: {cycles / 1e3:,.0f} k, bound {bound / 1e3:,.0f} k'
         print(f'{name} {SHAPES[name]} {line}')
 

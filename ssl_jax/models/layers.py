@@ -16,15 +16,18 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
-from ssl_jax.models import ops
+from ssl_jax.models import ops, subsets
 
 # 'dots' keeps the results of attention, of the first half of the MLP and of the residual sum
-# between them; norms and the fused qkv are computed again, which takes a TPU less time than writing
-# them to memory and reading them back (experiments/tpu).
+# between them, or of both sums only the images that are not left out; norms and the fused qkv are
+# computed again, which takes a TPU less time than writing them to memory and reading them back
+# (experiments/tpu).
 HIDDEN, BETWEEN = 'hidden', 'between'
 REMAT = {
     'none': None,
-    'dots': jax.checkpoint_policies.save_only_these_names(ops.ATTENTION, HIDDEN, BETWEEN),
+    'dots': jax.checkpoint_policies.save_only_these_names(
+        ops.ATTENTION, HIDDEN, BETWEEN, subsets.TAKEN
+    ),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -50,7 +53,12 @@ def swiglu_hidden(embed_dim, mlp_ratio):
 
 
 class Dense(nn.Module):
-    """fn(x, kernel, bias), with the parameters of `flax.linen.Dense`; fn from `ops`."""
+    """fn(x, kernel, bias), with the parameters of `flax.linen.Dense`; fn from `ops`.
+
+    A LayerScale behind it, `gamma` (features,), goes into kernel and bias: the same numbers, but
+    the gradient of gamma then comes from that of the kernel, and the results before the scale need
+    neither be kept nor computed again.
+    """
 
     features: int
     dtype: Any
@@ -59,9 +67,11 @@ class Dense(nn.Module):
     fn: Callable = ops.dense
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, gamma=None):
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
         bias = self.param('bias', self.bias_init, (self.features,))
+        if gamma is not None:
+            kernel, bias = kernel * gamma, bias * gamma
         return self.fn(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 
@@ -74,8 +84,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x, and_input=False):
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-        both = ops.layer_norm_and_input(x, scale, bias, self.eps)
-        return both if and_input else both[0]
+        norm = ops.layer_norm_and_input if and_input else ops.layer_norm
+        return norm(x, scale, bias, self.eps)
 
 
 class QKV(nn.Module):
@@ -145,7 +155,7 @@ class Attention(nn.Module):
     window: tuple | None = None
 
     @nn.compact
-    def __call__(self, x, segments, bias=None):  # (B * T, D), see `Block`; bias (H, T, T)
+    def __call__(self, x, segments, bias=None, gamma=None):  # (B * T, D), see `Block`; (H, T, T)
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         if self.key_bias:
@@ -158,11 +168,11 @@ class Attention(nn.Module):
             bias = relative_bias(table, self.window)
 
         if bias is not None:
-            images = qkv.reshape(-1, segments[0][1], 3 * dim)
+            images = qkv.reshape(-1, segments[0].tokens, 3 * dim)
             y = ops.biased_attention(images, bias, self.num_heads).reshape(x.shape)
         else:
             y = ops.attention(qkv, self.num_heads, segments)
-        return Dense(dim, name='proj', **dense)(y)
+        return Dense(dim, name='proj', **dense)(y, gamma)
 
 
 class Mlp(nn.Module):
@@ -173,10 +183,10 @@ class Mlp(nn.Module):
     kernel_init: Callable
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, gamma=None):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         y = checkpoint_name(Dense(self.hidden_dim, name='fc1', **dense)(x), HIDDEN)
-        return Dense(x.shape[-1], name='fc2', fn=ops.gelu_dense, **dense)(y)
+        return Dense(x.shape[-1], name='fc2', fn=ops.gelu_dense, **dense)(y, gamma)
 
 
 class SwiGLU(nn.Module):
@@ -187,30 +197,28 @@ class SwiGLU(nn.Module):
     kernel_init: Callable
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, gamma=None):
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         both = checkpoint_name(Dense(2 * self.hidden_dim, name='w12', **dense)(x), HIDDEN)
         gate, value = jnp.split(both, 2, axis=-1)
-        return Dense(x.shape[-1], name='w3', **dense)(nn.silu(gate) * value)
+        return Dense(x.shape[-1], name='w3', **dense)(nn.silu(gate) * value, gamma)
 
 
 class LayerScale(nn.Module):
-    """x * gamma, one learned factor per channel, started at `init`."""
+    """gamma (dim,), one learned factor per channel of a branch, started at `init`; see `Dense`."""
 
     init: float
 
     @nn.compact
-    def __call__(self, x):
-        gamma = self.param('gamma', nn.initializers.constant(self.init), (x.shape[-1],))
-        return x * gamma.astype(x.dtype)
+    def __call__(self, dim):
+        return self.param('gamma', nn.initializers.constant(self.init), (dim,))
 
 
 class Block(nn.Module):
     """Pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
 
     Tokens are rows, (B * T, D): on TPU an axis of N tokens by itself would be padded to a multiple
-    of 8, or everything moved around. `segments` says whose they are: per row of the batch n images
-    of N tokens each, then those of the next segment.
+    of 8, or everything moved around. `segments` (of `ops.Segment`) says whose they are.
 
     `drop` is the stochastic depth of the two residual branches:
       None           both branches as they are;
@@ -245,24 +253,23 @@ class Block(nn.Module):
         else:
             raise ValueError(f"ffn={self.ffn!r} is unknown; use 'mlp' or 'swiglu'.")
         norms = [LayerNorm(self.eps, name=f'norm{i}') for i in (1, 2)]
-        scales = [lambda y: y] * 2
+        gammas = [None, None]
         if self.layer_scale is not None:
-            scales = [LayerScale(self.layer_scale, name=f'ls{i}') for i in (1, 2)]
+            gammas = [LayerScale(self.layer_scale, name=f'ls{i}')(dim) for i in (1, 2)]
 
         def branch(i, y, segments):
-            return scales[i](attn(y, segments, bias) if i == 0 else mlp(y))
+            return attn(y, segments, bias, gammas[0]) if i == 0 else mlp(y, gammas[1])
 
         for i in (0, 1):
             if isinstance(drop, tuple):
                 some = lambda x, kept, i=i: branch(i, norms[i](x), kept)  # noqa: E731
-                x = subset_residual(some, x, self.segments, [ids[:, i] for ids in drop])
+                x = subsets.residual(some, x, self.segments, [ids[:, i] for ids in drop])
             else:
                 y, x = norms[i](x, and_input=True)
                 y = branch(i, y, self.segments)
                 if drop is not None:
                     y = y * _per_token(drop[..., i], self.segments).astype(x.dtype)
-                x = x + y
-            x = checkpoint_name(x, BETWEEN)
+                x = checkpoint_name(x + y, BETWEEN)
         # One constraint per block keeps activations split over the batch.  Without it XLA may
         # replicate them: measured 12.6 GiB against 3.0 GiB per chip on ViT-L.
         x = sharding.constrain(x, multiple=ops.tokens_per_row(self.segments))
@@ -271,28 +278,9 @@ class Block(nn.Module):
 
 def _per_token(factor, segments):
     """A factor per image (B, n) -> per token (B * T, 1)."""
-    repeats = np.concatenate([np.full(n, tokens) for n, tokens in segments])
+    repeats = np.concatenate([np.full(s.images, s.length) for s in segments])
     factor = jnp.repeat(factor, repeats, axis=1, total_repeat_length=int(repeats.sum()))
     return factor.reshape(-1, 1)
-
-
-def subset_residual(branch, x, segments, ids):
-    """x + branch on some images only, times n/k for the k of n images that are kept.
-
-    ids: per segment (B, k), the positions of the kept images among the n of their row.
-    Reference: dinov2 `layers/block.py: drop_add_residual_stochastic_depth_list`.
-    """
-    images = ops.split(ops.per_row(x, segments), segments)
-    taken = [jnp.take_along_axis(p, i[..., None, None], axis=1) for p, i in zip(images, ids)]
-    kept = tuple((i.shape[1], tokens) for i, (_, tokens) in zip(ids, segments))
-    changes = branch(ops.join(taken).reshape(-1, x.shape[-1]), kept)
-    changes = ops.split(ops.per_row(changes, kept), kept)
-    add = jax.vmap(lambda p, i, y: p.at[i].add(y, unique_indices=True))
-    changed = [
-        add(p, i, y * jnp.asarray(p.shape[1] / i.shape[1], y.dtype))
-        for p, i, y in zip(images, ids, changes)
-    ]
-    return ops.join(changed).reshape(x.shape)
 
 
 def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
@@ -314,7 +302,7 @@ def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
     )
 
     def run(x, drop, *bias):
-        owners = segments or ((1, x.shape[1]),)
+        owners = segments or (ops.Segment(1, x.shape[1]),)
         rows = x.reshape(-1, x.shape[-1])
         rows, captured = stack(name=name, segments=owners, **kw)(rows, drop, *bias)
         return rows.reshape(x.shape), jax.tree.map(lambda y: y.reshape(depth, *x.shape), captured)

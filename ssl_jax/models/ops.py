@@ -11,6 +11,7 @@ the backend of the process: programs for TPU are also compiled on machines that 
 """
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,37 @@ from ssl_jax.models import tpu_kernels
 ATTENTION = 'attention'  # name of its output and normalizers, see `layers.REMAT`
 # Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
 CHUNK_BYTES = 4 << 20
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def keep(x, name):
+    """x, of which `layers.REMAT` may say by this name that it is kept for the backward pass.
+
+    It is kept as whole numbers of the same bits: floats that are kept and used besides JAX rounds
+    to their own precision, which is nothing but a copy, and costs as much where no kernel of XLA's
+    is there to do it in passing.
+    """
+    return _keep_forward(x, name)[0]
+
+
+def _keep_forward(x, name):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype), None
+
+
+keep.defvjp(_keep_forward, lambda name, _, grad: (grad,))
+
+
+class Segment(typing.NamedTuple):
+    """Images of one size among the tokens of a row of the batch, one after the other."""
+
+    images: int
+    tokens: int  # of each
+    padding: int = 0  # rows behind each that belong to no image
+
+    @property
+    def length(self):
+        return self.tokens + self.padding
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -36,8 +68,8 @@ def attention(qkv, num_heads, segments):
             then all keys, then all values, each as ``num_heads`` heads of ``d = D / num_heads``
             channels (torch's fused order).
         num_heads: number of heads, a divisor of D.
-        segments: whose the T tokens of a row of the batch are: (n, N), n images of N tokens each,
-            for one size of image after the other.
+        segments: whose the T tokens of a row of the batch are, a `Segment` for one size of image
+            after the other.
 
     Returns:
         (B * T, D) array of the dtype of ``qkv``, heads side by side.
@@ -62,7 +94,7 @@ def _attention_forward(qkv, num_heads, segments):
     def kernel(qkv):
         # The kernel of the backward pass finds the normalizers itself.
         batch = len(qkv) // tokens_per_row(segments)  # of one device
-        unused = tuple(jnp.zeros((batch * n, num_heads, tokens)) for n, tokens in segments)
+        unused = tuple(jnp.zeros((batch * s.images, num_heads, s.tokens)) for s in segments)
         return _kernel_by_size(tpu_kernels.attention, num_heads, segments, qkv), unused
 
     def by_image(run, qkv):
@@ -76,8 +108,8 @@ def _attention_forward(qkv, num_heads, segments):
 
 
 def tokens_per_row(segments):
-    """T of segments (n, N)."""
-    return sum(n * tokens for n, tokens in segments)
+    """T of segments, padding included."""
+    return sum(s.images * s.length for s in segments)
 
 
 def per_row(x, segments):
@@ -86,18 +118,23 @@ def per_row(x, segments):
 
 
 def split(x, segments):
-    """(B, T, D) -> one (B, n, N, D) per segment (n, N): n images of N tokens each, in order."""
+    """(B, T, D) -> for each segment of n images of N tokens (B, n, N, D), without padding."""
     parts, start = [], 0
-    for n, tokens in segments:
-        part = x[:, start : start + n * tokens]
-        parts.append(part.reshape(x.shape[0], n, tokens, x.shape[-1]))
-        start += n * tokens
+    for n, tokens, padding in segments:
+        rows = n * (tokens + padding)
+        part = x[:, start : start + rows].reshape(x.shape[0], n, tokens + padding, x.shape[-1])
+        parts.append(part[:, :, :tokens])
+        start += rows
     return parts
 
 
-def join(parts):
-    """Inverse of `split`."""
-    return jnp.concatenate([p.reshape(p.shape[0], -1, p.shape[-1]) for p in parts], axis=1)
+def join(parts, segments):
+    """Inverse of `split`; the padding is zeros."""
+    padded = [
+        jnp.pad(p, ((0, 0), (0, 0), (0, s.padding), (0, 0))) if s.padding else p
+        for p, s in zip(parts, segments)
+    ]
+    return jnp.concatenate([p.reshape(p.shape[0], -1, p.shape[-1]) for p in padded], axis=1)
 
 
 def _kernel_by_size(kernel, num_heads, segments, *args):
@@ -108,7 +145,7 @@ def _kernel_by_size(kernel, num_heads, segments, *args):
     for images in zip(*[_images(x, segments) for x in args]):
         batch, tokens, _ = images[0].shape
         rows = [x.reshape(batch * tokens, -1) for x in images]
-        parts.append(kernel(*rows, num_heads, ((1, tokens),)).reshape(batch, tokens, -1))
+        parts.append(kernel(*rows, num_heads, (Segment(1, tokens),)).reshape(batch, tokens, -1))
     return _rows(parts, segments)
 
 
@@ -119,8 +156,8 @@ def _images(x, segments):
 
 def _rows(parts, segments):
     """Inverse of `_images`."""
-    images = [x.reshape(-1, n, *x.shape[1:]) for x, (n, _) in zip(parts, segments)]
-    x = join(images)
+    images = [x.reshape(-1, s.images, *x.shape[1:]) for x, s in zip(parts, segments)]
+    x = join(images, segments)
     return x.reshape(-1, x.shape[-1])
 
 
@@ -229,15 +266,15 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
     default = functools.partial(by_image, lambda fn, *images: fn(*images))
     forms = {}
     # A loop over samples that several devices hold between them would gather the batch.
-    in_chunks = any(_chunk(num_heads, tokens) < batch * n for n, tokens in segments)
+    in_chunks = any(_chunk(num_heads, s.tokens) < batch * s.images for s in segments)
     if in_chunks and sharding.num_devices() == 1:
         forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
     if sharding.only_rows(batch) and tpu_kernels.attention_fits(args[0], num_heads, segments):
         forms['tpu'] = sharding.per_device(kernel, len(args))
-    return _lowered(forms, default, *args)
+    return lowered(forms, default, *args)
 
 
-def _lowered(forms, default, *args):
+def lowered(forms, default, *args):
     """forms[platform](*args) where there is one for the platform that a program is lowered for."""
     return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 
@@ -299,7 +336,7 @@ def _sum_of_stored_rows(x):
     def kernel(x):
         return sharding.per_device(tpu_kernels.sum_rows, 1)(x).sum(axis=0).astype(x.dtype)
 
-    return _lowered({'tpu': kernel} if _kernels_take(x) else {}, sum_rows, x)
+    return lowered({'tpu': kernel} if _kernels_take(x) else {}, sum_rows, x)
 
 
 def _kernels_take(x):
@@ -408,6 +445,7 @@ def _gelu_dense_backward(residuals, grad):
 gelu_dense.defvjp(_gelu_dense_forward, _gelu_dense_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, eps=1e-6):
     """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis.
 
@@ -423,7 +461,7 @@ def layer_norm(x, scale, bias, eps=1e-6):
     Returns:
         Array of the shape and dtype of ``x``.
     """
-    return layer_norm_and_input(x, scale, bias, eps)[0]
+    return _layer_norm_forward(x, scale, bias, eps)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -432,7 +470,7 @@ def layer_norm_and_input(x, scale, bias, eps=1e-6):
 
     The gradients of both then come together in one pass over the array.
     """
-    return _layer_norm_forward(x, scale, bias, eps)[0]
+    return _layer_norm_forward(x, scale, bias, eps)[0], x
 
 
 def _layer_norm_forward(x, scale, bias, eps):
@@ -451,31 +489,48 @@ def _layer_norm_forward(x, scale, bias, eps):
         return y, unused, unused
 
     forms = {'tpu': kernel} if _kernels_take(x) else {}
-    y, mean, inverse = _lowered(forms, plain, x, scale, bias)
-    return (y, x), (x, scale, bias, mean, inverse)
+    y, mean, inverse = lowered(forms, plain, x, scale, bias)
+    return y, (x, scale, bias, mean, inverse)
 
 
-def _layer_norm_backward(eps, residuals, grads):
-    def plain(x, grad, other, scale, mean, inverse):
+def _layer_norm_backward(eps, residuals, grad, *other):
+    """`other`: a gradient that x gets from elsewhere too, or nothing."""
+
+    def plain(scale, mean, inverse, x, grad, *other):
         mean, inverse = mean[..., None], inverse[..., None]
-        grad, other = grad.astype(jnp.float32), other.astype(jnp.float32)
+        grad = grad.astype(jnp.float32)
         normal = (x.astype(jnp.float32) - mean) * inverse
         d_normal = grad * scale
         across = jnp.mean(d_normal, axis=-1, keepdims=True)
         along = jnp.mean(d_normal * normal, axis=-1, keepdims=True)
-        d_x = (d_normal - across - normal * along) * inverse + other
+        d_x = (d_normal - across - normal * along) * inverse
+        d_x = sum((x.astype(jnp.float32) for x in other), d_x)
         return d_x.astype(x.dtype), sum_rows(grad * normal), sum_rows(grad)
 
-    def kernel(x, grad, other, scale, mean, inverse):
+    def kernel(scale, mean, inverse, *arrays):
         del mean, inverse
-        norm = functools.partial(tpu_kernels.layer_norm_gradient, eps=eps)
-        d_x, d_scale, d_bias = sharding.per_device(norm, 3, 1)(x, grad, other, scale[None])
+
+        def norm(*args):
+            return tpu_kernels.layer_norm_gradient(*args[:-1], scale=args[-1], eps=eps)
+
+        split = sharding.per_device(norm, len(arrays), 1)
+        d_x, d_scale, d_bias = split(*arrays, scale[None])
         return d_x, d_scale.sum(axis=0), d_bias.sum(axis=0)
 
     x, scale, bias, mean, inverse = residuals
     forms = {'tpu': kernel} if _kernels_take(x) else {}
-    d_x, d_scale, d_bias = _lowered(forms, plain, x, *grads, scale, mean, inverse)
+    d_x, d_scale, d_bias = lowered(forms, plain, scale, mean, inverse, x, grad, *other)
     return d_x, d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
-layer_norm_and_input.defvjp(_layer_norm_forward, _layer_norm_backward)
+def _layer_norm_and_input_forward(x, scale, bias, eps):
+    y, residuals = _layer_norm_forward(x, scale, bias, eps)
+    return (y, x), residuals
+
+
+def _layer_norm_and_input_backward(eps, residuals, grads):
+    return _layer_norm_backward(eps, residuals, *grads)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm_and_input.defvjp(_layer_norm_and_input_forward, _layer_norm_and_input_backward)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for TPU (Pallas): attention of many short sequences, LayerNorm, and sums over rows.
+"""Kernels for TPU (Pallas): attention of short sequences, images moved, LayerNorm, sums of rows.
 
 Attention: the logits of an image never leave the chip's vector memory, and nothing moves on the way
 in or out. Tokens stay rows as the dense layers have them, heads stay side by side in tiles of 128
 lanes. Of a tile, one head is picked out by zeros in the lanes of the others, which costs nothing,
 for the matrix unit sums over 128 lanes at a time whatever they hold. Images of any number of tokens
-follow each other without padding: a kernel works on windows of rows that start at a multiple of 8
-and cover one image or some, and takes no notice of the logits between different images.
+may follow each other without padding: a kernel works on windows of rows that start at a multiple of
+8 and cover one image or some, and takes no notice of the logits between different images. Images
+that are padded to whole registers may be of several sizes, a call for each; the calls write to
+different rows of one array.
 
 What they gain by the compiler's own schedule: experiments/tpu.
 """
@@ -38,16 +40,26 @@ def attention_fits(qkv, num_heads, segments):
     """Whether attention's kernels take qkv: whole tiles of heads, and images not too long."""
     dim = qkv.shape[-1] // 3
     whole = dim % math.lcm(dim // num_heads, LANES) == 0
-    sizes = [tokens for _, tokens in segments]
-    small = max(_least_bytes(qkv, num_heads, tokens) for tokens in sizes) <= MAX_BLOCK
+    sizes = [s.length for s in segments]
+    small = max(_least_bytes(qkv, num_heads, size) for size in sizes) <= MAX_BLOCK
     return enabled() and whole and small and max(sizes) <= MAX_TOKENS
 
 
 def attention_takes(qkv, num_heads, segments):
-    """Whether these sizes of images go in one call of `attention`: few, that soon repeat."""
-    count, group = sum(n for n, _ in segments), sum(n * tokens for n, tokens in segments)
-    few = count <= 32 and _least_bytes(qkv, num_heads, group) <= MAX_BLOCK
-    return len(segments) == 1 or few
+    """Whether `attention` takes these sizes of images: one, or padded, or few that soon repeat."""
+    few = sum(s.images for s in segments) <= 32
+    few = few and _least_bytes(qkv, num_heads, _length(segments)) <= MAX_BLOCK
+    return len(segments) == 1 or _padded(segments) or few
+
+
+def _length(segments):
+    """Rows after which the sizes of images repeat."""
+    return sum(s.images * s.length for s in segments)
+
+
+def _padded(segments):
+    """Whether every image begins in a new register."""
+    return all(s.length % SUBLANES == 0 for s in segments)
 
 
 def _least_bytes(qkv, num_heads, tokens):
@@ -70,7 +82,7 @@ def attention(qkv, num_heads, segments, interpret=False):
     Args:
         qkv: (B * T, 3 * D), the tokens of image after image; queries, keys, values of all heads.
         num_heads: heads of ``d = D / num_heads`` channels, see `attention_fits`.
-        segments: of T tokens: (n, N), n images of N tokens each, for one size after the other.
+        segments: whose the T tokens of a row are, a sequence of `ops.Segment`.
         interpret: run the kernel step by step in JAX, on any platform (for tests).
 
     Returns:
@@ -89,35 +101,88 @@ def attention_gradient(qkv, grad, num_heads, segments, interpret=False):
 def _attention_call(kernel, name, arrays, parts, num_heads, segments, interpret):
     """`parts` results of (B * T, D) side by side."""
     rows, dim = arrays[0].shape[0], arrays[0].shape[1] // 3
-    dim_head = dim // num_heads
-    width = math.lcm(dim_head, LANES)  # of a tile, lanes
-    work = _division(segments, rows, width, dim_head, arrays[0].dtype.itemsize)
+    width = math.lcm(dim // num_heads, LANES)  # of a tile, lanes
+    tile = width, dim // num_heads, arrays[0].dtype.itemsize
+    call = functools.partial(_attention_of, kernel, name, arrays, parts, tile, interpret)
+    if len(segments) == 1:  # a row of the batch has no say
+        segments = (segments[0]._replace(images=rows // segments[0].length),)
+    if not _padded(segments):
+        # The last block may reach beyond the end: what is read there is anything.
+        work = _division(segments, rows, *tile)
+        return call(work, -(-rows // work.block), None)
+    result, first, group = None, 0, _length(segments)
+    for segment in segments:
+        work = _padded_division(segment, *tile)
+        last = segment.images * segment.length - work.block
+        count = -(-segment.images * segment.length // work.block)
+
+        def row(b, first=first, block=work.block, last=last, count=count):
+            # The last block of a size begins early enough to end with it: some images come twice.
+            start = jnp.minimum(jax.lax.rem(b, count) * block, last)
+            return jax.lax.div(b, count) * group + first + start
+
+        result = call(work, rows // group * count, row, result)
+        first += segment.images * segment.length
+    return result
+
+
+def _attention_of(kernel, name, arrays, parts, tile, interpret, work, blocks, row, into=None):
+    """`_attention_call` of so many blocks, of which b begins at row(b); other rows as in `into`.
+
+    row: None where block follows block.
+    """
+    rows, dim = arrays[0].shape[0], arrays[0].shape[1] // 3
+    width, dim_head, _ = tile
     tiles, steps = dim // width, work.block // work.group // work.groups
     # Along the last dimension of the grid all steps work on the same blocks, whose results but the
     # first stay in scratch; then come `parts - 1` short ones that copy these to where they belong.
-    # The last block may reach beyond the end: what is read there is anything, not a number even.
-    grid = (-(-rows // work.block), tiles, steps + parts - 1)
+    grid = (blocks, tiles, steps + parts - 1)
 
-    def spec(part):
-        return pl.BlockSpec((work.block, width), lambda b, t, w: (b, part * tiles + t))
+    def spec(tile):
+        def index(b, t, w):
+            return pl.multiple_of(row(b), SUBLANES), pl.multiple_of(tile(t, w) * width, LANES)
 
-    def result(b, t, w):
-        return b, jnp.maximum(w - (steps - 1), 0) * tiles + t
+        if row is None:
+            return pl.BlockSpec((work.block, width), lambda b, t, w: (b, tile(t, w)))
+        return pl.BlockSpec((pl.Element(work.block), pl.Element(width)), index)
 
+    inputs = [*[arrays[0]] * 3, *arrays[1:]]
+    in_specs = [
+        spec(lambda t, w, part=part: part * tiles + t)
+        for part in (0, 1, 2, *[0] * (len(arrays) - 1))
+    ]
+    body, aliases = functools.partial(kernel, dim_head, work, steps), {}
+    numbers = blocks * work.block * dim * (len(in_specs) + parts)
+    if into is not None:
+        aliases = {len(inputs): 0}
+        inputs.append(into)
+        in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+        body = _without(aliases, body)
     return pl.pallas_call(
-        functools.partial(kernel, dim_head, work, steps),
+        body,
         grid=grid,
-        in_specs=[spec(part) for part in (0, 1, 2, *[0] * (len(arrays) - 1))],
-        out_specs=pl.BlockSpec((work.block, width), result),
+        in_specs=in_specs,
+        out_specs=spec(lambda t, w: jnp.maximum(w - (steps - 1), 0) * tiles + t),
         out_shape=jax.ShapeDtypeStruct((rows, parts * dim), arrays[0].dtype),
         scratch_shapes=[pltpu.VMEM((work.block, width), arrays[0].dtype)] * (parts - 1),
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'parallel', 'arbitrary')
         ),
         interpret=interpret,
         name=name,
-        metadata={'steps': str(grid[0] * tiles * steps)},  # for `ssl_jax plan`
-    )(*[arrays[0]] * 3, *arrays[1:])
+        metadata=_metadata(blocks * tiles * steps, numbers, arrays[0].dtype),
+    )(*inputs)
+
+
+def _metadata(steps, numbers, dtype):
+    """For `ssl_jax plan`: steps of the grid, and bytes of so many numbers that pass HBM."""
+    return {'steps': str(steps), 'bytes': str(numbers * dtype.itemsize)}
+
+
+def _without(positions, kernel):
+    """The kernel, called without the references at these positions."""
+    return lambda *refs: kernel(*[r for i, r in enumerate(refs) if i not in positions])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +190,15 @@ class _Division:
     """How rows are divided.
 
     Attributes:
-      rows: all there are.
+      rows: all there are, None where no block reaches beyond the end.
       block: rows in vector memory at a time, a multiple of 8 and of `group`.
       group: rows after which sizes of images repeat.
       groups: of a step of the kernel.
-      windows: of a group: (first row, images, tokens of each, rows that cover them from a multiple
-        of 8 wherever the group begins).
+      windows: of a group: (first row, images, tokens of each, rows of each, rows that cover them
+        from a multiple of 8 wherever the group begins).
     """
 
-    rows: int
+    rows: int | None
     block: int
     group: int
     groups: int
@@ -142,27 +207,44 @@ class _Division:
 
 @functools.lru_cache
 def _division(segments, rows, width, dim_head, itemsize):
+    """Of images that follow each other without padding."""
     limit = BLOCK // itemsize // width  # rows
-    if len(segments) == 1:  # a row of the batch has no say: any number of images is a group
-        tokens, images = segments[0][1], rows // segments[0][1]
+    sizes = [(s.images, s.tokens) for s in segments]
+    if len(sizes) == 1:  # any number of images is a group
+        images, tokens = sizes[0]
         least = SUBLANES // math.gcd(tokens, SUBLANES)
         block = _most(least * tokens, images / least, limit)
-        segments = ((_images_per_window(tokens, block // tokens, block), tokens),)
-    group = sum(n * tokens for n, tokens in segments)
-    if len(segments) > 1:
+        sizes = ((_images_per_window(tokens, block // tokens, block), tokens),)
+    group = sum(n * tokens for n, tokens in sizes)
+    if len(sizes) > 1:
         least = SUBLANES // math.gcd(group, SUBLANES)
         block = _most(least * group, rows / group / least, limit)
     windows, first = [], 0
-    for n, tokens in segments:
+    for n, tokens in sizes:
         images = _images_per_window(tokens, n, block)
         for _ in range(n // images):
-            windows.append((first, images, tokens, _cover(first, group, images * tokens, block)))
+            cover = _cover(first, group, images * tokens, block)
+            windows.append((first, images, tokens, tokens, cover))
             first += images * tokens
-    # Enough heads in a step that the exponentials of one run beside the products of another.
-    wanted = -(-8 * dim_head // width // len(windows))
-    count = block // group
-    groups = next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
+    groups = _groups(block, group, len(windows), width, dim_head)
     return _Division(rows, block, group, groups, tuple(windows))
+
+
+@functools.lru_cache
+def _padded_division(segment, width, dim_head, itemsize):
+    """Of the images of one size, each of whole registers."""
+    length, limit = segment.length, BLOCK // itemsize // width
+    block = _most(length, segment.images, limit)
+    images = _images_per_window(length, block // length, block)
+    group = images * length
+    groups = _groups(block, group, 1, width, dim_head)
+    return _Division(None, block, group, groups, ((0, images, segment.tokens, length, group),))
+
+
+def _groups(block, group, windows, width, dim_head):
+    """Of a step: enough heads that the exponentials of one run beside the products of another."""
+    wanted, count = -(-8 * dim_head // width // windows), block // group
+    return next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
 
 
 def _most(unit, count, limit):
@@ -195,13 +277,14 @@ def _windows(block, step, work, refs):
     """
     for i in range(work.groups):
         start = (step * work.groups + i) * work.group
-        for first, images, tokens, cover in work.windows:
-            there = work.rows - block * work.block - (start + first)  # rows from here to the end
-            rows = jnp.minimum(images * tokens, there)
-            yield _load(start + first, rows, images, tokens, cover, refs)
+        for first, images, tokens, length, cover in work.windows:
+            rows = images * length
+            if work.rows is not None:  # from here to the end
+                rows = jnp.minimum(rows, work.rows - block * work.block - (start + first))
+            yield _load(start + first, rows, images, tokens, length, cover, refs)
 
 
-def _load(first, rows, images, tokens, size, refs):
+def _load(first, rows, images, tokens, length, size, refs):
     start = jnp.minimum(first & ~(SUBLANES - 1), refs[0].shape[0] - size)
     window = pl.ds(pl.multiple_of(start, SUBLANES), size)
 
@@ -210,10 +293,11 @@ def _load(first, rows, images, tokens, size, refs):
         shape = [1, 1]
         shape[axis] = size
         row = jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis) - (first - start)
-        number = jnp.zeros(shape, jnp.int32)
+        number, end = jnp.zeros(shape, jnp.int32), jnp.minimum(tokens, rows)
         for i in range(images):
-            number += jnp.where(row >= i * tokens, 1, 0)
-        return jnp.where(row < rows, number, 0)
+            number += jnp.where(row >= i * length, 1, 0)
+            end = jnp.where(row >= i * length, jnp.minimum(i * length + tokens, rows), end)
+        return jnp.where(row < end, number, 0)
 
     own = image(0) > 0  # zeros elsewhere, for no weight of 0 makes a number of what is none
     return [jnp.where(own, ref[window, :], 0) for ref in refs], window, image
@@ -243,7 +327,7 @@ def _attention_kernel(dim_head, work, steps, q_ref, k_ref, v_ref, out_ref):
             total = weights.sum(axis=1, keepdims=True)
             part = _dot(weights.astype(v.dtype), v[:, lanes], _ROWS_BY_COLUMNS)
             out.put(lanes, mine, part / total)
-        out.store(out_ref, window, image(0) > 0)
+        out.store(out_ref, window, _own(work, image))
 
 
 def _attention_gradient_kernel(
@@ -281,9 +365,14 @@ def _attention_gradient_step(block, step, dim_head, work, refs, results):
             d_v.put(lanes, mine, _dot(weights.astype(q.dtype), grad[:, lanes], _ROWS_BY_COLUMNS))
             d_k.put(lanes, mine, _dot(d_logits, q[:, lanes], _ROWS_BY_COLUMNS))
             d_q.put(lanes, mine, _dot(d_logits, k[:, lanes], _COLUMNS_BY_COLUMNS))
-        own, root = image(0) > 0, dim_head**-0.5
+        own, root = _own(work, image), dim_head**-0.5
         for tile, ref, factor in zip((d_q, d_k, d_v), results, (root, root, 1.0)):
             tile.store(ref, window, own, factor)
+
+
+def _own(work, image):
+    """bool (R, 1), the rows that a window writes; None for all, padding included."""
+    return None if work.rows is None else image(0) > 0
 
 
 def _log2e(dim_head):
@@ -305,11 +394,92 @@ class _Tile:
             self.columns[i] = jnp.where(mine[:, part], values[:, part], self.columns[i])
 
     def store(self, ref, window, own, factor=1.0):
-        """Writes the rows of this window's images; what else it covers stays as it is."""
+        """Writes the rows that are this window's own; what else it covers stays as it is."""
         for i, column in enumerate(self.columns):
             lanes = pl.ds(i * LANES, LANES)
             value = (column * factor).astype(ref.dtype)
-            ref[window, lanes] = jnp.where(own, value, ref[window, lanes])
+            ref[window, lanes] = value if own is None else jnp.where(own, value, ref[window, lanes])
+
+
+def images_fit(x, segments):
+    """Whether `move_images` takes rows (R, D): padded images that fit vector memory."""
+    length = max(s.length for s in segments)
+    small = length * LANES * x.dtype.itemsize <= MAX_BLOCK
+    return enabled() and _padded(segments) and x.shape[1] % LANES == 0 and small
+
+
+def move_images(sources, results, weights, ids, x, *other, interpret=False):
+    """Images of x (B * S, D) at ids, times their weight, plus `other`: (B * T, D).
+
+    Args:
+        sources, results: the segments (`ops.Segment`, padded) of S and of T.
+        weights: of each segment.
+        ids: per segment int (B, n) for n images of the result; beyond the last stands for zeros.
+        other: (B * T, D), or nothing.
+    """
+    out, start, end = None, 0, 0
+    size, group = _length(sources), _length(results)
+    for source, result, weight, i in zip(sources, results, weights, ids):
+        out = _move(source, result, weight, i, x, other, out, start, end, size, group, interpret)
+        start += source.images * source.length
+        end += result.images * result.length
+    return out
+
+
+def _move(source, result, weight, ids, x, other, into, start, end, size, group, interpret):
+    """`move_images` of one segment, which starts at rows start of x and end of the result."""
+    dim, length, count = x.shape[1], source.length, result.images
+    columns = next(
+        n for n in range(dim, 0, -LANES)
+        if dim % n == 0 and n * length * x.dtype.itemsize <= MAX_BLOCK
+    )  # fmt: skip
+    grid = (len(ids) * count, dim // columns)
+
+    def spec(row):
+        def index(b, c, ids):
+            return pl.multiple_of(row(b, ids), SUBLANES), pl.multiple_of(c * columns, LANES)
+
+        return pl.BlockSpec((pl.Element(length), pl.Element(columns)), index)
+
+    def there(b, ids):
+        image = jnp.minimum(ids[b], source.images - 1)
+        return jax.lax.div(b, count) * size + start + image * length
+
+    def here(b, ids):
+        del ids
+        return jax.lax.div(b, count) * group + end + jax.lax.rem(b, count) * length
+
+    def kernel(ids_ref, x_ref, *refs):
+        out_ref, present = refs[-1], ids_ref[pl.program_id(0)] < source.images
+        rest = refs[0][...] if other else jnp.zeros(out_ref.shape, out_ref.dtype)
+
+        @pl.when(present)
+        def _():
+            moved = x_ref[...].astype(jnp.float32) * weight
+            out_ref[...] = (rest.astype(jnp.float32) + moved).astype(out_ref.dtype)
+
+        @pl.when(jnp.logical_not(present))
+        def _():
+            out_ref[...] = rest
+
+    inputs, in_specs, aliases = [x, *other], [spec(there)] + [spec(here)] * len(other), {}
+    if into is not None:
+        aliases = {1 + len(inputs): 0}
+        inputs.append(into)
+        in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+    numbers = (min(source.images, count) + (1 + len(other)) * count) * len(ids) * length * dim
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=spec(here)
+        ),
+        out_shape=jax.ShapeDtypeStruct((len(ids) * group, dim), x.dtype),
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
+        interpret=interpret,
+        name='move_images',
+        metadata=_metadata(math.prod(grid), numbers, x.dtype),
+    )(ids.reshape(-1), *inputs)
 
 
 def rows_fit(shape):
@@ -319,14 +489,25 @@ def rows_fit(shape):
 
 
 def _block_of_rows(rows, columns):
-    """The largest divisor of R that makes a block of at most BLOCK bytes in float32."""
-    blocks = range(min(rows, BLOCK // 4 // columns) // SUBLANES * SUBLANES, 0, -SUBLANES)
-    return next((n for n in blocks if rows % n == 0), SUBLANES)
+    """Rows of a block of at most BLOCK bytes in float32; half of that, if it divides R."""
+    most = min(rows, BLOCK // 4 // columns) // SUBLANES * SUBLANES
+    return next((n for n in range(most, most // 2, -SUBLANES) if rows % n == 0), most)
 
 
-def _add_rows(ref, values):
-    """Adds (R, M) to the eight rows of ref (8, M), whole registers; what is left is for XLA."""
+def _add_rows(ref, values, left):
+    """Adds the first `left` of (R, M) to the eight rows of ref, whole registers; (8, M) for XLA.
+
+    What a last block reads beyond the end is anything, not a number even. None: no block does.
+    """
+    if left is not None:
+        row = jax.lax.broadcasted_iota(jnp.int32, (len(values), 1), 0)
+        values = jnp.where(row < left, values, 0)
     ref[...] += values.reshape(-1, SUBLANES, values.shape[-1]).sum(axis=0)
+
+
+def _left(rows, block, axis):
+    """Rows from the block of this step to the end; None where all blocks are whole."""
+    return rows - pl.program_id(axis) * block if rows % block else None
 
 
 def sum_rows(x, interpret=False):
@@ -337,14 +518,14 @@ def sum_rows(x, interpret=False):
     rows, width = x.shape
     columns = next(n for n in (512, 256, 128) if width % n == 0)
     block = _block_of_rows(rows, columns)
-    grid = (width // columns, rows // block)
+    grid = (width // columns, -(-rows // block))
 
     def kernel(x_ref, sum_ref):
         @pl.when(pl.program_id(1) == 0)
         def _():
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
-        _add_rows(sum_ref, x_ref[...].astype(jnp.float32))
+        _add_rows(sum_ref, x_ref[...].astype(jnp.float32), _left(rows, block, 1))
 
     return pl.pallas_call(
         kernel,
@@ -369,13 +550,17 @@ def layer_norm(x, scale, bias, eps, interpret=False):
     return _norm_call(kernel, 'layer_norm', (x,), (scale, bias), 0, interpret)[0]
 
 
-def layer_norm_gradient(x, grad, other, scale, eps, interpret=False):
+def layer_norm_gradient(x, grad, *other, scale, eps, interpret=False):
     """Gradients of x (R, D), and (8, D) float32 that add up to those of scale and of bias.
 
-    That of x has `other` (R, D) added to it: what it gets from elsewhere.
+    That of x has `other` (R, D) added to it, if given: what it gets from elsewhere.
     """
 
-    def kernel(x_ref, grad_ref, other_ref, scale_ref, d_x_ref, d_scale_ref, d_bias_ref):
+    block = _block_of_rows(*x.shape)
+
+    def kernel(x_ref, grad_ref, *refs):
+        *other_refs, scale_ref, d_x_ref, d_scale_ref, d_bias_ref = refs
+
         @pl.when(pl.program_id(0) == 0)
         def _():
             d_scale_ref[...] = jnp.zeros(d_scale_ref.shape, jnp.float32)
@@ -387,11 +572,14 @@ def layer_norm_gradient(x, grad, other, scale, eps, interpret=False):
         across = jnp.mean(d_normal, axis=1, keepdims=True)
         along = jnp.mean(d_normal * normal, axis=1, keepdims=True)
         d_x = (d_normal - across - normal * along) * inverse
-        d_x_ref[...] = (d_x + other_ref[...].astype(jnp.float32)).astype(d_x_ref.dtype)
-        _add_rows(d_scale_ref, grad * normal)
-        _add_rows(d_bias_ref, grad)
+        for ref in other_refs:
+            d_x += ref[...].astype(jnp.float32)
+        d_x_ref[...] = d_x.astype(d_x_ref.dtype)
+        left = _left(len(x), block, 0)
+        _add_rows(d_scale_ref, grad * normal, left)
+        _add_rows(d_bias_ref, grad, left)
 
-    return _norm_call(kernel, 'layer_norm_gradient', (x, grad, other), (scale,), 2, interpret)
+    return _norm_call(kernel, 'layer_norm_gradient', (x, grad, *other), (scale,), 2, interpret)
 
 
 def _normalise(x, eps):
@@ -410,7 +598,7 @@ def _norm_call(kernel, name, arrays, vectors, sums, interpret):
     results += [jax.ShapeDtypeStruct((SUBLANES, width), jnp.float32)] * sums
     return pl.pallas_call(
         kernel,
-        grid=(rows // block,),
+        grid=(-(-rows // block),),
         in_specs=[part] * len(arrays) + [pl.BlockSpec((1, width), lambda r: (0, 0))] * len(vectors),
         out_specs=[part] + [pl.BlockSpec((SUBLANES, width), lambda r: (0, 0))] * sums,
         out_shape=results,
@@ -419,5 +607,5 @@ def _norm_call(kernel, name, arrays, vectors, sums, interpret):
         ),
         interpret=interpret,
         name=name,
-        metadata={'steps': str(rows // block)},
+        metadata={'steps': str(-(-rows // block))},
     )(*arrays, *vectors)

@@ -142,11 +142,11 @@ class ViT(nn.Module):
         if ids_keep is not None:
             patches = [jnp.take_along_axis(patches[0], ids_keep[:, None, :, None], axis=2)]
             patch_positions = [positions[0][0, c:][ids_keep][:, None]]  # (B, 1, K, D)
-        counts = [p.shape[1:3] for p in patches]
+        counts = [ops.Segment(*p.shape[1:3]) for p in patches]
         embed = PatchEmbed(
             self.embed_dim, self.dtype, None if dinov2 else kernel_init, beit, name='patch_embed'
         )
-        tokens = ops.split(embed(ops.join(patches)), counts)
+        tokens = ops.split(embed(ops.join(patches, counts)), counts)
         if self.mask_token:
             token = self.param('mask_token', mask_init, (1, self.embed_dim))
             if mask is not None:
@@ -165,11 +165,13 @@ class ViT(nn.Module):
                 for p in first + registers
             ]
             parts.append(jnp.concatenate([*first, x + patch_pos.astype(x.dtype)], axis=2))
-        segments = tuple(p.shape[1:3] for p in parts)  # (n, C + R + N) of each size
-        x = sharding.constrain(ops.join(parts))  # (B, all tokens, D)
+        # Where whole images are left out, each begins in a register of its own (8 rows).
+        whole = 8 if isinstance(drop, tuple) else 1
+        segments = tuple(ops.Segment(*p.shape[1:3], -p.shape[2] % whole) for p in parts)
+        x = sharding.constrain(ops.join(parts, segments))  # (B, all tokens, D)
 
         if drop_keys is not None and self.drop_path:
-            num_images = sum(n for n, _ in segments)
+            num_images = sum(s.images for s in segments)
             drop = layers.drop_path_keep(
                 drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
             )
@@ -199,16 +201,16 @@ class ViT(nn.Module):
             bias = (layers.relative_bias(table, window),)
         x, captured = blocks(x, drop, *bias)
         norm = layers.LayerNorm(self.eps, name='norm')
-        y = norm(x)
+        parts = [self._named(*p) for p in zip(*[ops.split(t, segments) for t in (norm(x), x)])]
         if single:
-            out = self._named(y, x)
+            out = jax.tree.map(lambda t: t[:, 0], parts[0])
             if capture:
                 ids = list(capture)
                 if max(ids) >= self.depth:
                     raise ValueError(f'capture={capture} names a block beyond depth {self.depth}.')
                 out['blocks'] = captured[jnp.asarray(ids)]
             return out
-        return [self._named(*p) for p in zip(ops.split(y, segments), ops.split(x, segments))]
+        return parts
 
     def _named(self, y, x):
         """Tokens (..., C + R + N, D) after and before the final norm -> the dict of `__call__`."""

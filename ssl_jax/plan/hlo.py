@@ -8,8 +8,9 @@ libtpu of jax 0.10): one computation per block of lines, one instruction per lin
 
 where libtpu's backend_config holds `"estimated_cycles"` of most fusions, copies and conversions.
 Transfers (copies between HBM and VMEM that run beside the program, collectives) have none, nor have
-kernels of our own (Pallas): of those libtpu's schedules tell the length of one step of their grid
-(`chips.compile_program`), and they say themselves how many there are.
+gathers, which are counted as what they move, nor kernels of our own (Pallas): of those libtpu's
+schedules tell the length of one step of their grid (`chips.compile_program`), and they say
+themselves how many steps there are.
 """
 
 import collections
@@ -52,6 +53,11 @@ class Instruction:
     def is_kernel(self):
         """Whether it is a kernel of our own, not of XLA."""
         return self.opcode == 'custom-call' and 'tpu_custom_call' in self.rest
+
+    def said(self, key):
+        """A whole number that a kernel says of itself (its metadata), None if it does not."""
+        found = re.search(rf'kernel_metadata=\{{[^}}]*"{key}":"(\d+)"', self.rest)
+        return int(found.group(1)) if found else None
 
     def called(self, attribute):
         """Names of the computations that an attribute such as calls= refers to."""
@@ -226,8 +232,8 @@ class Operation:
 def operations(module, unknown=None, kernels=None, bytes_per_cycle=math.inf):
     """All Operations with an estimate; those that XLA made itself have the scope of their loop.
 
-    kernels: `kernel_cycles`.  A kernel takes these, or the time in which its operands and results
-    pass HBM at bytes_per_cycle, if that is longer.
+    kernels: `kernel_cycles`.  A kernel takes these, or the time in which its operands and results,
+    or the bytes that it states, pass HBM at bytes_per_cycle, if that is longer.
     """
     found, loops, names, kernels = [], {}, {}, kernels or {}
     for computation, i, times in walk(module, unknown=unknown):
@@ -235,9 +241,13 @@ def operations(module, unknown=None, kernels=None, bytes_per_cycle=math.inf):
         if kernels.get(i.name) is not None:
             if computation not in names:
                 names[computation] = module.by_name(computation)
-            arrays = [names[computation][name].shape for name in set(i.operands())] + [i.shape]
-            transfer = sum(map(nbytes, arrays)) / bytes_per_cycle
-            cycles = max(kernels[i.name], round(transfer))
+            moved = i.said('bytes')
+            if moved is None:
+                operands = [names[computation][name].shape for name in set(i.operands())]
+                moved = sum(map(nbytes, [*operands, i.shape]))
+            cycles = max(kernels[i.name], round(moved / bytes_per_cycle))
+        elif cycles is None and _gathers(module, i):  # no estimate: each number is read and written
+            cycles = round(2 * nbytes(i.shape) / bytes_per_cycle)
         if i.opcode == 'while':
             loops[i.called('body')[0]] = i.op_name
         elif cycles is not None:
@@ -269,9 +279,14 @@ def kernel_cycles(module, bundles):
 
 def _kind(kernel):
     """(name without its number, arrays of the result, steps of its grid)."""
-    steps = re.search(r'kernel_metadata=\{"steps":"(\d+)"', kernel.rest)
     name = re.sub(r'\.\d+$', '', kernel.name)
-    return name, tuple(arrays(kernel.shape)), int(steps.group(1)) if steps else None
+    return name, tuple(arrays(kernel.shape)), kernel.said('steps')
+
+
+def _gathers(module, i):
+    """Whether it is a gather, or a fusion with one."""
+    inner = (module.computations.get(c, ()) for c in i.called('calls'))
+    return i.opcode == 'gather' or any(j.opcode == 'gather' for c in inner for j in c)
 
 
 def _inner_name(module, fusion):
