@@ -38,7 +38,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def tpu_kernels_on(monkeypatch):
-    """Programs for TPU have the kernels of `models/tpu_kernels.py`, as outside the tests."""
+    """Programs for TPU have the kernels of `models/tpu_*.py`, as outside the tests."""
     monkeypatch.delenv('SSL_JAX_TPU_KERNELS')
 
 

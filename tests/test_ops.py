@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from ssl_jax import sharding
-from ssl_jax.models import ops, tpu_kernels
+from ssl_jax.models import ops, tpu_attention, tpu_kernels
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -92,8 +92,8 @@ def test_the_tpu_kernels_of_attention_equal_float64(images, tokens, head_dim, he
     width = heads * head_dim
     qkv, grad = normal(0, images, tokens, 3 * width), normal(1, images, tokens, width)
     rows = jnp.asarray(qkv.reshape(-1, 3 * width)), jnp.asarray(grad.reshape(-1, width))
-    out = tpu_kernels.attention(rows[0], heads, (ops.Segment(1, tokens),), interpret=True)
-    d_qkv = tpu_kernels.attention_gradient(*rows, heads, (ops.Segment(1, tokens),), interpret=True)
+    out = tpu_attention.attention(rows[0], heads, (ops.Segment(1, tokens),), interpret=True)
+    d_qkv = tpu_attention.gradient(*rows, heads, (ops.Segment(1, tokens),), interpret=True)
     want, d_want = attention64(qkv, grad, heads=heads)
     np.testing.assert_allclose(out.reshape(want.shape), want, atol=2e-6)
     np.testing.assert_allclose(d_qkv.reshape(d_want.shape), d_want, atol=5e-6)
@@ -109,8 +109,8 @@ def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself(siz
     grad = ops._rows(ops._images(jnp.asarray(grad), segments), segments)  # no gradient of padding
     out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
     kernels = (
-        tpu_kernels.attention(jnp.asarray(qkv), 2, segments, interpret=True),
-        tpu_kernels.attention_gradient(*map(jnp.asarray, (qkv, grad)), 2, segments, interpret=True),
+        tpu_attention.attention(jnp.asarray(qkv), 2, segments, interpret=True),
+        tpu_attention.gradient(*map(jnp.asarray, (qkv, grad)), 2, segments, interpret=True),
     )
     images = [ops._images(jnp.asarray(x), segments) for x in (qkv, grad)]
     wants = [attention64(*map(np.asarray, pair), heads=2) for pair in zip(*images)]
@@ -124,11 +124,11 @@ def test_many_images_of_several_sizes_go_through_the_kernels_size_by_size():
     """Rows of whole groups of samples, of which DINOv2 leaves images out."""
     segments = (ops.Segment(12, 9), ops.Segment(22, 4))
     qkv, grad = (jnp.asarray(normal(i, 196, w)) for i, w in ((0, 3 * 128), (1, 128)))
-    assert tpu_kernels.attention_takes(qkv, 2, (ops.Segment(2, 19), ops.Segment(6, 5)))
-    assert not tpu_kernels.attention_takes(qkv, 2, segments)
+    assert tpu_attention.takes(qkv, 2, (ops.Segment(2, 19), ops.Segment(6, 5)))
+    assert not tpu_attention.takes(qkv, 2, segments)
     out, (want,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
-    forward = functools.partial(tpu_kernels.attention, interpret=True)
-    gradient = functools.partial(tpu_kernels.attention_gradient, interpret=True)
+    forward = functools.partial(tpu_attention.attention, interpret=True)
+    gradient = functools.partial(tpu_attention.gradient, interpret=True)
     found = ops._kernel_by_size(forward, 2, segments, qkv)
     np.testing.assert_allclose(found, out, atol=5e-6)
     found = ops._kernel_by_size(gradient, 2, segments, qkv, grad)
@@ -141,8 +141,8 @@ def test_the_tpu_kernels_take_no_notice_of_other_images():
 
     def run(qkv):
         rows = jnp.asarray(qkv.reshape(-1, 3 * 128)), jnp.asarray(grad.reshape(-1, 128))
-        out = tpu_kernels.attention(rows[0], 2, (ops.Segment(1, 50),), interpret=True)
-        d_qkv = tpu_kernels.attention_gradient(*rows, 2, (ops.Segment(1, 50),), interpret=True)
+        out = tpu_attention.attention(rows[0], 2, (ops.Segment(1, 50),), interpret=True)
+        d_qkv = tpu_attention.gradient(*rows, 2, (ops.Segment(1, 50),), interpret=True)
         return out[50:100], d_qkv[50:100]
 
     others = qkv.copy()

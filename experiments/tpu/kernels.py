@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from blocks import SHAPES, segments_of
 from jax.sharding import SingleDeviceSharding
 
-from ssl_jax.models import ops, tpu_kernels
+from ssl_jax.models import ops, tpu_attention
 from ssl_jax.plan import chips, hlo
 
 
@@ -28,10 +28,10 @@ def measure(name):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=put)
 
     def forward(qkv):
-        return tpu_kernels.attention(qkv, heads, segments)
+        return tpu_attention.attention(qkv, heads, segments)
 
     def backward(qkv, grad):
-        return tpu_kernels.attention_gradient(qkv, grad, heads, segments)
+        return tpu_attention.gradient(qkv, grad, heads, segments)
 
     for direction, fn, products, args in (
         ('forward', forward, 2, (rows(3 * dim),)),

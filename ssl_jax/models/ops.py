@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
-from ssl_jax.models import tpu_kernels
+from ssl_jax.models import tpu_attention, tpu_kernels
 
 ATTENTION = 'attention'  # name of its output and normalizers, see `layers.REMAT`
 # Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
@@ -95,7 +95,7 @@ def _attention_forward(qkv, num_heads, segments):
         # The kernel of the backward pass finds the normalizers itself.
         batch = len(qkv) // tokens_per_row(segments)  # of one device
         unused = tuple(jnp.zeros((batch * s.images, num_heads, s.tokens)) for s in segments)
-        return _kernel_by_size(tpu_kernels.attention, num_heads, segments, qkv), unused
+        return _kernel_by_size(tpu_attention.attention, num_heads, segments, qkv), unused
 
     def by_image(run, qkv):
         forward = functools.partial(_forward, num_heads, None)
@@ -139,7 +139,7 @@ def join(parts, segments):
 
 def _kernel_by_size(kernel, num_heads, segments, *args):
     """kernel(*args, num_heads, segments); where it does not take them at once, size by size."""
-    if tpu_kernels.attention_takes(args[0], num_heads, segments):
+    if tpu_attention.takes(args[0], num_heads, segments):
         return kernel(*args, num_heads, segments)
     parts = []
     for images in zip(*[_images(x, segments) for x in args]):
@@ -164,7 +164,7 @@ def _rows(parts, segments):
 def _attention_backward(num_heads, segments, residuals, grad):
     def kernel(qkv, out, log_totals, grad):
         del out, log_totals
-        return _kernel_by_size(tpu_kernels.attention_gradient, num_heads, segments, qkv, grad)
+        return _kernel_by_size(tpu_attention.gradient, num_heads, segments, qkv, grad)
 
     def backward(*args):
         return _backward(num_heads, None, *args)[0]
@@ -269,7 +269,7 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
     in_chunks = any(_chunk(num_heads, s.tokens) < batch * s.images for s in segments)
     if in_chunks and sharding.num_devices() == 1:
         forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
-    if sharding.only_rows(batch) and tpu_kernels.attention_fits(args[0], num_heads, segments):
+    if sharding.only_rows(batch) and tpu_attention.fits(args[0], num_heads, segments):
         forms['tpu'] = sharding.per_device(kernel, len(args))
     return lowered(forms, default, *args)
 
