@@ -189,14 +189,14 @@ def replicated(mesh):
 def compiler_options(mesh):
     """XLA's options for a step on `mesh`, for `jax.jit`; None for its defaults.
 
-    On TPU a product may use 32 MiB of vector memory instead of 16, so its windows are larger. XLA
+    On TPU a product may use 24 MiB of vector memory instead of 16, so its windows are larger. XLA
     would overlap the gathers of fsdp by cutting each product into parts and passing the weights
     around (1,362 collective-permutes in a step of MAE-L on four v5e chips), which its own estimate
     finds slower than no fsdp at all; plain gathers it finds faster (experiments/tpu).
     """
     if mesh.devices.flat[0].platform != 'tpu':
         return None
-    options = {'xla_tpu_scoped_vmem_limit_kib': 32 * 1024}
+    options = {'xla_tpu_scoped_vmem_limit_kib': 24 * 1024}
     if mesh.shape['fsdp'] > 1:
         options['xla_jf_spmd_threshold_for_windowed_einsum_mib'] = 1_000_000  # never
     return options

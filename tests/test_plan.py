@@ -98,15 +98,25 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 
 KERNEL = """
   %attention.{number} = bf16[8,4]{{1,0}} custom-call(%arg, %arg), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
-"steps":"{steps}"
+{said}"steps":"{steps}"
 }}}}, metadata={{op_name="jit(step)/jvp(ViT)/blocks/attn/attention/pallas_call"}}, backend_config={{"custom_call_config":{{"body":"TUzvUg"}}}}
 """  # noqa: E501
 
 
-def with_kernels(*kernels):
-    """`TEXT` with kernels (number, steps) in its entry."""
-    lines = ''.join(KERNEL.format(number=n, steps=k).lstrip('\n') for n, k in kernels)
+GATHER = """
+  %gather.9 = bf16[2,4]{1,0} gather(%arg, %arg), offset_dims={1}, metadata={op_name="take"}
+"""
+
+
+def in_entry(lines):
+    """`TEXT` with more lines in its entry."""
     return hlo.parse(TEXT.replace('  %all-reduce.2', lines + '  %all-reduce.2'))
+
+
+def with_kernels(*kernels, said=''):
+    """`TEXT` with kernels (number, steps) in its entry."""
+    lines = (KERNEL.format(number=n, steps=k, said=said).lstrip('\n') for n, k in kernels)
+    return in_entry(''.join(lines))
 
 
 def test_a_kernel_takes_the_bundles_of_one_step_times_its_steps():
@@ -121,6 +131,15 @@ def test_a_kernel_takes_no_less_than_its_arrays_through_memory():
     found = hlo.operations(with_kernels((3, 20)), None, {'attention.3': 1000}, bytes_per_cycle=0.05)
     kernel = next(o for o in found if o.opcode == 'kernel')
     assert kernel.cycles == 2 * (8 * 4 * 2) / 0.05  # the operand once, though it is passed twice
+    module = with_kernels((3, 20), said='"bytes":"300",\n')
+    found = hlo.operations(module, None, {'attention.3': 1000}, bytes_per_cycle=0.05)
+    assert next(o for o in found if o.opcode == 'kernel').cycles == 300 / 0.05
+
+
+def test_a_gather_without_an_estimate_takes_what_it_moves():
+    found = hlo.operations(in_entry(GATHER.lstrip('\n')), bytes_per_cycle=0.5)
+    gather = next(o for o in found if o.name == 'gather.9')
+    assert gather.cycles == 2 * (2 * 4 * 2) / 0.5  # not the whole of what it picks from
 
 
 def test_a_kernel_that_was_compiled_once_for_several_takes_as_long_in_each():

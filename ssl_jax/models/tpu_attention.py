@@ -309,14 +309,15 @@ def _forward_kernel(dim_head, work, steps, q_ref, k_ref, v_ref, out_ref):
     refs = q_ref, k_ref, v_ref
     for (q, k, v), window, image in _windows(pl.program_id(0), pl.program_id(2), work, refs):
         same, scale = _same(image), _log2e(dim_head)
-        out = _Tile(q.shape)
+        out, totals = _Tile(q.shape), _Tile(q.shape)
         for lanes, mine in _heads(q.shape, dim_head):
             own_q = jnp.where(mine, q[:, lanes], 0)
             logits = same(_dot(own_q, k[:, lanes], _ROWS_BY_ROWS))
             weights = jnp.exp2((logits - logits.max(axis=1, keepdims=True)) * scale)
             total = weights.sum(axis=1, keepdims=True)
-            part = _dot(weights.astype(v.dtype), v[:, lanes], _ROWS_BY_COLUMNS)
-            out.put(lanes, mine, part / total)
+            out.put(lanes, mine, _dot(weights.astype(v.dtype), v[:, lanes], _ROWS_BY_COLUMNS))
+            totals.put(lanes, mine, jnp.broadcast_to(total, mine.shape))
+        out.columns = [x / total for x, total in zip(out.columns, totals.columns)]
         out.store(out_ref, window, _own(work, image))
 
 
