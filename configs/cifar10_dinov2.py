@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DINOv2 on CIFAR-10, 32 px: the small-data preset on the smallest real data set.
+"""DINOv2 on CIFAR-10, at 36 px: the small-data preset on the smallest real data set.
 
 The images are Parquet files in Hugging Face layout, $SSL_JAX_DATA/cifar10/{train,test}.parquet with
 columns `image` (struct with `bytes`) and `label`. Why the preset differs from the large recipes:
-see `config_dinov2.small`. Local crops of 16 px are half the side of the images; blur is off, for a
-kernel of 9 pixels wipes out images of 32.
+see `config_dinov2.small`. 6 x 6 patches of 6 px, local crops of half the side; blur is off, for a
+kernel of 9 pixels wipes out images of 36.
 
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_dinov2 --workdir runs/cifar10_dinov2
@@ -29,9 +29,9 @@ def get_config(arg=''):
     config_dinov2.small(m)
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 4, 4
-    m.patch_size = 8
-    m.img_size = 32
-    m.local_size = 16
+    m.patch_size = 6
+    m.img_size = 36
+    m.local_size = 18
     m.blur = 'none'
     m.layer_scale = None
 
