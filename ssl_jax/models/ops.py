@@ -11,7 +11,6 @@ the backend of the process: programs for TPU are also compiled on machines that 
 """
 
 import functools
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
 from ssl_jax.models import tpu_attention, tpu_kernels
+from ssl_jax.models.segments import Segment, tokens_per_row
 
 ATTENTION = 'attention'  # name of its output and normalizers, see `layers.REMAT`
 # Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
@@ -42,18 +42,6 @@ def _keep_forward(x, name):
 
 
 keep.defvjp(_keep_forward, lambda name, _, grad: (grad,))
-
-
-class Segment(typing.NamedTuple):
-    """Images of one size among the tokens of a row of the batch, one after the other."""
-
-    images: int
-    tokens: int  # of each
-    padding: int = 0  # rows behind each that belong to no image
-
-    @property
-    def length(self):
-        return self.tokens + self.padding
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -105,11 +93,6 @@ def _attention_forward(qkv, num_heads, segments):
     out, log_totals = _by_platform(by_image, kernel, num_heads, segments, qkv)
     out, log_totals = (checkpoint_name(x, ATTENTION) for x in (out, log_totals))
     return out, (qkv, out, log_totals)
-
-
-def tokens_per_row(segments):
-    """T of segments, padding included."""
-    return sum(s.images * s.length for s in segments)
 
 
 def per_row(x, segments):

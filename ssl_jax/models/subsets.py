@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that skip a residual branch, among rows of tokens: DINOv2's stochastic depth.
 
-`take` picks the images that go through a branch, `add` puts what it made of them back. Each is the
+The images that go through a branch are picked, and what it made of them is added back. Each is the
 other's gradient, so there is no scatter, which a TPU does slowly. Images of one size lie one after
 the other (`ops.Segment`); on TPU kernels move them whole, if they are padded to whole registers.
 """

@@ -22,18 +22,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ssl_jax.models.segments import tokens_per_row
 from ssl_jax.models.tpu_kernels import (
     BLOCK,
     LANES,
     MAX_BLOCK,
     SUBLANES,
     enabled,
-    group_rows,
     metadata,
     padded,
 )
 
-MAX_TOKENS = 384  # of an image: its logits for eight heads lie in vector memory
+MAX_TOKENS = 384  # of an image: the logits of a step lie in vector memory
 _ROWS_BY_ROWS, _ROWS_BY_COLUMNS, _COLUMNS_BY_COLUMNS = (1, 1), (1, 0), (0, 0)  # what is summed
 _NEVER = -1e30  # a logit between two images
 
@@ -50,7 +50,7 @@ def fits(qkv, num_heads, segments):
 def takes(qkv, num_heads, segments):
     """Whether `attention` takes these sizes of images: one, or padded, or few that soon repeat."""
     few = sum(s.images for s in segments) <= 32
-    few = few and _least_bytes(qkv, num_heads, group_rows(segments)) <= MAX_BLOCK
+    few = few and _least_bytes(qkv, num_heads, tokens_per_row(segments)) <= MAX_BLOCK
     return len(segments) == 1 or padded(segments) or few
 
 
@@ -102,7 +102,7 @@ def _call(kernel, name, arrays, parts, num_heads, segments, interpret):
         # The last block may reach beyond the end: what is read there is anything.
         work = _division(segments, rows, *tile)
         return call(work, -(-rows // work.block), None)
-    result, first, group = None, 0, group_rows(segments)
+    result, first, group = None, 0, tokens_per_row(segments)
     for segment in segments:
         work = _padded_division(segment, *tile)
         last = segment.images * segment.length - work.block

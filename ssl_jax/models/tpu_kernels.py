@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ssl_jax.models.segments import tokens_per_row
+
 LANES, SUBLANES = 128, 8  # of a vector register
 BLOCK = 2**19  # bytes wanted, of which images make about twice as many at most ...
 MAX_BLOCK = 17 * 2**16  # ... for 12 blocks lie in the 16 MiB that a kernel may have
@@ -20,11 +22,6 @@ MAX_BLOCK = 17 * 2**16  # ... for 12 blocks lie in the 16 MiB that a kernel may 
 def enabled():
     """False where the environment says SSL_JAX_TPU_KERNELS=0: then XLA makes all of a program."""
     return os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
-
-
-def group_rows(segments):
-    """Rows after which the sizes of images repeat."""
-    return sum(s.images * s.length for s in segments)
 
 
 def padded(segments):
@@ -54,7 +51,7 @@ def move_images(sources, results, weights, ids, x, *other, interpret=False):
         other: (B * T, D), or nothing.
     """
     out, start, end = None, 0, 0
-    size, group = group_rows(sources), group_rows(results)
+    size, group = tokens_per_row(sources), tokens_per_row(results)
     for source, result, weight, i in zip(sources, results, weights, ids):
         out = _move(source, result, weight, i, x, other, out, start, end, size, group, interpret)
         start += source.images * source.length
