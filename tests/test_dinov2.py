@@ -12,8 +12,9 @@ import pytest
 import tiny
 from ssl_jax import config as config_lib
 from ssl_jax import config_dinov2, masking, methods, metrics, runs, sharding, train
-from ssl_jax.models import ops, subsets
+from ssl_jax.models import subsets
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.models.segments import Segment
 
 
 def crops(method, size, seed=0):
@@ -139,7 +140,7 @@ def test_dropped_images_cost_nothing_and_the_expectation_stays():
         seen.append((tokens.shape, segments))
         return jnp.ones_like(tokens)
 
-    out = subsets.residual(branch, x, (ops.Segment(4, 3, 2),), ids)
+    out = subsets.residual(branch, x, (Segment(4, 3, 2),), ids)
     assert seen == [((2 * 10, 8), ((2, 3, 2),))]
     change = np.asarray(out - x).reshape(2, 4, 5, 8)[..., 0, 0]
     np.testing.assert_allclose(change, [[2, 0, 2, 0], [0, 2, 0, 2]], rtol=1e-6)

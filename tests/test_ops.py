@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from ssl_jax import sharding
-from ssl_jax.models import ops, tpu_attention, tpu_kernels
+from ssl_jax.models import attention, ops, tpu_attention, tpu_kernels
+from ssl_jax.models.segments import Segment, tokens_per_row
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -38,9 +39,9 @@ def attention64(qkv, grad, heads):
 
 
 def attend(qkv, heads):
-    """`ops.attention` of images (B, N, 3 D)."""
+    """`attention.attention` of images (B, N, 3 D)."""
     b, n, width = qkv.shape
-    y = ops.attention(qkv.reshape(b * n, width), heads, (ops.Segment(1, n),))
+    y = attention.attention(qkv.reshape(b * n, width), heads, (Segment(1, n),))
     return y.reshape(b, n, width // 3)
 
 
@@ -68,7 +69,7 @@ def test_attention_and_its_gradient_equal_float64(tokens, head_dim):
 @pytest.mark.parametrize('batch', [4, 5])
 def test_attention_in_chunks_of_samples_is_the_same(batch, monkeypatch):
     qkv, grad = normal(0, batch, 9, 48), normal(1, batch, 9, 16)
-    monkeypatch.setattr(ops, 'CHUNK_BYTES', 2 * 4 * 9**2 * 4)  # two samples at a time
+    monkeypatch.setattr(attention, 'CHUNK_BYTES', 2 * 4 * 9**2 * 4)  # two samples at a time
     out, (d_qkv,) = forward_and_gradient(lambda x: attend(x, 4), qkv, grad=grad)
     want, d_want = attention64(qkv, grad, heads=4)
     np.testing.assert_allclose(out, want, atol=2e-6)
@@ -92,8 +93,8 @@ def test_the_tpu_kernels_of_attention_equal_float64(images, tokens, head_dim, he
     width = heads * head_dim
     qkv, grad = normal(0, images, tokens, 3 * width), normal(1, images, tokens, width)
     rows = jnp.asarray(qkv.reshape(-1, 3 * width)), jnp.asarray(grad.reshape(-1, width))
-    out = tpu_attention.attention(rows[0], heads, (ops.Segment(1, tokens),), interpret=True)
-    d_qkv = tpu_attention.gradient(*rows, heads, (ops.Segment(1, tokens),), interpret=True)
+    out = tpu_attention.attention(rows[0], heads, (Segment(1, tokens),), interpret=True)
+    d_qkv = tpu_attention.gradient(*rows, heads, (Segment(1, tokens),), interpret=True)
     want, d_want = attention64(qkv, grad, heads=heads)
     np.testing.assert_allclose(out.reshape(want.shape), want, atol=2e-6)
     np.testing.assert_allclose(d_qkv.reshape(d_want.shape), d_want, atol=5e-6)
@@ -103,35 +104,38 @@ def test_the_tpu_kernels_of_attention_equal_float64(images, tokens, head_dim, he
     'sizes', [((2, 19), (3, 5)), ((11, 19, 5), (7, 5, 3)), ((3, 16), (2, 8))]
 )
 def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself(sizes):
-    segments, batch = tuple(ops.Segment(*s) for s in sizes), 3
-    rows = batch * ops.tokens_per_row(segments)
+    segments, batch = tuple(Segment(*s) for s in sizes), 3
+    rows = batch * tokens_per_row(segments)
     qkv, grad = normal(0, rows, 3 * 128), normal(1, rows, 128)
-    grad = ops._rows(ops._images(jnp.asarray(grad), segments), segments)  # no gradient of padding
-    out, (d_qkv,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
+    parts = attention._images(jnp.asarray(grad), segments)
+    grad = attention._rows(parts, segments)  # no gradient of padding
+    fn = functools.partial(attention.attention, num_heads=2, segments=segments)
+    out, (d_qkv,) = forward_and_gradient(fn, qkv, grad=grad)
     kernels = (
         tpu_attention.attention(jnp.asarray(qkv), 2, segments, interpret=True),
         tpu_attention.gradient(*map(jnp.asarray, (qkv, grad)), 2, segments, interpret=True),
     )
-    images = [ops._images(jnp.asarray(x), segments) for x in (qkv, grad)]
+    images = [attention._images(jnp.asarray(x), segments) for x in (qkv, grad)]
     wants = [attention64(*map(np.asarray, pair), heads=2) for pair in zip(*images)]
     for found, want in zip((out, d_qkv), zip(*wants)):
-        np.testing.assert_allclose(found, ops._rows(want, segments), atol=5e-6)
+        np.testing.assert_allclose(found, attention._rows(want, segments), atol=5e-6)
     for found, want in zip(kernels, zip(*wants)):
-        np.testing.assert_allclose(found, ops._rows(want, segments), atol=5e-6)
+        np.testing.assert_allclose(found, attention._rows(want, segments), atol=5e-6)
 
 
 def test_many_images_of_several_sizes_go_through_the_kernels_size_by_size():
     """Rows of whole groups of samples, of which DINOv2 leaves images out."""
-    segments = (ops.Segment(12, 9), ops.Segment(22, 4))
+    segments = (Segment(12, 9), Segment(22, 4))
     qkv, grad = (jnp.asarray(normal(i, 196, w)) for i, w in ((0, 3 * 128), (1, 128)))
-    assert tpu_attention.takes(qkv, 2, (ops.Segment(2, 19), ops.Segment(6, 5)))
+    assert tpu_attention.takes(qkv, 2, (Segment(2, 19), Segment(6, 5)))
     assert not tpu_attention.takes(qkv, 2, segments)
-    out, (want,) = forward_and_gradient(lambda x: ops.attention(x, 2, segments), qkv, grad=grad)
+    fn = functools.partial(attention.attention, num_heads=2, segments=segments)
+    out, (want,) = forward_and_gradient(fn, qkv, grad=grad)
     forward = functools.partial(tpu_attention.attention, interpret=True)
     gradient = functools.partial(tpu_attention.gradient, interpret=True)
-    found = ops._kernel_by_size(forward, 2, segments, qkv)
+    found = attention._kernel_by_size(forward, 2, segments, qkv)
     np.testing.assert_allclose(found, out, atol=5e-6)
-    found = ops._kernel_by_size(gradient, 2, segments, qkv, grad)
+    found = attention._kernel_by_size(gradient, 2, segments, qkv, grad)
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
@@ -141,8 +145,8 @@ def test_the_tpu_kernels_take_no_notice_of_other_images():
 
     def run(qkv):
         rows = jnp.asarray(qkv.reshape(-1, 3 * 128)), jnp.asarray(grad.reshape(-1, 128))
-        out = tpu_attention.attention(rows[0], 2, (ops.Segment(1, 50),), interpret=True)
-        d_qkv = tpu_attention.gradient(*rows, 2, (ops.Segment(1, 50),), interpret=True)
+        out = tpu_attention.attention(rows[0], 2, (Segment(1, 50),), interpret=True)
+        d_qkv = tpu_attention.gradient(*rows, 2, (Segment(1, 50),), interpret=True)
         return out[50:100], d_qkv[50:100]
 
     others = qkv.copy()
@@ -202,7 +206,7 @@ def test_on_a_mesh_each_device_runs_the_kernels_on_its_part_and_cpu_computes_the
 
     def loss(qkv, x):
         y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))
-        y += ops.attention(qkv, 2, (ops.Segment(1, 8),))
+        y += attention.attention(qkv, 2, (Segment(1, 8),))
         return jnp.square(ops.dense(y, jnp.eye(128), jnp.zeros(128))).sum()
 
     alone = jax.jit(jax.grad(loss, argnums=(0, 1)))(qkv, x)
@@ -224,7 +228,7 @@ def test_one_variable_leaves_all_of_a_tpu_program_to_xla(monkeypatch):
     def block(x):
         y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))
         qkv = ops.dense(y, jnp.ones((128, 384)), jnp.zeros(384))
-        return ops.attention(qkv, 2, (ops.Segment(1, 8),)).sum()
+        return attention.attention(qkv, 2, (Segment(1, 8),)).sum()
 
     assert calls_a_kernel(jax.grad(block), jnp.zeros((16, 128)))
     monkeypatch.setenv('SSL_JAX_TPU_KERNELS', '0')
@@ -242,7 +246,7 @@ def test_attention_survives_logits_of_ten_thousand():
 
 def test_attention_says_what_is_wrong_with_the_width():
     with pytest.raises(ValueError, match='3 \\* num_heads = 15'):
-        ops.attention(jnp.zeros((2, 48)), 5, (ops.Segment(1, 2),))
+        attention.attention(jnp.zeros((2, 48)), 5, (Segment(1, 2),))
 
 
 def test_gelu_and_its_gradient_equal_float64():
@@ -350,7 +354,7 @@ def test_bfloat16_stays_bfloat16_and_close_to_float32():
 
 
 def test_on_eight_devices_a_split_batch_is_never_gathered(monkeypatch):
-    monkeypatch.setattr(ops, 'CHUNK_BYTES', 0)  # one device would loop over the samples
+    monkeypatch.setattr(attention, 'CHUNK_BYTES', 0)  # one device would loop over the samples
     mesh = sharding.make_mesh(devices=jax.devices()[:8])
     x = jnp.asarray(normal(0, 16, 17, 16))
     want = jax.jit(jax.grad(loss, argnums=(0, 1)))(WEIGHTS, x)
@@ -369,7 +373,7 @@ def test_on_eight_devices_a_split_batch_is_never_gathered(monkeypatch):
 
 
 def test_the_loop_over_samples_is_for_cpu_alone(monkeypatch):
-    monkeypatch.setattr(ops, 'CHUNK_BYTES', 0)
+    monkeypatch.setattr(attention, 'CHUNK_BYTES', 0)
     traced = jax.jit(lambda x: attend(x, 2)).trace(jnp.zeros((4, 5, 48)))
     assert 'stablehlo.while' in traced.lower(lowering_platforms=('cpu',)).as_text()
     assert 'stablehlo.while' not in traced.lower(lowering_platforms=('tpu',)).as_text()

@@ -12,7 +12,8 @@ import pytest
 import test_methods
 import tiny
 from ssl_jax import methods, plan, sharding, train
-from ssl_jax.models import ops
+from ssl_jax.models import attention, ops
+from ssl_jax.models.segments import Segment
 from ssl_jax.plan import chips, compile, hlo, report, search
 
 MESH = {'data': 2, 'fsdp': 4, 'tensor': 1}
@@ -373,7 +374,7 @@ def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
 
     def loss(x, scale, bias):
         y = ops.dense(ops.layer_norm(x, scale, bias), scale * bias[:, None], bias)
-        return ops.attention(y, 2, (ops.Segment(1, 50),)).astype('float32').sum()
+        return attention.attention(y, 2, (Segment(1, 50),)).astype('float32').sum()
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(rows, vector, vector)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssl_jax.models import subsets, tpu_kernels
-from ssl_jax.models.ops import Segment, tokens_per_row
+from ssl_jax.models.segments import Segment, tokens_per_row
 
 SEGMENTS = Segment(4, 5, 3), Segment(6, 13, 3)  # rows of 8 and of 16
 IDS = [jnp.array([[2, 0, 3], [1, 2, 0]]), jnp.array([[5, 1], [0, 3]])]

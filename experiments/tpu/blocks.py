@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from ssl_jax import sharding
-from ssl_jax.models import layers, ops, vit
+from ssl_jax.models import layers, vit
+from ssl_jax.models.segments import Segment, tokens_per_row
 from ssl_jax.plan import chips, compile, hlo
 
 # name: ((images, tokens) of each size on a chip, width, heads)
@@ -33,9 +34,9 @@ DEPTH = 4
 
 
 def segments_of(name):
-    """`ops.Segment`s of a shape; images that may be left out are padded, as `vit.ViT` does."""
+    """`Segment`s of a shape; images that may be left out are padded, as `vit.ViT` does."""
     multiple = 8 if name in DROP_PATH else 1
-    return tuple(ops.Segment(n, tokens, -tokens % multiple) for n, tokens in SHAPES[name][0])
+    return tuple(Segment(n, tokens, -tokens % multiple) for n, tokens in SHAPES[name][0])
 
 
 def lower(name, remat='dots', device=None):
@@ -58,7 +59,7 @@ def lower(name, remat='dots', device=None):
             return blocks(x, drop)[0]
 
     stack = Stack()
-    x = jax.ShapeDtypeStruct((1, ops.tokens_per_row(segments), dim), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, tokens_per_row(segments), dim), jnp.bfloat16)
     init = lambda: stack.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), drop)  # noqa: E731
     params = jax.eval_shape(init)
 

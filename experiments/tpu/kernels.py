@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from blocks import SHAPES, segments_of
 from jax.sharding import SingleDeviceSharding
 
-from ssl_jax.models import ops, tpu_attention
+from ssl_jax.models import tpu_attention
+from ssl_jax.models.segments import tokens_per_row
 from ssl_jax.plan import chips, hlo
 
 
@@ -24,7 +25,7 @@ def measure(name):
     chip, put = chips.CHIPS['v5e'], SingleDeviceSharding(chips.devices('v5e:1x1')[0])
 
     def rows(width):
-        shape = (ops.tokens_per_row(segments), width)
+        shape = (tokens_per_row(segments), width)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=put)
 
     def forward(qkv):

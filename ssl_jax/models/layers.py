@@ -16,7 +16,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
-from ssl_jax.models import ops, subsets
+from ssl_jax.models import attention, ops, subsets
+from ssl_jax.models.segments import Segment, tokens_per_row
 
 # 'dots' keeps the results of attention, of the first half of the MLP and of the residual sum
 # between them, or of both sums only the images that are not left out; norms and the fused qkv are
@@ -26,7 +27,7 @@ HIDDEN, BETWEEN = 'hidden', 'between'
 REMAT = {
     'none': None,
     'dots': jax.checkpoint_policies.save_only_these_names(
-        ops.ATTENTION, HIDDEN, BETWEEN, subsets.TAKEN
+        attention.NAME, HIDDEN, BETWEEN, subsets.TAKEN
     ),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
@@ -169,9 +170,9 @@ class Attention(nn.Module):
 
         if bias is not None:
             images = qkv.reshape(-1, segments[0].tokens, 3 * dim)
-            y = ops.biased_attention(images, bias, self.num_heads).reshape(x.shape)
+            y = attention.biased_attention(images, bias, self.num_heads).reshape(x.shape)
         else:
-            y = ops.attention(qkv, self.num_heads, segments)
+            y = attention.attention(qkv, self.num_heads, segments)
         return Dense(dim, name='proj', **dense)(y, gamma)
 
 
@@ -218,7 +219,7 @@ class Block(nn.Module):
     """Pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
 
     Tokens are rows, (B * T, D): on TPU an axis of N tokens by itself would be padded to a multiple
-    of 8, or everything moved around. `segments` (of `ops.Segment`) says whose they are.
+    of 8, or everything moved around. `segments` (of `Segment`) says whose they are.
 
     `drop` is the stochastic depth of the two residual branches:
       None           both branches as they are;
@@ -272,7 +273,7 @@ class Block(nn.Module):
                 x = checkpoint_name(x + y, BETWEEN)
         # One constraint per block keeps activations split over the batch.  Without it XLA may
         # replicate them: measured 12.6 GiB against 3.0 GiB per chip on ViT-L.
-        x = sharding.constrain(x, multiple=ops.tokens_per_row(self.segments))
+        x = sharding.constrain(x, multiple=tokens_per_row(self.segments))
         return x, (x if self.capture else None)
 
 
@@ -302,7 +303,7 @@ def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
     )
 
     def run(x, drop, *bias):
-        owners = segments or (ops.Segment(1, x.shape[1]),)
+        owners = segments or (Segment(1, x.shape[1]),)
         rows = x.reshape(-1, x.shape[-1])
         rows, captured = stack(name=name, segments=owners, **kw)(rows, drop, *bias)
         return rows.reshape(x.shape), jax.tree.map(lambda y: y.reshape(depth, *x.shape), captured)

@@ -3,7 +3,7 @@
 
 The images that go through a branch are picked, and what it made of them is added back. Each is the
 other's gradient, so there is no scatter, which a TPU does slowly. Images of one size lie one after
-the other (`ops.Segment`); on TPU kernels move them whole, if they are padded to whole registers.
+the other (`Segment`); on TPU kernels move them whole, if they are padded to whole registers.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ssl_jax import sharding
 from ssl_jax.models import ops, tpu_kernels
+from ssl_jax.models.segments import Segment, join, per_row, split
 
 TAKEN = 'taken'  # name of the images that go through a branch, see `layers.REMAT`
 
@@ -23,7 +24,7 @@ def residual(branch, x, segments, ids):
     Args:
         branch: function of the rows of the kept images and their segments, to rows of that shape.
         x: (B * T, D) rows.
-        segments: of the T tokens of a row of the batch, see `ops.Segment`.
+        segments: of the T tokens of a row of the batch, see `Segment`.
         ids: per segment int (B, k), the positions of the kept images among the n of their row.
 
     Returns:
@@ -86,9 +87,9 @@ def _move(sources, results, ids, weighted, x, *other):
     )
 
     def plain(ids, x, *other):
-        x = ops.split(ops.per_row(x, sources), _whole(sources))
+        x = split(per_row(x, sources), _whole(sources))
         moved = [_gather(p, i, w) for p, i, w in zip(x, ids, weights)]
-        moved = ops.join(moved, _whole(results)).reshape(-1, moved[0].shape[-1])
+        moved = join(moved, _whole(results)).reshape(-1, moved[0].shape[-1])
         return other[0] + moved if other else moved
 
     def kernel(ids, x, *other):
@@ -102,7 +103,7 @@ def _move(sources, results, ids, weighted, x, *other):
 
 def _whole(segments):
     """The same with the padding as tokens."""
-    return tuple(ops.Segment(s.images, s.length) for s in segments)
+    return tuple(Segment(s.images, s.length) for s in segments)
 
 
 def _gather(images, ids, weight):

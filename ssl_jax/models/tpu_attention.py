@@ -74,7 +74,7 @@ def attention(qkv, num_heads, segments, interpret=False):
     Args:
         qkv: (B * T, 3 * D), the tokens of image after image; queries, keys, values of all heads.
         num_heads: heads of ``d = D / num_heads`` channels, see `fits`.
-        segments: whose the T tokens of a row are, a sequence of `ops.Segment`.
+        segments: whose the T tokens of a row are, a sequence of `Segment`.
         interpret: run the kernel step by step in JAX, on any platform (for tests).
 
     Returns:

@@ -45,7 +45,7 @@ def move_images(sources, results, weights, ids, x, *other, interpret=False):
     """Images of x (B * S, D) at ids, times their weight, plus `other`: (B * T, D).
 
     Args:
-        sources, results: the segments (`ops.Segment`, padded) of S and of T.
+        sources, results: the segments (`Segment`, padded) of S and of T.
         weights: of each segment.
         ids: per segment int (B, n) for n images of the result; beyond the last stands for zeros.
         other: (B * T, D), or nothing.

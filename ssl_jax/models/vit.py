@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ssl_jax import losses, sharding
 from ssl_jax.models import layers, ops, pos_embed
+from ssl_jax.models.segments import Segment, join, split
 
 # name: (embed_dim, depth, num_heads)
 SIZES = {
@@ -142,11 +143,11 @@ class ViT(nn.Module):
         if ids_keep is not None:
             patches = [jnp.take_along_axis(patches[0], ids_keep[:, None, :, None], axis=2)]
             patch_positions = [positions[0][0, c:][ids_keep][:, None]]  # (B, 1, K, D)
-        counts = [ops.Segment(*p.shape[1:3]) for p in patches]
+        counts = [Segment(*p.shape[1:3]) for p in patches]
         embed = PatchEmbed(
             self.embed_dim, self.dtype, None if dinov2 else kernel_init, beit, name='patch_embed'
         )
-        tokens = ops.split(embed(ops.join(patches, counts)), counts)
+        tokens = split(embed(join(patches, counts)), counts)
         if self.mask_token:
             token = self.param('mask_token', mask_init, (1, self.embed_dim))
             if mask is not None:
@@ -167,8 +168,8 @@ class ViT(nn.Module):
             parts.append(jnp.concatenate([*first, x + patch_pos.astype(x.dtype)], axis=2))
         # Where whole images are left out, each begins in a register of its own (8 rows).
         whole = 8 if isinstance(drop, tuple) else 1
-        segments = tuple(ops.Segment(*p.shape[1:3], -p.shape[2] % whole) for p in parts)
-        x = sharding.constrain(ops.join(parts, segments))  # (B, all tokens, D)
+        segments = tuple(Segment(*p.shape[1:3], -p.shape[2] % whole) for p in parts)
+        x = sharding.constrain(join(parts, segments))  # (B, all tokens, D)
 
         if drop_keys is not None and self.drop_path:
             num_images = sum(s.images for s in segments)
@@ -201,7 +202,7 @@ class ViT(nn.Module):
             bias = (layers.relative_bias(table, window),)
         x, captured = blocks(x, drop, *bias)
         norm = layers.LayerNorm(self.eps, name='norm')
-        parts = [self._named(*p) for p in zip(*[ops.split(t, segments) for t in (norm(x), x)])]
+        parts = [self._named(*p) for p in zip(*[split(t, segments) for t in (norm(x), x)])]
         if single:
             out = jax.tree.map(lambda t: t[:, 0], parts[0])
             if capture:
