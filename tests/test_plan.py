@@ -128,6 +128,13 @@ def test_a_kernel_takes_the_bundles_of_one_step_times_its_steps():
     assert compile.scope(kernel.op_name)[2] == 'blocks/attn/attention/pallas_call'
 
 
+def test_cores_share_the_parallel_parts_of_a_kernel():
+    module = with_kernels((3, 20), (4, 20), said='"parallel":"5",\n')
+    assert hlo.kernel_cycles(module, {'attention.3': 50}, cores=2)['attention.4'] == 3 * 4 * 50
+    alone = with_kernels((3, 20))
+    assert hlo.kernel_cycles(alone, {'attention.3': 50}, cores=2)['attention.3'] == 20 * 50
+
+
 def test_a_kernel_takes_no_less_than_its_arrays_through_memory():
     found = hlo.operations(with_kernels((3, 20)), None, {'attention.3': 1000}, bytes_per_cycle=0.05)
     kernel = next(o for o in found if o.opcode == 'kernel')

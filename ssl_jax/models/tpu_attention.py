@@ -144,7 +144,7 @@ def _call_of(kernel, name, arrays, parts, tile, interpret, work, blocks, row, in
         for part in (0, 1, 2, *[0] * (len(arrays) - 1))
     ]
     body, aliases = functools.partial(kernel, dim_head, work, steps), {}
-    numbers = blocks * work.block * dim * (len(in_specs) + parts)
+    num_bytes = blocks * work.block * dim * (len(in_specs) + parts) * arrays[0].dtype.itemsize
     if into is not None:
         aliases = {len(inputs): 0}
         inputs.append(into)
@@ -163,7 +163,7 @@ def _call_of(kernel, name, arrays, parts, tile, interpret, work, blocks, row, in
         ),
         interpret=interpret,
         name=name,
-        metadata=metadata(blocks * tiles * steps, numbers, arrays[0].dtype),
+        metadata=metadata(blocks * tiles * steps, blocks * tiles, num_bytes),
     )(*inputs)
 
 

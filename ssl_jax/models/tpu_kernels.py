@@ -29,9 +29,15 @@ def padded(segments):
     return all(s.length % SUBLANES == 0 for s in segments)
 
 
-def metadata(steps, numbers, dtype):
-    """For `ssl_jax plan`: steps of the grid, and bytes of so many numbers that pass HBM."""
-    return {'steps': str(steps), 'bytes': str(numbers * dtype.itemsize)}
+def metadata(steps, parallel, num_bytes=None):
+    """For `ssl_jax plan`: steps of the grid, parts of it that cores may share, bytes through HBM.
+
+    num_bytes: None where they are those of operands and results.
+    """
+    said = {'steps': steps, 'parallel': parallel}
+    if num_bytes is not None:
+        said['bytes'] = num_bytes
+    return {key: str(value) for key, value in said.items()}
 
 
 def images_fit(x, segments):
@@ -111,7 +117,7 @@ def _move(source, result, weight, ids, x, other, into, start, end, size, group, 
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
         interpret=interpret,
         name='move_images',
-        metadata=metadata(math.prod(grid), numbers, x.dtype),
+        metadata=metadata(math.prod(grid), math.prod(grid), numbers * x.dtype.itemsize),
     )(ids.reshape(-1), *inputs)
 
 
@@ -169,7 +175,7 @@ def sum_rows(x, interpret=False):
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
         interpret=interpret,
         name='sum_rows',
-        metadata={'steps': str(math.prod(grid))},
+        metadata=metadata(math.prod(grid), grid[0]),
     )(x)
 
 
@@ -226,12 +232,13 @@ def _norm_call(kernel, name, arrays, vectors, sums, interpret):
     """One pass over arrays (R, D) beside vectors (1, D); one result (R, D) and some sums (8, D)."""
     rows, width = arrays[0].shape
     block = _block_of_rows(rows, width)
+    steps = -(-rows // block)
     part = pl.BlockSpec((block, width), lambda r: (r, 0))
     results = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
     results += [jax.ShapeDtypeStruct((SUBLANES, width), jnp.float32)] * sums
     return pl.pallas_call(
         kernel,
-        grid=(-(-rows // block),),
+        grid=(steps,),
         in_specs=[part] * len(arrays) + [pl.BlockSpec((1, width), lambda r: (0, 0))] * len(vectors),
         out_specs=[part] + [pl.BlockSpec((SUBLANES, width), lambda r: (0, 0))] * sums,
         out_shape=results,
@@ -240,5 +247,5 @@ def _norm_call(kernel, name, arrays, vectors, sums, interpret):
         ),
         interpret=interpret,
         name=name,
-        metadata={'steps': str(-(-rows // block))},
+        metadata=metadata(steps, 1 if sums else steps),
     )(*arrays, *vectors)

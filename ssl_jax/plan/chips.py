@@ -25,6 +25,7 @@ class Chip:
       hbm: bytes/s to and from memory.
       ici: bytes/s that a chip can send to its neighbours, all links together.
       dims: of its torus.  largest: chips of the largest slice.
+      cores: among which the steps of a kernel are divided.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Chip:
     ici: float
     dims: int
     largest: int
+    cores: int = 1
 
     @property
     def flops_per_cycle(self):
@@ -46,9 +48,9 @@ class Chip:
 # what libtpu says it has when a program does not fit.  The clock is peak / (2 x units x width^2): 8
 # units of 128 x 128 in v4 and v5p, 4 in v5e, 4 of 256 x 256 in v6e.
 CHIPS = {
-    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 1.23e12, 300e9, 3, 4096),
+    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 1.23e12, 300e9, 3, 4096, cores=2),
     'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 0.82e12, 200e9, 2, 256),
-    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 2.77e12, 600e9, 3, 6144),
+    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 2.77e12, 600e9, 3, 6144, cores=2),
     'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 1.64e12, 448e9, 2, 256),
 }
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')

@@ -259,10 +259,11 @@ def operations(module, unknown=None, kernels=None, bytes_per_cycle=math.inf):
     return found
 
 
-def kernel_cycles(module, bundles):
+def kernel_cycles(module, bundles, cores=1):
     """name -> cycles of all steps of each kernel, None where there is no schedule to tell them.
 
     bundles: cycles of one step of its grid, by the name of a kernel (`chips.compile_program`).
+    cores: that share the parallel parts of a grid (which libtpu's schedules show them to do).
     libtpu compiles equal kernels once: one without a schedule takes that of its name, result and
     number of steps.
     """
@@ -273,7 +274,11 @@ def kernel_cycles(module, bundles):
     found = {}
     for name, kernel in kernels.items():
         length, steps = bundles.get(name, known.get(_kind(kernel))), _kind(kernel)[2]
-        found[name] = None if length is None or steps is None else length * steps
+        parts = kernel.said('parallel') or 1
+        if length is None or steps is None:
+            found[name] = None
+        else:
+            found[name] = length * (steps // parts) * -(-parts // cores)
     return found
 
 
