@@ -4,7 +4,8 @@
 Paper: DINOv2, arXiv 2304.07193, table 16; `configs/train/vitl14.yaml`: SwiGLU, two heads of 131,072
 prototypes (class tokens through 384 channels, patches through 256), Sinkhorn-Knopp, lr 2e-4 x
 sqrt(3072/1024), weight decay 0.04 to 0.2, teacher momentum 0.994 to 1, stochastic depth 0.4, local
-crops of 98 px. Groups of 32 are what one of its 96 GPUs held. bfloat16 instead of float16.
+crops of 98 px. Groups of 24, for up to 128 devices (one of its 96 GPUs held 32). bfloat16 instead
+of float16.
 
 Command:
   python -m ssl_jax.train --config=configs/dinov2_vitl14.py:/data/imagenet22k --workdir=gs://bucket/run
@@ -35,7 +36,7 @@ def get_config(arg=''):
     m.local_size = 98
     m.ffn = 'swiglu'
     m.drop_path = 0.4
-    m.group_size = 32
+    m.group_size = 24
     m.dino_out_dim, m.dino_bottleneck_dim = 131_072, 384
     m.ibot_out_dim, m.ibot_bottleneck_dim = 131_072, 256
     m.momentum_teacher = 0.994

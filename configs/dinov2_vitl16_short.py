@@ -12,7 +12,7 @@ Command:
   (the folder has train/ and val/; without it, TFDS' imagenet2012 from TFDS_DATA_DIR)
 
 Expected, of the official run: k-NN 81.6 %, linear probe 82.9 %. Not trained here.
-Cost: 3.0e20 useful FLOPs: 7 h on 64 TPU v5p chips or 26 h on 8 H100 at 40 % of peak. The official
+Cost: 3.0e20 useful FLOPs: 14 h on 32 TPU v5p chips or 26 h on 8 H100 at 40 % of peak. The official
 README states about a day on 32 A100.
 """
 

@@ -10,7 +10,7 @@ Command:
   python -m ssl_jax.train --config=configs/ibot_vits16.py:/data/imagenet --workdir=gs://bucket/run
 
 Expected, of the official run: k-NN 75.2 %, linear probe 77.9 %. Not trained here.
-Cost: 1.3e20 useful FLOPs: 3 h on 64 TPU v5p chips or 11 h on 8 H100 at 40 % of peak.
+Cost: 1.3e20 useful FLOPs: 12 h on 16 TPU v5p chips or 11 h on 8 H100 at 40 % of peak.
 """
 
 from ssl_jax import config

@@ -32,6 +32,7 @@ def get_config(arg=''):
     m.patch_size = None
     m.img_size = None
     m.local_size = None
+    m.group_size = None
     m.dino_out_dim = None
     m.ibot_out_dim = None
 

@@ -203,16 +203,16 @@ def _errors(c):
 
 def _dinov2_errors(c):
     """Rules of crops, groups and durations of DINOv2."""
-    m, batch = c.method, c.batch_size // c.accum_steps
+    m, batch, group = c.method, c.batch_size // c.accum_steps, c.method.group_size
     if m.n_local_crops and m.local_size % m.patch_size:
         yield (
             f'method.local_size={m.local_size} is not a multiple of method.patch_size='
             f'{m.patch_size}: use local_size={_near_multiple(m.local_size, m.patch_size)}.'
         )
-    if m.group_size < 1 or (batch > m.group_size and batch % m.group_size):
+    if not group or group < 1 or (batch > group and batch % group):
         yield (
             f'a batch of {batch} (batch_size / accum_steps) does not consist of groups of '
-            f'method.group_size={m.group_size}: use {math.gcd(batch, max(m.group_size, 1))}.'
+            f'method.group_size={group}: use {math.gcd(batch, max(group or 64, 1))}.'
         )
     if m.drop_path and m.drop_path_mode == 'subset' and not m.drop_path_uniform:
         yield (
@@ -222,7 +222,7 @@ def _dinov2_errors(c):
     low, high = m.mask_ratio_min_max
     if not 0 <= low <= high <= 1:
         yield f'method.mask_ratio_min_max={m.mask_ratio_min_max} must be fractions (low, high).'
-    if m.koleo_weight and (batch if not m.koleo_per_group else min(batch, m.group_size)) < 2:
+    if m.koleo_weight and (batch if not m.koleo_per_group else min(batch, group or 1)) < 2:
         yield 'method.koleo_weight needs at least 2 images among which it keeps apart: set it to 0.'
     if m.get('form') == 'dino' and m.drop_path:
         yield 'Distillation drops no blocks of the student: set method.drop_path=0.'
@@ -368,6 +368,10 @@ def infer(config, num_images, image_hw, platform, device_count, cores=None):
         compares = m.get('koleo_weight') or m.get('w_nce')
         batch = max(batch // ways, 2 if compares else 1) * ways
         choose('batch_size', batch, f'{num_images:,} images, {device_count} device(s)')
+        if 'group_size' in m:
+            own = max(config.batch_size // ways, 1)
+            size = next(n for n in range(min(own, 64), 0, -1) if own % n == 0)
+            choose('method.group_size', size, f'of the {own} images of a device')
         if config.optim.lr is None and 'classes' not in m:
             # Square root instead of MAE's linear rule, which would starve small batches.
             lr = float(f'{1.5e-3 * math.sqrt(config.batch_size / 1024):.2g}')

@@ -39,9 +39,10 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
             devices,
             allow_split_physical_axes=True,
         )
-        return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    else:  # not jax.make_mesh, which knows no place for 16 of 4 x 8 chips
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Said explicitly: the default axis type is Explicit, under which a patchify reshape raises.
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_sizes(data, fsdp, tensor, count, slices=1):
@@ -215,6 +216,23 @@ def check_batch(batch_size, accum_steps, mesh):
             f'{mesh.shape["data"]} x {mesh.shape["fsdp"]} x {accum_steps}; '
             f'use a multiple of {ways}.'
         )
+
+
+def uneven_groups(method, batch_size, mesh):
+    """A sentence where groups of samples do not divide among the devices, else None.
+
+    A group (DINOv2) is computed as one row of tokens. Rows that do not divide are exchanged
+    between devices in every block: correct, and many times slower.
+    """
+    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    if not hasattr(method, 'groups') or method.groups(batch_size) % ways == 0:
+        return None
+    groups, own = method.groups(batch_size), batch_size // ways
+    size = next(n for n in range(min(own, batch_size // groups), 0, -1) if own % n == 0)
+    return (
+        f'slow: {groups} groups of {batch_size // groups} images do not divide among {ways} '
+        f'devices, which then exchange all activations: use method.group_size={size}.'
+    )
 
 
 def process_rows(mesh, batch_size):

@@ -217,7 +217,7 @@ def train(config, workdir):
         method = methods.from_config(config, clock)
         total, eval_every = clock('total'), clock('every', config.eval, default=0)
         program = make_program(config, method, clock)
-        _banner(config, source, program, clock, workdir)
+        _banner(config, source, method, program, clock, workdir)
         if jax.process_index() == 0:
             for field, (old, new) in rundir.save_config(workdir, config).items():
                 log(f'config changed since this run began: {field} was {old}, is {new}')
@@ -378,7 +378,7 @@ def _infer(config, source):
     return config_lib.infer(config, len(source), typical, device.platform, jax.device_count())
 
 
-def _banner(config, source, program, clock, workdir):
+def _banner(config, source, method, program, clock, workdir):
     """What runs, on what, with which learning rate."""
     count = sum(x.size for x in jax.tree.leaves(program.abstract.params))
     device = jax.devices()[0]
@@ -397,6 +397,9 @@ def _banner(config, source, program, clock, workdir):
         program.groups,
         f'workdir   {workdir}',
     )
+    slow = sharding.uneven_groups(method, config.batch_size // config.accum_steps, program.mesh)
+    if slow:
+        log(slow)
 
 
 def _farewell(workdir, result, bad):

@@ -373,6 +373,8 @@ def test_inferred_config_is_complete_and_valid_everywhere(recipe, place):
     methods.from_config(c)
     assert c.is_locked and not c.infer
     assert c.batch_size % devices == 0
+    if 'group_size' in c.method:  # each device has whole groups
+        assert c.batch_size // devices % c.method.group_size == 0
     assert c.method.img_size <= max(min(hw), 2 * c.method.patch_size)
     assert config.steps('total', c, num_images, c.batch_size) > 0
     assert len(decisions) > 8

@@ -221,7 +221,7 @@ def test_an_operation_belongs_to_the_part_that_its_scope_names(op_name, wanted):
 
 
 def test_the_parts_of_the_step_add_up_to_its_cycles_and_to_its_speed():
-    out = {'batch_size': 8, 'chips': 4, 'devices_per_chip': 1, 'flops': 4 * 131_333.0 * 1000}
+    out = {'batch_size': 8, 'chips': 4, 'flops': 4 * 131_333.0 * 1000}
     found = compile.timing(module(), out, chips.CHIPS['v5e'])
     assert found['cycles'] == 24 * 152 + 7 == sum(row['cycles'] for row in found['parts'])
     assert found['images_per_second'] == pytest.approx(8 / (3655 / 1.5e9))

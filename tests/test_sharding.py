@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where arrays live is a function of path and shape; bad meshes are explained."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ssl_jax import sharding
+import tiny
+from ssl_jax import methods, sharding
+from ssl_jax.plan import chips
 
 
 @pytest.mark.parametrize(
@@ -73,3 +77,20 @@ def test_a_large_state_that_stays_replicated_is_refused():
     tree = {'kernel': jax.ShapeDtypeStruct((4099, 4099), np.float32)}
     with pytest.raises(ValueError, match='stays replicated'):
         sharding.check_replication(tree, sharding.infer(tree, mesh), mesh)
+
+
+def test_every_pod_has_the_mesh_of_the_recipes():
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    for name in chips.names():
+        if math.prod(chips.parse(name)[1]) <= 256:  # 16 of 4 x 8 chips are no rectangle
+            mesh = sharding.make_mesh(-1, -1, devices=chips.devices(name))
+            assert mesh.shape['fsdp'] == min(mesh.size, 16), name
+
+
+@pytest.mark.parametrize('group_size, use', [(12, 8), (8, None), (4, None), (3, 2), (6, 4)])
+def test_groups_that_do_not_divide_among_devices_are_named_with_the_size_to_use(group_size, use):
+    config = tiny.dinov2(method__group_size=group_size)
+    mesh = sharding.make_mesh(data=3, fsdp=2, devices=jax.devices()[:6])
+    said = sharding.uneven_groups(methods.from_config(config), 48, mesh)
+    assert (said is None) if use is None else said.endswith(f'use method.group_size={use}.')
+    assert sharding.uneven_groups(methods.from_config(tiny.config()), 48, mesh) is None

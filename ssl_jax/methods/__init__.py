@@ -26,7 +26,8 @@ A method that learns from labels has `labels = True`: batch['label'] is int32 (B
 classifies has `logits(params, extra, images) -> {name: (B, K)}` of uint8 images, which the loop
 scores on the test images.  Its file may have `complete(config, source) -> config, lines`: what only
 the training images can tell, before the method is made.  `repeats` says how many rows in a row of
-a batch are crops of one image, 1 if it is not there.
+a batch are crops of one image, 1 if it is not there.  One that computes groups of samples together
+has `groups(batch_size)`, how many there are: devices want whole ones (`sharding.uneven_groups`).
 """
 
 import difflib

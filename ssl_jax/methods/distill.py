@@ -183,6 +183,9 @@ class Dino:
     def views(self):
         return self.dino.views()
 
+    def groups(self, batch_size):
+        return self.dino.groups(batch_size)
+
     def init(self, rng):
         """extra: the frozen teacher with its heads, the student's average, the centres."""
         student_rng, teacher_rng = jax.random.split(rng)
@@ -204,7 +207,7 @@ class Dino:
 
     def loss(self, params, extra, batch, rng, step):
         crops = self.dino.augment(batch, rng)
-        size, groups = crops[0].shape[0], self.dino.groups(crops[0].shape[0])
+        size, groups = crops[0].shape[0], self.groups(crops[0].shape[0])
         n = self.dino.grid[0] * self.dino.grid[1]
         count = 2 * size // groups * n
         everything = masking.Masked(

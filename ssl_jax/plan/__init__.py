@@ -48,7 +48,7 @@ def run(config, topology, slices=1, *, mesh=None, out=None, search=False, log=pr
     devices = chips.devices(topology, slices)
     plan = compile_lib.plan(loaded, devices, chip)
     plan.update(topology=topology, command=_command(name, topology, slices, mesh, fields))
-    plan['scale'] = compile_lib.matmul_scale(devices[0], chip, plan['devices_per_chip'])
+    plan['scale'] = compile_lib.matmul_scale(devices[0], chip)
     if search:
         log(report.text(plan))
         found = search_lib.search(loaded, devices, chip, log)

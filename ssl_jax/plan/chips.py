@@ -127,7 +127,7 @@ def devices(name, slices=1):
     Raises:
       ValueError: libtpu is missing, or there is no such topology.
     """
-    _, shape = parse(name)
+    chip, shape = parse(name)
     if importlib.util.find_spec('libtpu') is None:
         raise ValueError(
             "planning compiles with libtpu, which is missing: pip install 'ssl_jax[tpu]'."
@@ -146,6 +146,8 @@ def devices(name, slices=1):
     from jax.experimental import topologies
 
     options = {'num_slices': slices} if slices > 1 else {}
+    if chip.name == 'v4':  # else the two cores of a chip are devices of their own
+        options['chip_config_name'] = 'megacore'
     if math.prod(shape) == 1:
         options['chips_per_host_bounds'] = [1, 1, 1]
     try:

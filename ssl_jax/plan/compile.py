@@ -57,7 +57,6 @@ def plan(config, devices, chip):
     a compiled program tells is missing.
     """
     method, built = program(config, devices)
-    per_chip = _devices_per_chip(devices)
     out = {
         'name': config.name or config.method.name,
         'batch_size': config.batch_size,
@@ -67,12 +66,13 @@ def plan(config, devices, chip):
         'mesh': dict(built.mesh.shape),
         'slices': len({getattr(d, 'slice_index', 0) for d in devices}),
         'chip': chip.name,
-        'chips': len(devices) // per_chip,
-        'devices_per_chip': per_chip,
+        'chips': len(devices),
         'flops': float(method.flops(config.batch_size)),
         'parameters': sum(x.size for x in jax.tree.leaves(built.abstract.params)),
     }
-    out['hbm'] = {'capacity': chip.hbm_gib * GIB / per_chip, **state_bytes(built.abstract)}
+    slow = sharding.uneven_groups(method, config.batch_size // config.accum_steps, built.mesh)
+    out['warnings'] = [slow] if slow else []
+    out['hbm'] = {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)}
     started = time.monotonic()
     lowered = lower(built)
     out['seconds_to_trace'] = round(time.monotonic() - started, 1)
@@ -97,17 +97,10 @@ def plan(config, devices, chip):
     module = hlo.parse(compiled.as_text())
     out.update(timing(module, out, chip, bundles))
     out['collectives'] = communication(module, built.mesh)
-    out['link_seconds'] = sum(
-        c['bytes'] for c in out['collectives'] if not c['between_slices']
-    ) / (chip.ici / per_chip)
+    within = sum(c['bytes'] for c in out['collectives'] if not c['between_slices'])
+    out['link_seconds'] = within / chip.ici
     out['slice_bytes'] = sum(c['bytes'] for c in out['collectives'] if c['between_slices'])
     return out
-
-
-def _devices_per_chip(devices):
-    """2 where libtpu takes the two cores of a chip for devices of their own."""
-    chips = {(*d.coords, getattr(d, 'slice_index', 0)) for d in devices}
-    return len(devices) // len(chips)
 
 
 def state_bytes(state):
@@ -146,10 +139,8 @@ def out_of_memory(message, capacity):
 def timing(module, out, chip, bundles=None):
     """Cycles of a step as time, images per second and utilisation; what costs most."""
     unknown = []
-    per_device = chip.flops_per_cycle / out['devices_per_chip']
-    memory = chip.hbm / chip.clock / out['devices_per_chip']  # bytes per cycle
-    kernels = hlo.kernel_cycles(module, bundles or {}, chip.cores // out['devices_per_chip'])
-    operations = hlo.operations(module, unknown, kernels, memory)
+    kernels = hlo.kernel_cycles(module, bundles or {}, chip.cores)
+    operations = hlo.operations(module, unknown, kernels, chip.hbm / chip.clock)
     cycles = sum(o.cycles * o.times for o in operations)
     seconds = cycles / chip.clock
     parts, costly = collections.Counter(), collections.Counter()
@@ -157,13 +148,12 @@ def timing(module, out, chip, bundles=None):
         part, direction, detail = scope(o.op_name)
         parts[part, direction] += o.cycles * o.times
         costly[part, direction, detail, o.opcode] += o.cycles * o.times
-    devices = out['chips'] * out['devices_per_chip']
     return {
         'cycles': cycles,
         'step_seconds': seconds,
         'images_per_second': out['batch_size'] / seconds,
         'images_per_second_per_chip': out['batch_size'] / seconds / out['chips'],
-        'mfu': out['flops'] / devices / (cycles * per_device),
+        'mfu': out['flops'] / out['chips'] / (cycles * chip.flops_per_cycle),
         'parts': [
             {'part': p, 'direction': d, 'cycles': c, 'share': c / cycles}
             for (p, d), c in parts.most_common()
@@ -208,10 +198,10 @@ def communication(module, mesh):
     ]
 
 
-def matmul_scale(device, chip, per_chip):
+def matmul_scale(device, chip):
     """Estimated over ideal cycles of one large bfloat16 product: how far the estimate can be."""
     x = jax.ShapeDtypeStruct((MATMUL,) * 2, jnp.bfloat16, sharding=SingleDeviceSharding(device))
     compiled = jax.jit(jnp.matmul).lower(x, x).compile()
     cycles = sum(o.cycles * o.times for o in hlo.operations(hlo.parse(compiled.as_text())))
-    ideal = 2 * MATMUL**3 / (chip.flops_per_cycle / per_chip)
+    ideal = 2 * MATMUL**3 / chip.flops_per_cycle
     return {'side': MATMUL, 'cycles': cycles, 'ideal_cycles': ideal, 'mfu': ideal / cycles}

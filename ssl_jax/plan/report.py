@@ -21,6 +21,7 @@ def text(plan):
         + (f' in {plan["accum_steps"]} micro-batches' if plan['accum_steps'] > 1 else ''),
         f'  traced in {plan["seconds_to_trace"]:.0f} s, compiled in '
         f'{plan["seconds_to_compile"]:.0f} s',
+        *(f'  {line}' for warning in plan['warnings'] for line in textwrap.wrap(warning, 96)),
         '',
         *_memory(plan),
     ]
@@ -43,15 +44,13 @@ def text(plan):
 def _where(plan):
     mesh = ', '.join(f'{k} {v}' for k, v in plan['mesh'].items() if v > 1) or 'one device'
     slices = f' x {plan["slices"]} slices' if plan['slices'] > 1 else ''
-    cores = ', each two devices' if plan['devices_per_chip'] > 1 else ''
-    return f'{plan["topology"]}{slices}: {plan["chips"]} chips{cores}, mesh {mesh}'
+    return f'{plan["topology"]}{slices}: {plan["chips"]} chips, mesh {mesh}'
 
 
 def _memory(plan):
     hbm, rest = plan['hbm'], None
-    per = 'device' if plan['devices_per_chip'] > 1 else 'chip'
     rows = [(k, v) for k, v in hbm.items() if k not in ('capacity', 'total')]
-    lines = [f'HBM per {per}, GiB']
+    lines = ['HBM per chip, GiB']
     lines += [f'  {name:<28}{size / GIB:9.2f}' for name, size in rows]
     total = hbm.get('total', plan.get('needed_gib', 0) * GIB)
     rest = hbm['capacity'] - total
