@@ -33,7 +33,10 @@ from ssl_jax.models.tpu_kernels import (
     padded,
 )
 
-MAX_TOKENS = 384  # of an image: the logits of a step lie in vector memory
+# The logits of a step lie in vector memory: of all queries of images of so many tokens, of 128 at a
+# time of longer ones, which have to be padded.
+SHORT, LONG = 384, 2048
+LONG_BYTES = 48 << 20  # of vector memory for those, instead of 16 MiB of 128
 _ROWS_BY_ROWS, _ROWS_BY_COLUMNS, _COLUMNS_BY_COLUMNS = (1, 1), (1, 0), (0, 0)  # what is summed
 _NEVER = -1e30  # a logit between two images
 
@@ -44,7 +47,8 @@ def fits(qkv, num_heads, segments):
     whole = dim % math.lcm(dim // num_heads, LANES) == 0
     sizes = [s.length for s in segments]
     small = max(_least_bytes(qkv, num_heads, size) for size in sizes) <= MAX_BLOCK
-    return enabled() and whole and small and max(sizes) <= MAX_TOKENS
+    longest = LONG if padded(segments) else SHORT
+    return enabled() and whole and small and max(sizes) <= longest
 
 
 def takes(qkv, num_heads, segments):
@@ -144,6 +148,7 @@ def _call_of(kernel, name, arrays, parts, tile, interpret, work, blocks, row, in
         for part in (0, 1, 2, *[0] * (len(arrays) - 1))
     ]
     body, aliases = functools.partial(kernel, dim_head, work, steps), {}
+    long = max(cover for *_, cover in work.windows) > SHORT + SUBLANES
     num_bytes = blocks * work.block * dim * (len(in_specs) + parts) * arrays[0].dtype.itemsize
     if into is not None:
         aliases = {len(inputs): 0}
@@ -159,7 +164,8 @@ def _call_of(kernel, name, arrays, parts, tile, interpret, work, blocks, row, in
         scratch_shapes=[pltpu.VMEM((work.block, width), arrays[0].dtype)] * (parts - 1),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'parallel', 'arbitrary')
+            dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+            vmem_limit_bytes=LONG_BYTES if long else None,
         ),
         interpret=interpret,
         name=name,
@@ -308,17 +314,19 @@ def _forward_kernel(dim_head, work, steps, q_ref, k_ref, v_ref, out_ref):
     del steps
     refs = q_ref, k_ref, v_ref
     for (q, k, v), window, image in _windows(pl.program_id(0), pl.program_id(2), work, refs):
-        same, scale = _same(image), _log2e(dim_head)
-        out, totals = _Tile(q.shape), _Tile(q.shape)
-        for lanes, mine in _heads(q.shape, dim_head):
-            own_q = jnp.where(mine, q[:, lanes], 0)
-            logits = same(_dot(own_q, k[:, lanes], _ROWS_BY_ROWS))
-            weights = jnp.exp2((logits - logits.max(axis=1, keepdims=True)) * scale)
-            total = weights.sum(axis=1, keepdims=True)
-            out.put(lanes, mine, _dot(weights.astype(v.dtype), v[:, lanes], _ROWS_BY_COLUMNS))
-            totals.put(lanes, mine, jnp.broadcast_to(total, mine.shape))
-        out.columns = [x / total for x, total in zip(out.columns, totals.columns)]
-        out.store(out_ref, window, _own(work, image))
+        scale = _log2e(dim_head)
+        for some in _queries(len(q)):
+            part = q[some]
+            same, out, totals = _same(image, some, 0), _Tile(part.shape), _Tile(part.shape)
+            for lanes, mine in _heads(part.shape, dim_head):
+                own_q = jnp.where(mine, part[:, lanes], 0)
+                logits = same(_dot(own_q, k[:, lanes], _ROWS_BY_ROWS))
+                weights = jnp.exp2((logits - logits.max(axis=1, keepdims=True)) * scale)
+                total = weights.sum(axis=1, keepdims=True)
+                out.put(lanes, mine, _dot(weights.astype(v.dtype), v[:, lanes], _ROWS_BY_COLUMNS))
+                totals.put(lanes, mine, jnp.broadcast_to(total, mine.shape))
+            out.columns = [x / total for x, total in zip(out.columns, totals.columns)]
+            out.store(out_ref, window, some, _own(work, image))
 
 
 def _gradient_kernel(
@@ -342,29 +350,45 @@ def _gradient_step(block, step, dim_head, work, refs, results):
     # Weights and logits have keys as rows and queries as columns: sums over keys then add whole
     # registers, and of five products only that for the queries has to transpose.
     for (q, k, v, grad), window, image in _windows(block, step, work, refs):
-        same, scale = _same(image), _log2e(dim_head)
-        d_q, d_k, d_v = _Tile(q.shape), _Tile(q.shape), _Tile(q.shape)
-        for lanes, mine in _heads(q.shape, dim_head):
-            own_k, own_v = (jnp.where(mine, x[:, lanes], 0) for x in (k, v))
-            logits = same(_dot(own_k, q[:, lanes], _ROWS_BY_ROWS))
-            weights = jnp.exp2((logits - logits.max(axis=0, keepdims=True)) * scale)
-            weights = weights * (1 / weights.sum(axis=0, keepdims=True))
-            d_weights = _dot(own_v, grad[:, lanes], _ROWS_BY_ROWS)
-            product = weights * d_weights
-            d_logits = (product - weights * product.sum(axis=0, keepdims=True)).astype(q.dtype)
-            d_v.put(lanes, mine, _dot(weights.astype(q.dtype), grad[:, lanes], _ROWS_BY_COLUMNS))
-            d_k.put(lanes, mine, _dot(d_logits, q[:, lanes], _ROWS_BY_COLUMNS))
-            d_q.put(lanes, mine, _dot(d_logits, k[:, lanes], _COLUMNS_BY_COLUMNS))
-        own, root = _own(work, image), dim_head**-0.5
-        for tile, ref, factor in zip((d_q, d_k, d_v), results, (root, root, 1.0)):
-            tile.store(ref, window, own, factor)
+        scale, root, own = _log2e(dim_head), dim_head**-0.5, _own(work, image)
+        d_q_ref, d_k_ref, d_v_ref = results
+        d_k, d_v = _Tile(k.shape), _Tile(v.shape)
+        for some in _queries(len(q)):
+            some_q, some_grad = q[some], grad[some]
+            same, d_q = _same(image, some, 1), _Tile(some_q.shape)
+            keep_k, keep_v = (t.add if some.start else t.put for t in (d_k, d_v))
+            for (lanes, mine), (_, of_some) in zip(
+                _heads(k.shape, dim_head), _heads(some_q.shape, dim_head)
+            ):
+                own_k, own_v = (jnp.where(mine, x[:, lanes], 0) for x in (k, v))
+                logits = same(_dot(own_k, some_q[:, lanes], _ROWS_BY_ROWS))
+                weights = jnp.exp2((logits - logits.max(axis=0, keepdims=True)) * scale)
+                weights = weights * (1 / weights.sum(axis=0, keepdims=True))
+                d_weights = _dot(own_v, some_grad[:, lanes], _ROWS_BY_ROWS)
+                product = weights * d_weights
+                d_logits = (product - weights * product.sum(axis=0, keepdims=True)).astype(q.dtype)
+                weights = weights.astype(q.dtype)
+                keep_v(lanes, mine, _dot(weights, some_grad[:, lanes], _ROWS_BY_COLUMNS))
+                keep_k(lanes, mine, _dot(d_logits, some_q[:, lanes], _ROWS_BY_COLUMNS))
+                d_q.put(lanes, of_some, _dot(d_logits, k[:, lanes], _COLUMNS_BY_COLUMNS))
+            d_q.store(d_q_ref, window, some, own, root)
+        d_k.store(d_k_ref, window, slice(0, len(k)), own, root)
+        d_v.store(d_v_ref, window, slice(0, len(v)), own)
 
 
-def _same(image):
-    """Logits -> logits, none of them between two images."""
+def _queries(rows):
+    """Slices of the rows of a window: as many queries as are looked at together."""
+    if rows <= SHORT + SUBLANES:  # a window may begin before its image
+        return [slice(0, rows)]
+    return [slice(i, min(i + LANES, rows)) for i in range(0, rows, LANES)]
+
+
+def _same(image, queries, axis):
+    """Logits of these queries, which lie along `axis` -> logits, none between two images."""
     if image is None:
         return lambda logits: logits
-    same = image(0) == image(1)
+    of_queries = image(axis)[queries] if axis == 0 else image(axis)[:, queries]
+    same = of_queries == image(1 - axis)
     return lambda logits: jnp.where(same, logits, _NEVER)
 
 
@@ -391,9 +415,20 @@ class _Tile:
             part = slice(at * LANES, (at + 1) * LANES)
             self.columns[i] = jnp.where(mine[:, part], values[:, part], self.columns[i])
 
-    def store(self, ref, window, own, factor=1.0):
-        """Writes the rows that are this window's own; what else it covers stays as it is."""
+    def add(self, lanes, mine, values):
+        """Adds to the lanes of one head."""
+        for at, i in enumerate(range(lanes.start // LANES, lanes.stop // LANES)):
+            part = slice(at * LANES, (at + 1) * LANES)
+            self.columns[i] += jnp.where(mine[:, part], values[:, part], 0)
+
+    def store(self, ref, window, some, own, factor=1.0):
+        """Writes the rows that are this window's own; what else it covers stays as it is.
+
+        some: a slice, of the rows of the window that the tile holds.
+        """
+        rows = pl.ds(pl.multiple_of(window.start + some.start, SUBLANES), some.stop - some.start)
+        own = None if own is None else own[some]
         for i, column in enumerate(self.columns):
             lanes = pl.ds(i * LANES, LANES)
             value = (column * factor).astype(ref.dtype)
-            ref[window, lanes] = value if own is None else jnp.where(own, value, ref[window, lanes])
+            ref[rows, lanes] = value if own is None else jnp.where(own, value, ref[rows, lanes])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax import losses, sharding
-from ssl_jax.models import layers, ops, pos_embed
+from ssl_jax.models import layers, ops, pos_embed, tpu_attention, tpu_kernels
 from ssl_jax.models.segments import Segment, join, split
 
 # name: (embed_dim, depth, num_heads)
@@ -166,8 +166,10 @@ class ViT(nn.Module):
                 for p in first + registers
             ]
             parts.append(jnp.concatenate([*first, x + patch_pos.astype(x.dtype)], axis=2))
-        # Where whole images are left out, each begins in a register of its own (8 rows).
-        whole = 8 if isinstance(drop, tuple) else 1
+        # Where whole images are left out, and for the kernels of long ones, each begins in a
+        # register of its own (8 rows).
+        long = max(p.shape[2] for p in parts) > tpu_attention.SHORT and not self.rel_pos
+        whole = tpu_kernels.SUBLANES if isinstance(drop, tuple) or long else 1
         segments = tuple(Segment(*p.shape[1:3], -p.shape[2] % whole) for p in parts)
         x = sharding.constrain(join(parts, segments))  # (B, all tokens, D)
 
