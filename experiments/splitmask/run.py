@@ -3,15 +3,17 @@
 
     SSL_JAX_DATA=/data python experiments/splitmask/run.py controls [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py target   [--out DIR] [--seeds 0 1 2]
+    SSL_JAX_DATA=/data python experiments/splitmask/run.py collapse [--out DIR] [--seeds 0 1 2]
 
 `controls`: SplitMask whole, without matching, matching alone, MAE and BEiT; the same encoder,
 images and number of updates; linear probe, kNN and fine-tuning.  `target`: 5,000 images are all
 there is: SplitMask on them, then fine-tuning on them, against training from scratch for the total
-time.
+time.  `collapse`: at a high learning rate matching alone gives every image the same descriptor, the
+whole loss does not.
 
 Every run is a command of `ssl_jax`, printed before it starts; finished ones are not repeated, so a
 stopped experiment continues; another number of updates (--updates) wants another folder.
-DIR/controls.md and DIR/target.md are the tables.
+DIR/controls.md, DIR/target.md and DIR/collapse.md are the tables.
 """
 
 import argparse
@@ -36,6 +38,7 @@ CONTROLS = {
     'BEiT': ('cifar10_beit', []),
 }
 BATCH, IMAGES = 64, 5000
+HIGH_LR = 3e-2  # of `collapse`; the recipe's is 7e-4
 EPOCHS = 10  # of fine-tuning in `target`; `controls` has half as many
 
 
@@ -75,7 +78,7 @@ def pretrain(recipe, fields, workdir, seed, data, updates):
 
 
 def probe(workdir):
-    """{'linear': top-1, 'knn': top-1 of the best feature} with 5,000 images each."""
+    """Top-1 of linear probe and kNN, of the best feature, with 5,000 images each; RankMe."""
     path = workdir / 'probe.json'
     if not path.exists():
         run(
@@ -83,11 +86,13 @@ def probe(workdir):
             '--data', CIFAR / 'train.parquet', '--test', CIFAR / 'test.parquet',
         )  # fmt: skip
     rows = json.loads(path.read_text())
-    return {
+    rank = next(r['rankme'] for r in rows if r.get('rankme') and r['feature'] == 'patch')
+    best = {
         f'{model} {kind}': max(r['top1'] for r in rows if (r['model'], r['eval']) == (model, kind))
         for model in ('trained', 'untrained', 'raw_pixels')
         for kind in ('linear', 'knn')
     }
+    return {**best, 'rankme': rank}
 
 
 def finetune(model, workdir, seed, epochs, data):
@@ -108,10 +113,10 @@ def finetune(model, workdir, seed, epochs, data):
     return found[-1], json.loads(taken.read_text())
 
 
-def spread(values):
+def spread(values, digits=1):
     """Mean and, of several values, their sample standard deviation."""
-    std = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.1f}{std}'
+    std = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.{digits}f}{std}'
 
 
 def controls(out, seeds, updates):
@@ -168,14 +173,39 @@ def target(out, seeds, updates):
     ])  # fmt: skip
 
 
+def collapse(out, seeds, updates):
+    text = [
+        f'{updates} updates of batch {BATCH}, lr {HIGH_LR:g}, seeds {", ".join(map(str, seeds))}: '
+        f'mean ± standard deviation. InfoNCE of equal descriptors is ln {BATCH} = '
+        f'{np.log(BATCH):.2f}. Probes: {IMAGES} training and test images, top-1 in %.',
+        '',
+        '| pretraining | InfoNCE at the end | RankMe of patch means | linear probe | kNN |',
+        '|---|---|---|---|---|',
+    ]
+    for i, name in ((0, 'SplitMask: split, inpaint, match'), (2, 'match only')):
+        recipe, fields = CONTROLS[name]
+        fields, found = [*fields, f'optim.lr={HIGH_LR}'], []
+        for seed in seeds:
+            workdir = out / f'collapse{i}_{seed}'
+            pretrain(recipe, fields, workdir, seed, CIFAR / 'train.parquet', updates)
+            lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+            nce = [row['nce'] for row in lines if 'nce' in row][-1]
+            found.append({**probe(workdir), 'nce': nce})
+        columns = [[f[k] for f in found] for k in ('rankme', 'trained linear', 'trained knn')]
+        first = spread([f['nce'] for f in found], 2)
+        text.append(f'| {name} | {first} | ' + ' | '.join(map(spread, columns)) + ' |')
+    return '\n'.join(text)
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('what', choices=('controls', 'target'))
+    parser.add_argument('what', choices=('controls', 'target', 'collapse'))
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/splitmask'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--updates', type=int, default=800, help='of pretraining')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    table = {'controls': controls, 'target': target}[args.what](args.out, args.seeds, args.updates)
+    make = {'controls': controls, 'target': target, 'collapse': collapse}[args.what]
+    table = make(args.out, args.seeds, args.updates)
     (args.out / f'{args.what}.md').write_text(table + '\n')
     print(table)
