@@ -16,7 +16,7 @@ import pathlib
 
 import ml_collections
 
-from ssl_jax import config_finetune, config_rules
+from ssl_jax import config_finetune, config_infer, config_rules
 
 SOURCES = ('data.train', 'data.eval_train', 'data.eval_test')  # free-form: sources own their keys
 
@@ -186,7 +186,7 @@ def recipes():
 
 # Cross-field checks and the choices for an unknown data set have a file of their own.
 validate = config_rules.validate
-infer = config_rules.infer
+infer = config_infer.infer
 
 
 def load(spec, overrides=()):
@@ -207,7 +207,7 @@ def load(spec, overrides=()):
     config = recipe(name, arg)
     for override in overrides:
         set_value(config, override)
-    config_rules.fill_size(config.method)
+    config_infer.fill_size(config.method)
     if config.init_from and 'classes' in config.method:
         config_finetune.follow(config, overrides)
     if not config.infer:

@@ -24,7 +24,7 @@ def plain(**changes):
     """A valid config with `changes` (dots as __)."""
     c = config.default()
     c.total_steps = 100
-    config.config_rules.fill_size(c.method)
+    config.config_infer.fill_size(c.method)
     with c.ignore_type():
         for name, value in changes.items():
             *groups, key = name.split('__')
@@ -385,7 +385,7 @@ def test_inferred_run_on_a_cpu_lasts_minutes(recipe):
     c, _ = config.infer(config.load(recipe), *PLACES['street scenes on two cores'])
     steps = config.steps('total', c, 367, c.batch_size)
     flops = steps * methods.from_config(c).flops(c.batch_size)
-    assert 60 < flops / (2 * config.config_rules.CPU_FLOPS) < 600
+    assert 60 < flops / (2 * config.config_infer.CPU_FLOPS) < 600
     assert steps > 50
 
 

@@ -368,7 +368,7 @@ def test_every_form_of_splitmask_has_a_layout_or_a_reason(kind):
     c = config_lib.default()
     c.method = config_splitmask.splitmask()
     c.method.update(size='Ti', **SPLITMASK[kind][0])
-    config_lib.config_rules.fill_size(c.method)
+    config_lib.config_infer.fill_size(c.method)
     vit = methods.from_config(c).vit
     family = layouts.family_of(vit)
     can = layouts.available(vit, None, family)
@@ -383,7 +383,7 @@ def test_beit_on_pixels_has_no_words_to_export():
     c = config_lib.default()
     c.method = config_splitmask.beit()
     c.method.update(size='Ti', tokenizer='pixel')
-    config_lib.config_rules.fill_size(c.method)
+    config_lib.config_infer.fill_size(c.method)
     pixels = runs.Run(c, methods.from_config(c), {'encoder': {}}, {}, 0)
     assert pixels.whole() == ({}, {'encoder': {}})
     c.method.tokenizer = 'kmeans'
