@@ -10,8 +10,8 @@ Command:
 The control, from scratch:
   SSL_JAX_DATA=/data ssl_jax finetune --config finetune_cifar10 --model none --workdir runs/scratch
 
-Expected: not measured at this length; 5 epochs of 5,000 images make 45 % of a small encoder that MAE
-pretrained for one epoch, 37 % of an untrained one: experiments/splitmask.
+Expected: not measured at this length; 5 epochs of 5,000 images make 45 % of a small encoder that
+MAE pretrained for one epoch, 37 % of an untrained one: experiments/splitmask.
 Cost: 2.5e14 useful FLOPs, about an hour of two idle CPU cores.
 """
 
