@@ -267,6 +267,20 @@ def test_a_recipe_that_looks_at_images_first_is_refused():
         plan.run(('images_mae', []), 'v5e:4x4')
 
 
+SEND = """
+  %send.6 = (bf16[2,4]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%arg, %arg), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_counted_as_what_a_chip_hands_to_its_host():
+    mesh = sharding.make_mesh(2, 4)
+    rows = compile.communication(in_entry(SEND.lstrip('\n')), mesh)
+    far = [row for row in rows if row['between_slices']]
+    assert far == [
+        dict(kind='all-reduce', axes=['data'], dtype='bf16', count=1, bytes=16, between_slices=True)
+    ]
+
+
 def test_several_slices_want_their_data_axis_between_them():
     class Device:
         def __init__(self, number):

@@ -184,12 +184,14 @@ def scope(op_name):
 
 
 def communication(module, mesh):
-    """Rows of collectives by kind, axes and type; bytes are what one device sends in a step."""
+    """Rows of collectives by kind, axes and type; bytes are what one device sends in a step.
+
+    Between slices it is data alone (`sharding.mesh_sizes`).
+    """
     rows = collections.defaultdict(lambda: [0, 0.0])
-    slices = [getattr(d, 'slice_index', 0) for d in mesh.devices.flat]
     for c in hlo.collectives(module, mesh.size):
-        between = any(len({slices[d] for d in group}) > 1 for group in c.groups)
-        row = rows[c.kind, hlo.axes_of(c.groups, dict(mesh.shape)), '+'.join(c.dtypes), between]
+        axes = hlo.axes_of(c.groups, dict(mesh.shape)) if c.groups else ('data',)
+        row = rows[c.kind, axes, '+'.join(c.dtypes), not c.groups]
         row[0] += c.times
         row[1] += c.wire * c.times
     return [

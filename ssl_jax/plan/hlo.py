@@ -311,8 +311,9 @@ class Collective:
 
     Attributes:
       kind: one of COLLECTIVES; an all-reduce of which every chip keeps a part is 'reduce-scatter'.
-      groups: tuple of tuples of device numbers that talk to each other.
-      payload: bytes of the whole array (or arrays) that is gathered, reduced or sent.
+      groups: tuple of tuples of device numbers that talk to each other; () between slices.
+      payload: bytes of the whole array (or arrays) that is gathered, reduced or sent; between
+        slices, of what a chip hands to its host, once (the hosts do the rest).
       op_name: the name scope.  times: runs in a step.
       dtypes: the element types, sorted.
     """
@@ -330,6 +331,8 @@ class Collective:
 
         (n - 1)/n of the payload in a group of n; twice that for an all-reduce.
         """
+        if not self.groups:
+            return self.payload
         n = len(self.groups[0])
         if self.kind in ('collective-permute', 'collective-broadcast'):
             return self.payload if n > 1 else 0
@@ -349,6 +352,13 @@ def collectives(module, num_devices):
         scatter = any('all-reduce-scatter' in name for name in inside)
         for x in [i, *inner]:
             kind = x.opcode.removesuffix('-start')
+            far = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)
+            if kind == 'send' and far:
+                kind = far.group(1).lower().replace('_', '-')
+                dtype, dims = arrays(x.shape)[0]  # then come numbers of the transfer
+                payload = math.prod(dims) * itemsize(dtype)
+                found.append(Collective(kind, (), payload, x.op_name, times, (dtype,)))
+                continue
             if kind not in COLLECTIVES:
                 continue
             channel = re.search(r'channel_id=(\d+)', x.rest)

@@ -91,6 +91,12 @@ def _communication(plan):
         f'  within slices {plan["link_seconds"] * 1e3:,.1f} ms at the full rate of all links of a '
         f'chip; the step above takes it to be hidden'
     )
+    if plan['slices'] > 1:
+        gigabits = plan['slice_bytes'] * 8 / 1e9 / plan['step_seconds']
+        lines.append(
+            f'  between slices {plan["slice_bytes"] / 2**20:,.1f} MiB per chip, hidden if the '
+            f'network takes {gigabits:,.2f} Gbit/s from each'
+        )
     return lines
 
 
