@@ -3,17 +3,16 @@
 
     SSL_JAX_DATA=/data python experiments/splitmask/run.py controls [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py target   [--out DIR] [--seeds 0 1 2]
-    SSL_JAX_DATA=/data python experiments/splitmask/run.py collapse [--out DIR] [--seeds 0 1 2]
+    SSL_JAX_DATA=/data python experiments/splitmask/run.py rates    [--out DIR] [--seeds 0 1 2]
 
 `controls`: SplitMask whole, without matching, matching alone, MAE and BEiT; the same encoder,
 images and number of updates; linear probe, kNN and fine-tuning.  `target`: 5,000 images are all
 there is: SplitMask on them, then fine-tuning on them, against training from scratch for the total
-time.  `collapse`: at a high learning rate matching alone gives every image the same descriptor, the
-whole loss does not.
+time.  `rates`: the whole loss and matching alone at higher and higher learning rates.
 
 Every run is a command of `ssl_jax`, printed before it starts; finished ones are not repeated, so a
 stopped experiment continues; another number of updates (--updates) wants another folder.
-DIR/controls.md, DIR/target.md and DIR/collapse.md are the tables.
+DIR/controls.md, DIR/target.md and DIR/rates.md are the tables.
 """
 
 import argparse
@@ -38,7 +37,7 @@ CONTROLS = {
     'BEiT': ('cifar10_beit', []),
 }
 BATCH, IMAGES = 64, 5000
-HIGH_LR = 3e-2  # of `collapse`; the recipe's is 7e-4
+RATES = (1e-2, 3e-2)  # `controls` has the recipe's, 7e-4
 EPOCHS = 10  # of fine-tuning in `target`; `controls` has half as many
 
 
@@ -173,39 +172,41 @@ def target(out, seeds, updates):
     ])  # fmt: skip
 
 
-def collapse(out, seeds, updates):
+def rates(out, seeds, updates):
     text = [
-        f'{updates} updates of batch {BATCH}, lr {HIGH_LR:g}, seeds {", ".join(map(str, seeds))}: '
-        f'mean ± standard deviation. InfoNCE of equal descriptors is ln {BATCH} = '
-        f'{np.log(BATCH):.2f}. Probes: {IMAGES} training and test images, top-1 in %.',
+        f'{updates} updates of batch {BATCH}, seeds {", ".join(map(str, seeds))}: mean ± standard '
+        f'deviation. InfoNCE of equal descriptors is ln {BATCH} = {np.log(BATCH):.2f}. Probes: '
+        f'{IMAGES} training and test images, top-1 in %.',
         '',
-        '| pretraining | InfoNCE at the end | RankMe of patch means | linear probe | kNN |',
-        '|---|---|---|---|---|',
+        '| pretraining | rate | InfoNCE at the end | RankMe of patch means | linear probe | kNN |',
+        '|---|---|---|---|---|---|',
     ]
-    for i, name in ((0, 'SplitMask: split, inpaint, match'), (2, 'match only')):
+    for name in ('SplitMask: split, inpaint, match', 'match only'):
         recipe, fields = CONTROLS[name]
-        fields, found = [*fields, f'optim.lr={HIGH_LR}'], []
-        for seed in seeds:
-            workdir = out / f'collapse{i}_{seed}'
-            pretrain(recipe, fields, workdir, seed, CIFAR / 'train.parquet', updates)
-            lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-            nce = [row['nce'] for row in lines if 'nce' in row][-1]
-            found.append({**probe(workdir), 'nce': nce})
-        columns = [[f[k] for f in found] for k in ('rankme', 'trained linear', 'trained knn')]
-        first = spread([f['nce'] for f in found], 2)
-        text.append(f'| {name} | {first} | ' + ' | '.join(map(spread, columns)) + ' |')
+        for lr in RATES:
+            found = []
+            for seed in seeds:
+                workdir = out / f'rate{lr:g}_{name.split()[0][:5]}_{seed}'
+                own = [*fields, f'optim.lr={lr}']
+                pretrain(recipe, own, workdir, seed, CIFAR / 'train.parquet', updates)
+                lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+                nce = [row['nce'] for row in lines if 'nce' in row][-1]
+                found.append({**probe(workdir), 'nce': nce})
+            columns = [[f[k] for f in found] for k in ('rankme', 'trained linear', 'trained knn')]
+            first = spread([f['nce'] for f in found], 2)
+            text.append(f'| {name} | {lr:g} | {first} | ' + ' | '.join(map(spread, columns)) + ' |')
     return '\n'.join(text)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('what', choices=('controls', 'target', 'collapse'))
+    parser.add_argument('what', choices=('controls', 'target', 'rates'))
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/splitmask'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--updates', type=int, default=800, help='of pretraining')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    make = {'controls': controls, 'target': target, 'collapse': collapse}[args.what]
+    make = {'controls': controls, 'target': target, 'rates': rates}[args.what]
     table = make(args.out, args.seeds, args.updates)
     (args.out / f'{args.what}.md').write_text(table + '\n')
     print(table)
