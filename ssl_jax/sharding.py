@@ -233,8 +233,8 @@ def uneven_groups(method, batch_size, mesh):
     groups, own = method.groups(batch_size), batch_size // ways
     size = next(n for n in range(min(own, batch_size // groups), 0, -1) if own % n == 0)
     return (
-        f'slow: {groups} groups of {batch_size // groups} images do not divide among {ways} '
-        f'devices, which then exchange all activations: use method.group_size={size}.'
+        f'slow: groups of {batch_size // groups} images, {groups} in a batch, do not divide among '
+        f'{ways} devices, which then exchange all activations: use method.group_size={size}.'
     )
 
 
