@@ -6,8 +6,8 @@ Command:
 The control, from scratch:
   ssl_jax finetune --config finetune_scenes --model none --workdir runs/scenes_scratch
 
-Expected: not measured yet.
-Cost: about two minutes on 2 CPU cores.
+Expected: top-1 52.5 % of 10 classes after `scenes_mae`, 12 % from scratch (chance 10 %; one seed).
+Cost: four and a half minutes on one CPU core.
 """
 
 import ml_collections
