@@ -6,7 +6,7 @@ Command:
 
 Expected: not measured at this length; after 800 updates of a smaller encoder (64 channels, 4
 blocks) linear probe 33 %, kNN 32.5, fine-tuned 32 (raw pixels 36 and 37): experiments/splitmask.
-Cost: 4.4e14 useful FLOPs: an hour and a half of two idle CPU cores.
+Cost: 4.4e14 useful FLOPs: by these an hour and a half of two idle CPU cores.
 """
 
 from ssl_jax import config, config_data, config_splitmask

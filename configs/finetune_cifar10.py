@@ -12,7 +12,7 @@ The control, from scratch:
 
 Expected: not measured at this length; 5 epochs of 5,000 images make 45 % of a small encoder that
 MAE pretrained for one epoch, 37 % of an untrained one: experiments/splitmask.
-Cost: 2.5e14 useful FLOPs, about an hour of two idle CPU cores.
+Cost: 2.5e14 useful FLOPs: by these about an hour of two idle CPU cores.
 """
 
 import os
