@@ -30,6 +30,9 @@ from ssl_jax import checksums, manifest, step_dirs
 # Tensors are cut into chunks of this size, so that a host that reads 1/64 of a tensor that one
 # device wrote does not hold all of it.
 CHUNK_BYTES = 64 * 2**20
+# Devices that hold copies of a tensor share the writing of it from this size of a part on. Orbax's
+# default is 0: every bias cut up on every device, each shape by a program of its own.
+SHARED_BYTES = 2**20
 # A restore keeps no more than this in flight on the host.
 READ_GB = 16
 
@@ -101,9 +104,10 @@ class Checkpointer:
                 step_dirs.remove_leftovers(self.directory)
                 # Folders made in the background fail there, and their waiters wait for minutes.
                 options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-                self._orbax = ocp.AsyncCheckpointer(
-                    ocp.CompositeCheckpointHandler(), async_options=options
+                handler = ocp.CompositeCheckpointHandler(
+                    meta=ocp.JsonCheckpointHandler(), **{k: _writer() for k in items}
                 )
+                self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
             step_dirs.set_aside(self.directory, {*self._bad, step})
             self._bad = set()
             self._orbax.save(
@@ -279,6 +283,18 @@ def _restore(directory, items, step):
     raise CheckpointError(
         f'{directory} holds no checkpoint; give the workdir of a run that has saved one.'
     )
+
+
+def _writer():
+    import orbax.checkpoint as ocp
+
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (np.number, types.ScalarHandler()),
+        (np.ndarray, types.NumpyHandler()),
+        (jax.Array, types.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _read(path, items):

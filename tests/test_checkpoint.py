@@ -108,6 +108,22 @@ def test_what_is_donated_right_after_save_is_saved_as_it_was(tmp_path):
     assert_same(restore(tmp_path, state=make_state(3, width=512))[0], make_state(3, width=512))
 
 
+@pytest.mark.parametrize('shared_bytes, shared', [(checkpoint.SHARED_BYTES, False), (64, True)])
+def test_devices_share_the_writing_of_large_copies_only(
+    tmp_path, monkeypatch, shared_bytes, shared
+):
+    monkeypatch.setattr(checkpoint, 'SHARED_BYTES', shared_bytes)
+    cut, real = [], jax.lax.slice_in_dim
+    monkeypatch.setattr(
+        jax.lax, 'slice_in_dim', lambda x, *args, **kw: cut.append(x.shape) or real(x, *args, **kw)
+    )
+    saved = checkpoint.Checkpointer(tmp_path)
+    saved.save(1, on(make_mesh(8, 1), make_state(3)))
+    saved.close()
+    assert bool(cut) == shared
+    assert_same(restore(tmp_path)[0], make_state(3))
+
+
 @pytest.mark.parametrize('shape', [(1, 8), (8, 1), (1, 1)])
 def test_a_restored_state_is_donated_without_a_copy(saved_once, shape):
     state, _ = restore(saved_once, make_mesh(*shape))
