@@ -13,7 +13,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from ssl_jax import metrics
+import tiny
+from ssl_jax import metrics, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 TESTS = REPO / 'tests'
@@ -36,8 +37,7 @@ def start(code, devices=1, **env):
         'PYTHONPATH': f'{REPO}{os.pathsep}{TESTS}',
         'PYTHONUNBUFFERED': '1',
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-        '--xla_backend_optimization_level=0',
+        'XLA_FLAGS': re.sub(r'(device_count=)\d+', rf'\g<1>{devices}', os.environ['XLA_FLAGS']),
         **{k: str(v) for k, v in env.items()},
     }
     process = subprocess.Popen(
@@ -201,15 +201,13 @@ def test_two_processes_train_as_one_does_and_exchange_checkpoints(tmp_path):
     found = [finish(p) for p in two_processes(tmp_path / 'two')]
     assert all(code == 0 for code, _ in found), found
     assert 'RESULT [2, 6, false]' in found[0][1]
-    code, out = finish(start(TWO.format(workdir=str(tmp_path / 'one'), fields='total_steps=6'), 8))
-    assert code == 0, out
+    train.train(tiny.config(total_steps=6, checkpoint__every_steps=3), tmp_path / 'one')
     a, b = rows(tmp_path / 'one'), rows(tmp_path / 'two')
     assert [r['step'] for r in a] == [r['step'] for r in b]
     losses = np.array([[r['loss'] for r in x if 'loss' in r] for x in (a, b)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
     # The run of two processes goes on in one, on another number of devices.
-    more = TWO.format(workdir=str(tmp_path / 'two'), fields='total_steps=8')
-    code, out = finish(start(more, 4))
+    code, out = finish(start(run_code(tmp_path / 'two', 'total_steps=8'), 4))
     assert code == 0 and 'continuing this run at step 6' in out, out
 
 
