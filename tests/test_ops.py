@@ -255,7 +255,8 @@ def test_gelu_and_its_gradient_equal_float64():
     y = x.astype(np.float64)
     cdf = 0.5 * (1 + erf(y / math.sqrt(2)))
     out, (d_x,) = forward_and_gradient(ops.gelu, x, grad=np.ones_like(x))
-    np.testing.assert_allclose(out, y * cdf, rtol=2e-7, atol=6e-7)
+    # XLA's erf is within some 1e-7 of -1 there, times 5; how it is compiled decides the last bits.
+    np.testing.assert_allclose(out, y * cdf, rtol=2e-7, atol=1e-6)
     density = np.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
     np.testing.assert_allclose(d_x, cdf + y * density, atol=6e-7)
 
