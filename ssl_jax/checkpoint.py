@@ -286,6 +286,7 @@ def _restore(directory, items, step):
 
 
 def _writer():
+    """Orbax's handler for saving one tree; reading goes by what is on disk and needs none."""
     import orbax.checkpoint as ocp
 
     types = ocp.type_handlers
