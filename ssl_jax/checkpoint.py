@@ -286,7 +286,7 @@ def _restore(directory, items, step):
 
 
 def _writer():
-    """Orbax's handler for saving one tree; reading goes by what is on disk and needs none."""
+    """Orbax's handler that saves one tree, with SHARED_BYTES; `_read` has the standard one."""
     import orbax.checkpoint as ocp
 
     types = ocp.type_handlers

@@ -58,7 +58,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='module', autouse=True)
 def programs_of_a_module_go_with_it():
-    """Or a worker of the whole suite holds 8 GB of them at the end."""
+    """Without this a worker of the whole suite had grown to 7.6 GB at its end."""
     yield
     jax.clear_caches()
 

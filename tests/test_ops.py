@@ -45,15 +45,14 @@ def attend(qkv, heads):
     return y.reshape(b, n, width // 3)
 
 
-def forward_and_gradient(fn, *args, grad):
+def forward_and_gradient(fn, *args, grad, **compiler_options):
     """Output and gradients of fn for the cotangent `grad`, compiled."""
 
-    @jax.jit
     def both(args, grad):
         out, vjp = jax.vjp(fn, *args)
         return out, vjp(grad)
 
-    return both(args, grad)
+    return jax.jit(both, compiler_options=compiler_options)(args, grad)
 
 
 @pytest.mark.parametrize('tokens', [1, 17, 197])
@@ -254,9 +253,10 @@ def test_gelu_and_its_gradient_equal_float64():
     x = np.concatenate([np.linspace(-12, 12, 4001), [-1e4, -30, 0, 30, 1e4]]).astype(np.float32)
     y = x.astype(np.float64)
     cdf = 0.5 * (1 + erf(y / math.sqrt(2)))
-    out, (d_x,) = forward_and_gradient(ops.gelu, x, grad=np.ones_like(x))
-    # XLA's erf is within some 1e-7 of -1 there, times 5; how it is compiled decides the last bits.
-    np.testing.assert_allclose(out, y * cdf, rtol=2e-7, atol=1e-6)
+    # As outside the tests: the emitters of conftest are off by 6.5e-7 at -5.3.
+    emitters = {'xla_cpu_use_fusion_emitters': True}
+    out, (d_x,) = forward_and_gradient(ops.gelu, x, grad=np.ones_like(x), **emitters)
+    np.testing.assert_allclose(out, y * cdf, rtol=2e-7, atol=6e-7)
     density = np.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
     np.testing.assert_allclose(d_x, cdf + y * density, atol=6e-7)
 
