@@ -146,7 +146,7 @@ def default():
     e.max_train = None  # images of eval_train used, None: all
     e.max_test = None
     e.size = None  # pixels, None: method.img_size
-    e.pictures = True  # reconstructions in the workdir
+    e.pictures = True  # reconstructions and curves in the workdir
     e.num_pictures = 8
 
     c.nonfinite = ml_collections.ConfigDict(dict(in_a_row=3, total=10))  # skipped steps tolerated

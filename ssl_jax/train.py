@@ -348,7 +348,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     result['step'] = int(state.step)
     saved.wait()
     if not result['preempted']:
-        _farewell(workdir, result, bad)
+        _farewell(workdir, result, bad, config.eval.pictures)
     return result
 
 
@@ -402,13 +402,14 @@ def _banner(config, source, method, program, clock, workdir):
         log(slow)
 
 
-def _farewell(workdir, result, bad):
+def _farewell(workdir, result, bad, pictures):
     shown = {k: v for k, v in result.items() if k not in ('step', 'preempted')}
     log(f'done: step {result["step"]:,}')
     log(*(f'  {k:<28} {v:.4g}' for k, v in sorted(shown.items()) if isinstance(v, float)))
     if bad.count:
         log(f'  {bad.count} images could not be decoded, see {workdir}/bad_images.jsonl')
-    log(f'pictures and curves: {workdir / "pictures"}')
+    if pictures:
+        log(f'pictures and curves: {workdir / "pictures"}')
 
 
 def main(argv=None):

@@ -62,6 +62,12 @@ def test_the_words_are_inferred_printed_and_in_the_checkpoint(beit):
     assert {'mim_gain', 'token_perplexity', 'features/std'} <= set().union(*rows)
 
 
+def test_a_run_without_pictures_does_not_promise_them(beit):
+    said, workdir = beit
+    assert 'done: step 2' in said and 'pictures and curves' not in said
+    assert not (workdir / 'pictures').exists()
+
+
 def test_the_run_is_shown_and_gives_features(beit, folder, tmp_path, capsys):
     _, workdir = beit
     args = ['--workdir', str(workdir), '--data', str(folder)]
