@@ -4,7 +4,7 @@
     SSL_JAX_DATA=/data python experiments/splitmask/colours.py
 
 Linear probe and kNN of the mean of the three channels, and of mean and standard deviation, on the
-5,000 training and test images of `run.py`.
+images that `run.py` probes with: 5,000 of CIFAR-10 each, 4,096 and 1,000 rendered scenes.
 """
 
 import os
@@ -12,7 +12,7 @@ import pathlib
 
 import jax.numpy as jnp
 
-from ssl_jax.data import sources
+from ssl_jax.data import scenes, sources
 from ssl_jax.evals import run
 
 CIFAR = pathlib.Path(os.environ.get('SSL_JAX_DATA', '../shared/data')) / 'cifar10'
@@ -28,6 +28,11 @@ def mean_and_std(images):
 
 
 if __name__ == '__main__':
-    train, test = (sources.open_source(CIFAR / f'{n}.parquet') for n in ('train', 'test'))
+    sets = {
+        'CIFAR-10': (32, [sources.open_source(CIFAR / f'{n}.parquet') for n in ('train', 'test')]),
+        'rendered scenes': (64, [scenes.Scenes(4096, 64), scenes.Scenes(1000, 64, split='test')]),
+    }
     forwards = {'mean': mean, 'mean and std': mean_and_std}
-    print(run.table(run.evaluate(forwards, train, test, size=32, limit=5000, log=None)))
+    for name, (size, data) in sets.items():
+        print(name)
+        print(run.table(run.evaluate(forwards, *data, size=size, limit=5000, log=None)))

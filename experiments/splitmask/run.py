@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each half of SplitMask gives, and what a small set teaches by itself, on CIFAR-10.
+"""What each half of SplitMask gives, and what a small set teaches by itself.
 
     SSL_JAX_DATA=/data python experiments/splitmask/run.py controls [--out DIR] [--seeds 0 1 2]
+    python experiments/splitmask/run.py scenes [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py target   [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py rates    [--out DIR] [--seeds 0 1 2]
 
-`controls`: SplitMask whole, without matching, matching alone, MAE and BEiT; the same encoder,
-images and number of updates; linear probe, kNN and fine-tuning.  `target`: 5,000 images are all
-there is: SplitMask on them, then fine-tuning on them, against training from scratch for the total
-CPU time.  `rates`: the whole loss and matching alone at higher and higher learning rates.
+`controls`: SplitMask whole, without matching, matching alone, MAE and BEiT on CIFAR-10; the same
+encoder, images and number of updates; linear probe, kNN and fine-tuning.  `scenes`: the first three
+of them on rendered scenes, `scenes_splitmask`, where colours tell nothing of the classes.
+`target`: 5,000 images of CIFAR-10 are all there is: SplitMask on them, then fine-tuning on them,
+against training from scratch for the total CPU time.  `rates`: the whole loss and matching alone at
+higher and higher learning rates, on CIFAR-10.
 
 Every run is a command of `ssl_jax`, printed before it starts; finished ones are not repeated, so a
 stopped experiment continues; another number of updates, or depth, wants another folder.
-DIR/controls.md, DIR/target.md and DIR/rates.md are the tables.
+DIR/controls.md, scenes.md, target.md and rates.md are the tables.
 """
 
 import argparse
@@ -28,7 +31,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 CIFAR = pathlib.Path(os.environ.get('SSL_JAX_DATA', '../shared/data')) / 'cifar10'
-SMALL = ['method.embed_dim=64', 'method.num_heads=4']
 CONTROLS = {
     'SplitMask: split, inpaint, match': ('cifar10_splitmask', []),
     'split and inpaint': ('cifar10_splitmask', ['method.w_nce=0']),
@@ -37,6 +39,7 @@ CONTROLS = {
     'BEiT': ('cifar10_beit', []),
 }
 BATCH, IMAGES = 64, 5000
+PROBE = ('--data', CIFAR / 'train.parquet', '--test', CIFAR / 'test.parquet', '--limit', IMAGES)
 EPOCHS = 10  # of fine-tuning in `target`; `controls` has half as many
 
 
@@ -63,28 +66,30 @@ def subset(out):
     return path
 
 
-def pretrain(recipe, fields, workdir, seed, data, updates):
+def cifar(data, args):
+    """Words of a command that pretrains a small encoder on these images of CIFAR-10."""
+    return ['--data', data, f'batch_size={BATCH}', *args.small]
+
+
+def pretrain(recipe, words, workdir, seed, updates):
     """Seconds of CPU time that the run took (kept beside it)."""
     taken = workdir / 'seconds.json'
     if not taken.exists():
         seconds = run(
-            'pretrain', '--config', recipe, '--workdir', workdir, '--data', data,
-            f'seed={seed}', f'total_steps={updates}', 'total_epochs=None', 'warmup_epochs=None',
-            f'warmup_steps={updates // 10}', f'batch_size={BATCH}', 'eval.every_epochs=None',
-            'eval.knn=False', *SMALL, *fields,
+            'pretrain', '--config', recipe, '--workdir', workdir, *words, f'seed={seed}',
+            f'total_steps={updates}', f'warmup_steps={updates // 10}', 'total_epochs=None',
+            'warmup_epochs=None', 'eval.every_steps=None', 'eval.every_epochs=None',
+            'eval.knn=False',
         )  # fmt: skip
         taken.write_text(json.dumps(seconds))
     return json.loads(taken.read_text())
 
 
-def probe(workdir):
-    """Top-1 of linear probe and kNN, of the best feature, with 5,000 images each; RankMe."""
+def probe(workdir, *words):
+    """Top-1 of linear probe and kNN, each of its best feature; RankMe.  `words` name the data."""
     path = workdir / 'probe.json'
     if not path.exists():
-        run(
-            'eval', '--workdir', workdir, '--out', path, '--limit', IMAGES,
-            '--data', CIFAR / 'train.parquet', '--test', CIFAR / 'test.parquet',
-        )  # fmt: skip
+        run('eval', '--workdir', workdir, '--out', path, *words)
     rows = json.loads(path.read_text())
     rank = next(r['rankme'] for r in rows if r.get('rankme') and r['feature'] == 'patch')
     best = {
@@ -95,11 +100,10 @@ def probe(workdir):
     return {**best, 'rankme': rank}
 
 
-def finetune(model, workdir, seed, epochs, data):
+def finetune(model, workdir, seed, epochs, data, fields=()):
     """(top-1 on the test images at the end, seconds of CPU time)."""
     taken = workdir / 'seconds.json'
     if not taken.exists():
-        fields = SMALL if model == 'none' else []
         seconds = run(
             'finetune', '--config', 'finetune_cifar10', '--model', model, '--workdir', workdir,
             '--data', data, '--test', CIFAR / 'test.parquet', f'seed={seed}',
@@ -107,9 +111,17 @@ def finetune(model, workdir, seed, epochs, data):
             'eval.every_epochs=None', *fields,
         )  # fmt: skip
         taken.write_text(json.dumps(seconds))
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    found = [row['test/top1'] for row in map(json.loads, lines) if 'test/top1' in row]
-    return found[-1], json.loads(taken.read_text())
+    return last(workdir, 'test/top1'), json.loads(taken.read_text())
+
+
+def last(workdir, name):
+    """The last value that a run logged under this name; None if there is none."""
+    rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return ([None] + [row[name] for row in rows if name in row])[-1]
+
+
+def named(seeds):
+    return f'seeds {", ".join(map(str, seeds))}: mean ± standard deviation'
 
 
 def spread(values, digits=1):
@@ -118,19 +130,27 @@ def spread(values, digits=1):
     return f'{np.mean(values):.{digits}f}{std}'
 
 
-def controls(out, seeds, updates):
-    data, rows = subset(out), {name: [] for name in CONTROLS}
-    for seed in seeds:  # outermost, so that a stopped experiment has whole seeds
+def probed(found, model):
+    """Columns linear probe and kNN of 'trained', 'untrained' or 'raw_pixels' in these probes."""
+    return ' | '.join(spread([f[f'{model} {kind}'] for f in found]) for kind in ('linear', 'knn'))
+
+
+def controls(args):
+    data, rows = subset(args.out), {name: [] for name in CONTROLS}
+    train, epochs = CIFAR / 'train.parquet', EPOCHS // 2
+    scratch = []
+    for seed in args.seeds:  # outermost, so that a stopped experiment has whole seeds
         for i, (name, (recipe, fields)) in enumerate(CONTROLS.items()):
-            workdir = out / f'control{i}_{seed}'
-            pretrain(recipe, fields, workdir, seed, CIFAR / 'train.parquet', updates)
-            tuned = finetune(workdir, out / f'control{i}_{seed}_tuned', seed, EPOCHS // 2, data)[0]
-            rows[name].append({**probe(workdir), 'tuned': tuned})
-    scratch = [finetune('none', out / f'scratch_{s}', s, EPOCHS // 2, data)[0] for s in seeds]
+            workdir = args.out / f'control{i}_{seed}'
+            pretrain(recipe, [*cifar(train, args), *fields], workdir, seed, args.updates)
+            tuned = args.out / f'control{i}_{seed}_tuned'
+            top1, _ = finetune(workdir, tuned, seed, epochs, data)
+            rows[name].append({**probe(workdir, *PROBE), 'tuned': top1})
+        folder = args.out / f'scratch_{seed}'
+        scratch.append(finetune('none', folder, seed, epochs, data, args.small)[0])
     text = [
-        f'{updates} updates of batch {BATCH}, seeds {", ".join(map(str, seeds))}: mean ± standard '
-        f'deviation, top-1 in %. Probes: {IMAGES} training and test images; '
-        f'fine-tuned on {IMAGES}, {EPOCHS // 2} epochs.',
+        f'{args.updates} updates of batch {BATCH}, {named(args.seeds)}; top-1 in %. Probes: '
+        f'{IMAGES} training and test images; fine-tuned on {IMAGES}, {epochs} epochs.',
         '',
         '| pretraining | linear probe | kNN | fine-tuned |',
         '|---|---|---|---|',
@@ -139,81 +159,100 @@ def controls(out, seeds, updates):
         columns = [[f[k] for f in found] for k in ('trained linear', 'trained knn', 'tuned')]
         text.append(f'| {name} | ' + ' | '.join(map(spread, columns)) + ' |')
     first = next(iter(rows.values()))
-    columns = [[f[k] for f in first] for k in ('untrained linear', 'untrained knn')]
-    text.append('| none | ' + ' | '.join(map(spread, [*columns, scratch])) + ' |')
-    columns = [[first[0][k]] for k in ('raw_pixels linear', 'raw_pixels knn')]
-    text.append('| raw pixels | ' + ' | '.join(f'{c[0]:.1f}' for c in columns) + ' | |')
-    return '\n'.join(text)
+    text.append(f'| none | {probed(first, "untrained")} | {spread(scratch)} |')
+    text.append(f'| raw pixels | {probed(first[:1], "raw_pixels")} | |')
+    return text
 
 
-def target(out, seeds, updates):
-    data, pretrained, scratch, seconds = subset(out), [], [], []
-    for seed in seeds:
-        workdir = out / f'target_{seed}'
-        before = pretrain('cifar10_splitmask', [], workdir, seed, data, updates)
-        top1, after = finetune(workdir, out / f'target_{seed}_tuned', seed, EPOCHS, data)
+def scenes(args):
+    rows = {name: [] for name in list(CONTROLS)[:3]}
+    for seed in args.seeds:
+        for i, (name, found) in enumerate(rows.items()):
+            workdir = args.out / f'scenes{i}_{seed}'
+            pretrain('scenes_splitmask', CONTROLS[name][1], workdir, seed, args.updates)
+            found.append({**probe(workdir), 'nce': last(workdir, 'nce')})
+    text = [
+        f'{args.updates} updates of batch 32, {named(args.seeds)}; top-1 in % of 10 classes. '
+        f'Probes: 4,096 training, 1,000 test images. InfoNCE of equal descriptors is ln 32 = 3.47.',
+        '',
+        '| pretraining | InfoNCE at the end | linear probe | kNN |',
+        '|---|---|---|---|',
+    ]
+    for name, found in rows.items():
+        nce = spread([f['nce'] for f in found], 2) if found[0]['nce'] else ''
+        text.append(f'| {name} | {nce} | {probed(found, "trained")} |')
+    text.append(f'| none | | {probed(found, "untrained")} |')
+    text.append(f'| raw pixels | | {probed(found[:1], "raw_pixels")} |')
+    return text
+
+
+def target(args):
+    data, pretrained, short, long, seconds = subset(args.out), [], [], [], []
+    for seed in args.seeds:
+        workdir = args.out / f'target_{seed}'
+        before = pretrain('cifar10_splitmask', cifar(data, args), workdir, seed, args.updates)
+        top1, after = finetune(workdir, args.out / f'target_{seed}_tuned', seed, EPOCHS, data)
         pretrained.append(top1)
         epochs = round(EPOCHS * (before + after) / after)
-        control, taken = finetune('none', out / f'target_{seed}_scratch', seed, epochs, data)
-        few = finetune('none', out / f'target_{seed}_short', seed, EPOCHS, data)[0]
-        scratch.append((few, control))
+        folder = args.out / f'target_{seed}_scratch'
+        top1, taken = finetune('none', folder, seed, epochs, data, args.small)
+        long.append(top1)
+        folder = args.out / f'target_{seed}_short'
+        short.append(finetune('none', folder, seed, EPOCHS, data, args.small)[0])
         seconds.append((before + after, taken, epochs))
-    short, long = zip(*scratch)
     ours, theirs, epochs = np.mean(seconds, axis=0)
-    ours_was = f'SplitMask {updates} updates, then {EPOCHS} epochs'
-    return '\n'.join([
-        f'{IMAGES} images of CIFAR-10, seeds {", ".join(map(str, seeds))}: top-1 in % on 10,000.',
+    ours_was = f'SplitMask {args.updates} updates, then {EPOCHS} epochs'
+    return [
+        f'{IMAGES} images of CIFAR-10, {named(args.seeds)}; top-1 in % on 10,000.',
         '',
         '| training | CPU seconds | top-1 |',
         '|---|---|---|',
         f'| {ours_was} | {ours:.0f} | {spread(pretrained)} |',
         f'| from scratch, {epochs:.0f} epochs: the same CPU time | {theirs:.0f} | {spread(long)} |',
         f'| from scratch, {EPOCHS} epochs: the same labels seen | | {spread(short)} |',
-    ])  # fmt: skip
+    ]
 
 
-def rates(out, seeds, updates, lrs):
+def rates(args):
     text = [
-        f'{updates} updates of batch {BATCH}, seeds {", ".join(map(str, seeds))}: mean ± standard '
-        f'deviation. InfoNCE of equal descriptors is ln {BATCH} = {np.log(BATCH):.2f}. Probes: '
-        f'{IMAGES} training and test images, top-1 in %.',
+        f'{args.updates} updates of batch {BATCH}, {named(args.seeds)}. InfoNCE of equal '
+        f'descriptors is ln {BATCH} = {np.log(BATCH):.2f}. Probes: {IMAGES} training and test '
+        f'images, top-1 in %.',
         '',
         '| pretraining | rate | InfoNCE at the end | RankMe of patch means | linear probe | kNN |',
         '|---|---|---|---|---|---|',
     ]
+    words = cifar(CIFAR / 'train.parquet', args)
     for name in ('SplitMask: split, inpaint, match', 'match only'):
         recipe, fields = CONTROLS[name]
-        for lr in lrs:
+        for lr in args.lrs:
             found = []
-            for seed in seeds:
-                workdir = out / f'rate{lr:g}_{name.split()[0][:5]}_{seed}'
-                own = [*fields, f'optim.lr={lr}']
-                pretrain(recipe, own, workdir, seed, CIFAR / 'train.parquet', updates)
-                lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-                nce = [row['nce'] for row in lines if 'nce' in row][-1]
-                found.append({**probe(workdir), 'nce': nce})
+            for seed in args.seeds:
+                workdir = args.out / f'rate{lr:g}_{name.split()[0][:5]}_{seed}'
+                own = [*words, *fields, f'optim.lr={lr}']
+                pretrain(recipe, own, workdir, seed, args.updates)
+                found.append({**probe(workdir, *PROBE), 'nce': last(workdir, 'nce')})
             columns = [[f[k] for f in found] for k in ('rankme', 'trained linear', 'trained knn')]
-            first = spread([f['nce'] for f in found], 2)
-            text.append(f'| {name} | {lr:g} | {first} | ' + ' | '.join(map(spread, columns)) + ' |')
-    return '\n'.join(text)
+            nce = spread([f['nce'] for f in found], 2)
+            text.append(f'| {name} | {lr:g} | {nce} | ' + ' | '.join(map(spread, columns)) + ' |')
+    return text
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('what', choices=('controls', 'target', 'rates'))
+    modes = {f.__name__: f for f in (controls, scenes, target, rates)}
+    parser.add_argument('what', choices=modes)
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/splitmask'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--updates', type=int, default=800, help='of pretraining')
-    parser.add_argument('--depth', type=int, default=4, help='blocks of the encoder')
+    parser.add_argument('--depth', type=int, default=4, help='blocks of the encoder, on CIFAR-10')
     parser.add_argument(
         '--lrs', type=float, nargs='+', default=[1e-2, 3e-2],
-        help="of `rates`; `controls` has the recipe's, 7e-4",
+        help="of `rates`; the others have their recipe's",
     )  # fmt: skip
     args = parser.parse_args()
+    args.small = ['method.embed_dim=64', 'method.num_heads=4', f'method.depth={args.depth}']
     args.out.mkdir(parents=True, exist_ok=True)
-    SMALL.append(f'method.depth={args.depth}')
-    make = {'controls': controls, 'target': target, 'rates': rates}[args.what]
-    more = [args.lrs] if args.what == 'rates' else []
-    table = make(args.out, args.seeds, args.updates, *more)
+    table = '\n'.join(modes[args.what](args))
     (args.out / f'{args.what}.md').write_text(table + '\n')
     print(table)
