@@ -2,7 +2,7 @@
 """What each half of SplitMask gives, and what a small set teaches by itself.
 
     SSL_JAX_DATA=/data python experiments/splitmask/run.py controls [--out DIR] [--seeds 0 1 2]
-    python experiments/splitmask/run.py scenes [--out DIR] [--seeds 0 1 2]
+    python experiments/splitmask/run.py scenes --updates 4000 [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py target   [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py rates    [--out DIR] [--seeds 0 1 2]
 
