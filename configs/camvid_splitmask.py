@@ -8,8 +8,10 @@ image, the paper's advice for scenes (ADE20k, section 5.2.2). Its rule for the l
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config camvid_splitmask --workdir runs/camvid_splitmask
 
-Expected: not measured yet.
-Cost: 1.8e14 useful FLOPs: half an hour at the 90 images/s of two busy CPU cores.
+Expected (one seed, 2,867 updates): inpainting 1.5 nats above guessing by frequency (`mim_gain`, 1.2
+to 1.8 over the last 500 updates), the other branch found in 9 of 10 images (`nce_acc`), token
+perplexity 1,150 of 2,048. The scenes have no classes, so there is no probe.
+Cost: 1.8e14 useful FLOPs: 40 minutes at the 75 to 80 images/s of two CPU cores.
 """
 
 import os
