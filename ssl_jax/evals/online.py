@@ -142,12 +142,15 @@ def _jitted_reconstruct(method, replicated):
 
 
 def spread_images(source, size, count):
-    """uint8 (count, size, size, 3): images from all over a source, which is often sorted by class.
+    """uint8 (count, size, size, 3): one image from each of `count` equal parts of a source.
 
-    One that does not decode gives way to another; of a source too small or broken come fewer.
+    Parts, as sources are often sorted by class; a random place in each, always the same, as in
+    others the classes take turns, and even steps would meet few of them.  One that does not decode
+    gives way to another; of a source too small or broken come fewer.
     """
     n = len(source)
-    spread = np.arange(min(count, n)) * n // min(count, n)
+    edges = np.arange(min(count, n) + 1) * n // min(count, n)
+    spread = np.random.default_rng(0).integers(edges[:-1], edges[1:])
     order = dict.fromkeys(((spread + np.arange(4)[:, None]) % n).reshape(-1).tolist())
     images, some = [], features.Subset(source, list(order))
     with pipeline.eval_stream(some, size, len(spread)) as stream:
