@@ -6,8 +6,10 @@ What makes DINOv2 train on little data, and why: see `config_dinov2.small`.
 Command:
   ssl_jax pretrain --config scenes_dinov2 --workdir runs/scenes_dinov2
 
-Expected: not measured; the class-token loss starts at ln 1024 + 50/64 = 7.7, as its theory says.
-Cost: not measured.
+Expected: no collapse (feature std 0.97, all prototypes used) and a linear probe of 16.3 % of 10
+classes (untrained 11.8, raw pixels 14.5): 32,000 images are little for DINOv2, `scenes_mae` has
+nearly twice that. The class-token loss starts at ln 1024 + 50/64 = 7.7, as its theory says.
+Cost: 7 minutes on 2 CPU cores (84 images/s).
 """
 
 from ssl_jax import config, config_data, config_dinov2
