@@ -19,6 +19,7 @@ COLOURS = ('#0b6fb8', '#d1495b', '#2e933c', '#8d5fb0', '#e09f1f', '#5d6770')
 COLUMNS = (  # key of a reconstruction, header
     ('image', 'input'),
     ('masked', 'masked'),
+    ('means', 'given means'),
     ('prediction', 'prediction'),
     ('stitched', 'reconstruction'),
     ('image', 'original'),
@@ -26,12 +27,12 @@ COLUMNS = (  # key of a reconstruction, header
 
 
 def reconstruction_grid(pictures, path):
-    """One row per image: input | masked | prediction | reconstruction | original.
+    """One row per image: input | masked | given means | prediction | reconstruction | original.
 
     Args:
       pictures: dict of (B, H, W, 3) in [0, 1] or uint8: image, masked, stitched (prediction with
-        the visible patches put back) and, if it is to be shown, prediction; un-normalised, since
-        the raw output of a model that predicts normalised patches looks like noise.
+        the visible patches put back) and, if they are to be shown, prediction and means (of the
+        hidden patches, given to the prediction by un-normalising it).
       path: of the PNG; its folder is made.
     """
     missing = [k for k in ('image', 'masked', 'stitched') if k not in pictures]

@@ -35,11 +35,12 @@ def write_rows(path, rows, tail=''):
 
 
 def test_reconstruction_has_the_columns_in_order_and_pixels_are_repeated_exactly(tmp_path):
-    made = {k: images(seed=i) for i, k in enumerate(('image', 'masked', 'prediction', 'stitched'))}
+    keys = ('image', 'masked', 'means', 'prediction', 'stitched')
+    made = {k: images(seed=i) for i, k in enumerate(keys)}
     viz.reconstruction_grid(made, tmp_path / 'new' / 'r.png')
     sheet = read(tmp_path / 'new' / 'r.png')
-    assert sheet.shape == sheet_size(3, 5, 128)
-    for j, key in enumerate(('image', 'masked', 'prediction', 'stitched', 'image')):
+    assert sheet.shape == sheet_size(3, 6, 128)
+    for j, key in enumerate((*keys, 'image')):
         want = made[key][2].repeat(16, axis=0).repeat(16, axis=1)
         np.testing.assert_array_equal(tile(sheet, 2, j, 128), want)
 

@@ -111,17 +111,21 @@ class MAE:
     def reconstruct(self, params, images, keys):
         """uint8 images (B, S, S, 3), keys (B,) -> pictures as float32 (B, S, S, 3) in [0, 1].
 
-        `prediction` is un-normalised with each patch's own statistics where norm_pix_loss was used
-        (the raw prediction of such a model looks like noise); `stitched` keeps visible patches.
+        `stitched` is the prediction with the visible patches kept.  Where norm_pix_loss was used,
+        the prediction is un-normalised with each patch's own mean and standard deviation (raw it
+        looks like noise); `means` has only those means in the hidden patches, so that nobody takes
+        what was given for what the model knows.
         """
         x = augment.normalize(images)
         mask = masking.random_masking(keys, self.grid, self.mask_ratio, self.mask_grid)
         pred = self.forward(params, x, mask)['pred'].astype(jnp.float32)
         patches = losses.patchify(x, self.vit.patch_size)
+        hidden = mask.mask[..., None]
+        means = {}
         if self.norm_pix_loss:
             mean, std = losses.patch_statistics(patches)
             pred = pred * std + mean
-        hidden = mask.mask[..., None]
+            means = {'means': patches * (1 - hidden) + mean * hidden}
         grey = -jnp.asarray(augment.MEAN) / jnp.asarray(augment.STD)  # black before denormalize
         grey = jnp.tile(grey + 0.5 / jnp.asarray(augment.STD), self.vit.patch_size**2)
 
@@ -129,12 +133,14 @@ class MAE:
             pixels = losses.unpatchify(patches, self.grid, self.vit.patch_size)
             return augment.denormalize(pixels)
 
-        return {
-            'image': picture(patches),
-            'masked': picture(patches * (1 - hidden) + grey * hidden),
-            'prediction': picture(pred),
-            'stitched': picture(patches * (1 - hidden) + pred * hidden),
+        made = {
+            'image': patches,
+            'masked': patches * (1 - hidden) + grey * hidden,
+            **means,
+            'prediction': pred,
+            'stitched': patches * (1 - hidden) + pred * hidden,
         }
+        return {name: picture(patches) for name, patches in made.items()}
 
 
 def from_config(config, clock=None):
