@@ -65,7 +65,8 @@ def _training(run, source, images, num, out):
         viz.contact_sheet(crops.reshape(-1, *crops.shape[2:]), paths[-1])
     if hasattr(run.method, 'reconstruct'):
         keys = jax.random.split(jax.random.key(run.config.seed), len(images))
-        made = jax.jit(run.method.reconstruct)(run.params, images, keys)
-        paths.append(out / f'reconstruction_{run.step:07d}.png')
-        viz.reconstruction_grid(made, paths[-1])
+        made = jax.jit(run.method.reconstruct)(run.params, run.extra, images, keys)
+        if made:
+            paths.append(out / f'reconstruction_{run.step:07d}.png')
+            viz.reconstruction_grid(made, paths[-1])
     return paths

@@ -34,6 +34,7 @@ import numpy as np
 from ssl_jax import augment, losses
 
 KINDS = ('random_patches', 'random_projection', 'kmeans', 'dvae')
+FITTED = ('random_patches', 'kmeans')  # words are made of training patches, and look like them
 NORMS = ('imagenet', 'signed', 'none')
 CENTRES = ('auto', 'none', 'patch', 'channel')
 CHUNK = 1024  # words that are compared at a time: all 8,192 for a large batch are gigabytes
@@ -111,21 +112,29 @@ def small_image(tok, x):
 
 def patches(tok, x):
     """(B, H, W, 3) in [0, 1] -> patch vectors (B, N, dim), float32, as `norm` and `centre` say."""
+    x = _scaled(tok, x)
+    return x - _mean(tok, x)
+
+
+def _scaled(tok, x):
     x = small_image(tok, x.astype(jnp.float32))
     if tok.norm == 'imagenet':
         x = (x - jnp.asarray(augment.MEAN)) / jnp.asarray(augment.STD)
     elif tok.norm == 'signed':
         x = 2 * x - 1
-    x = losses.patchify(x, tok.patch)
+    return losses.patchify(x, tok.patch)
+
+
+def _mean(tok, x):
+    """What `centre` subtracts from patches (B, N, dim)."""
     centre = tok.centre
     if centre == 'auto':
         centre = 'channel' if tok.kind == 'random_projection' else 'none'
     if centre == 'patch':
-        x = x - x.mean(axis=-1, keepdims=True)
-    elif centre == 'channel':
-        colours = x.reshape(*x.shape[:2], -1, 3)
-        x = (colours - colours.mean(axis=2, keepdims=True)).reshape(x.shape)
-    return x
+        return x.mean(axis=-1, keepdims=True)
+    if centre == 'channel':
+        return jnp.tile(x.reshape(*x.shape[:2], -1, 3).mean(axis=2), tok.patch**2)
+    return 0.0
 
 
 def init(tok, rng):
@@ -145,7 +154,7 @@ def fit(tok, codebook, batches, seed):
       batches: iterator of uint8 (B, H, W, 3); as many are taken as are needed.
       seed: int; with the images it determines the codebook.
     """
-    if tok.kind not in ('random_patches', 'kmeans'):
+    if tok.kind not in FITTED:
         return codebook
     unit = jax.jit(losses.l2_normalize)
     vectors, seen = _sample(tok, batches, seed)
@@ -238,6 +247,27 @@ def tokens(tok, codebook, x):
         logits = dvae_logits(codebook, small_image(tok, x.astype(jnp.float32)))
         return logits.argmax(axis=-1).reshape(len(x), -1).astype(jnp.int32)
     return nearest(codebook['vectors'], patches(tok, x))
+
+
+def draw(tok, codebook, words, x):
+    """Images (B, H, W, 3) in [0, 1] with words (B, N) for patches; of square images.
+
+    A word is a direction, so the length is given, of each patch of x, and so is the mean that
+    `centre` took away.  Only words that were made of patches look like something (`FITTED`).
+    """
+    whole = _scaled(tok, x)
+    mean = _mean(tok, whole)
+    length = jnp.linalg.norm(whole - mean, axis=-1, keepdims=True)
+    side = round(words.shape[1] ** 0.5)
+    vectors = codebook['vectors'][words] * length + mean
+    drawn = losses.unpatchify(vectors, (side, side), tok.patch)
+    if tok.norm == 'imagenet':
+        drawn = augment.denormalize(drawn)
+    elif tok.norm == 'signed':
+        drawn = (drawn + 1) / 2
+    for axis in (1, 2):
+        drawn = drawn.repeat(tok.image_patch // tok.patch, axis=axis)
+    return jnp.clip(drawn, 0.0, 1.0)
 
 
 def flops_per_patch(tok):

@@ -22,17 +22,17 @@ COLUMNS = (  # key of a reconstruction, header
     ('means', 'given means'),
     ('prediction', 'prediction'),
     ('stitched', 'reconstruction'),
+    ('words', 'in words'),
     ('image', 'original'),
 )
 
 
 def reconstruction_grid(pictures, path):
-    """One row per image: input | masked | given means | prediction | reconstruction | original.
+    """One row per image, columns as in COLUMNS.
 
     Args:
-      pictures: dict of (B, H, W, 3) in [0, 1] or uint8: image, masked, stitched (prediction with
-        the visible patches put back) and, if they are to be shown, prediction and means (of the
-        hidden patches, given to the prediction by un-normalising it).
+      pictures: what `reconstruction.pictures` makes, (B, H, W, 3) in [0, 1] or uint8: image,
+        masked, stitched and those of the other columns that there are.
       path: of the PNG; its folder is made.
     """
     missing = [k for k in ('image', 'masked', 'stitched') if k not in pictures]

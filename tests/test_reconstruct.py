@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a masked autoencoder say what was seen, what was given and what was predicted."""
+"""The pictures of a model say what it saw, what it was given and what it predicted."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import losses, masking, methods
+from ssl_jax import config, losses, masking, methods, tokenizers
 
 
 @pytest.fixture(scope='module')
@@ -18,11 +18,11 @@ def images():
 def reconstruct(images, bias, **fields):
     """Pictures as float patches (B, N, p*p*3), with a decoder that predicts `bias` everywhere."""
     method = methods.from_config(tiny.config(**fields))
-    params, _ = method.init(jax.random.key(0))
+    params, extra = method.init(jax.random.key(0))
     last = params['decoder']['decoder_pred']
     last.update(kernel=jnp.zeros_like(last['kernel']), bias=jnp.full_like(last['bias'], bias))
     keys = jax.random.split(jax.random.key(1), len(images))
-    made = jax.jit(method.reconstruct)(params, images, keys)
+    made = jax.jit(method.reconstruct)(params, extra, images, keys)
     mask = masking.random_masking(keys, method.grid, method.mask_ratio, method.mask_grid).mask
     return {k: np.asarray(losses.patchify(v, 8)) for k, v in made.items()}, np.asarray(mask) == 1
 
@@ -32,7 +32,7 @@ def test_visible_patches_are_the_original_and_hidden_ones_are_grey_or_predicted(
     for name in ('masked', 'means', 'stitched'):
         np.testing.assert_allclose(made[name][~hidden], made['image'][~hidden], atol=1e-6)
     np.testing.assert_allclose(made['masked'][hidden], 0.5, atol=1e-6)
-    np.testing.assert_array_equal(made['stitched'][hidden], made['prediction'][hidden])
+    np.testing.assert_allclose(made['stitched'][hidden], made['prediction'][hidden], atol=1e-6)
 
 
 def test_of_normalised_patches_the_given_means_are_all_that_a_blank_prediction_shows(images):
@@ -47,3 +47,45 @@ def test_of_normalised_patches_the_given_means_are_all_that_a_blank_prediction_s
 def test_of_plain_pixels_nothing_is_given(images):
     made, _ = reconstruct(images, bias=0.0, method__norm_pix_loss=False)
     assert set(made) == {'image', 'masked', 'prediction', 'stitched'}
+
+
+def in_words(images, method, *fields):
+    """Pictures as patches, and the codebook; word 3 is predicted everywhere."""
+    small = ('method.embed_dim=32', 'method.depth=1', 'method.num_heads=2', 'method.vocab=16')
+    small += ('method.img_size=32', 'method.patch_size=8', 'method.token_patch_size=4')
+    method = methods.from_config(config.load(f'scenes_{method}', [*small, *fields]))
+    params, extra = method.init(jax.random.key(0))
+    if 'method.tokenizer=pixel' not in fields:
+        book = tokenizers.fit(method.tokenizer, extra['codebook'], iter([images]), seed=0)
+        extra = {**extra, 'codebook': book}
+        head = params['head']
+        head.update(kernel=jnp.zeros_like(head['kernel']), bias=jnp.zeros(16).at[3].set(1.0))
+    keys = jax.random.split(jax.random.key(1), len(images))
+    made = jax.jit(method.reconstruct)(params, extra, images, keys)
+    return {k: np.asarray(losses.patchify(v, 8)) for k, v in made.items()}, method, extra
+
+
+@pytest.mark.parametrize(('method', 'share'), [('splitmask', 8), ('beit', 6)])
+def test_missing_patches_are_drawn_as_the_words_predicted(images, method, share):
+    made, method, extra = in_words(images, method)
+    hidden = (made['masked'] == 0.5).all(axis=-1)
+    assert (hidden.sum(axis=1) == share).all()  # of 16 patches
+    three = jnp.full((3, 16), 3)
+    want = tokenizers.draw(method.tokenizer, extra['codebook'], three, images / 255.0)
+    want = np.asarray(losses.patchify(want, 8))
+    np.testing.assert_allclose(made['stitched'][hidden], want[hidden], atol=1e-6)
+    np.testing.assert_allclose(made['stitched'][~hidden], made['image'][~hidden], atol=1e-6)
+    words = tokenizers.tokens(method.tokenizer, extra['codebook'], images / 255.0)
+    same = np.asarray(words) == 3
+    assert same.any() and not same.all()
+    np.testing.assert_allclose(made['words'][same], want[same], atol=1e-6)
+
+
+def test_pixels_as_the_target_of_splitmask_are_drawn_as_of_a_masked_autoencoder(images):
+    made, *_ = in_words(images, 'splitmask', 'method.tokenizer=pixel')
+    assert set(made) == {'image', 'masked', 'means', 'prediction', 'stitched'}
+
+
+def test_where_nothing_is_predicted_or_words_have_no_look_there_is_no_picture(images):
+    assert in_words(images, 'splitmask', 'method.w_mim=0')[0] == {}
+    assert in_words(images, 'beit', 'method.tokenizer=random_projection')[0] == {}

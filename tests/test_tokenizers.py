@@ -292,3 +292,14 @@ def test_real_patches_use_the_codebooks_in_the_order_of_the_table(
     assert found == sorted(found), found
     assert found[0] < 30 and found[-1] > 500, found
     assert perplexity(images, patch, 2048, 'kmeans') > found[2]
+
+
+@pytest.mark.parametrize('centre', ['none', 'patch', 'channel'])
+@pytest.mark.parametrize('norm', ['imagenet', 'signed', 'none'])
+def test_an_image_made_of_its_own_words_is_drawn_as_itself(norm, centre):
+    tok = Tokenizer('random_patches', 16, 8, 4, norm=norm, centre=centre)
+    x = np.random.default_rng(0).random((1, 16, 16, 3)).astype(np.float32)
+    x = x.repeat(2, axis=1).repeat(2, axis=2)  # the tokenizer sees means over squares of two
+    vectors = losses.l2_normalize(tokenizers.patches(tok, x)[0])
+    drawn = tokenizers.draw(tok, {'vectors': vectors}, jnp.arange(16)[None], x)
+    np.testing.assert_allclose(drawn, x, atol=2e-6)

@@ -115,11 +115,11 @@ class Evaluator:
 
         folder = self.workdir / 'pictures'
         if hasattr(self.method, 'reconstruct'):
-            images = spread_images(self.shown, self.size, self.config.num_pictures)
-            made = _reconstruct(
-                self.method, self.mesh, state.params, images, self.keys[: len(images)]
-            )
-            if jax.process_index() == 0:
+            size = self.method.views()[0].size
+            images = spread_images(self.shown, size, self.config.num_pictures)
+            keys = self.keys[: len(images)]
+            made = _reconstruct(self.method, self.mesh, state.params, state.extra, images, keys)
+            if made and jax.process_index() == 0:
                 viz.reconstruction_grid(made, folder / f'reconstruction_{step:07d}.png')
 
     def curves(self):
@@ -130,10 +130,10 @@ class Evaluator:
             viz.curves(self.workdir / 'metrics.jsonl', self.workdir / 'pictures' / 'curves.png')
 
 
-def _reconstruct(method, mesh, params, images, keys):
+def _reconstruct(method, mesh, *args):
     """Runs `method.reconstruct`, every process the whole, and returns numpy arrays."""
     run = _jitted_reconstruct(method, sharding.replicated(mesh))
-    return jax.tree.map(np.asarray, run(params, images, keys))
+    return jax.tree.map(np.asarray, run(*args))
 
 
 @functools.lru_cache

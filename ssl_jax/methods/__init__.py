@@ -15,12 +15,13 @@ A Method is a frozen dataclass of pure functions (B is the global batch):
                                            has an encoder (student and teacher), for init_from
   flops(batch_size)                     -> useful FLOPs of one step, recomputation not counted
 
-A method that reconstructs pixels also has `reconstruct(params, images, keys)`, which the loop
-turns into pictures.  One with a frozen teacher has `teacher`, where its weights are, and
-`load_teacher(extra) -> extra`, called once at the start of a run.  One that must see images before
-step 0 has `prepare(extra, batches, seed) -> extra, lines`, called once after that: `extra` is
-numpy, `batches` an iterator of host batches of its views, the lines are for the log.  One that can
-collapse has `suspect(values, step)`, a sentence on the newest metrics or None.
+A method that fills in patches also has `reconstruct(params, extra, images, keys)`, the dict of
+`reconstruction.pictures` that the loop draws, {} if there is nothing to see.  One with a frozen
+teacher has `teacher`, where its weights are, and `load_teacher(extra) -> extra`, called once at the
+start of a run.  One that must see images before step 0 has `prepare(extra, batches, seed) -> extra,
+lines`, called once after that: `extra` is numpy, `batches` an iterator of host batches of its
+views, the lines are for the log.  One that can collapse has `suspect(values, step)`, a sentence on
+the newest metrics or None.
 
 A method that learns from labels has `labels = True`: batch['label'] is int32 (B,).  One that
 classifies has `logits(params, extra, images) -> {name: (B, K)}` of uint8 images, which the loop

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import augment, losses, masking, tokenizers
+from ssl_jax import augment, losses, masking, reconstruction, tokenizers
 from ssl_jax.data import pipeline
 from ssl_jax.interop import torch_io
 from ssl_jax.models import layers
@@ -143,6 +143,25 @@ class Words:
         hits = logits.argmax(axis=-1) == targets
         return mean(losses.word_cross_entropy(logits, targets)), {'mim_acc': mean(hits)}
 
+    def draw(self, params, extra, images, tokens, hidden):
+        """Pictures of what the head makes of tokens (B, N, D): the likeliest words, or pixels.
+
+        {} where words have no look, those of a random projection and the dVAE.
+
+        Args:
+          images: uint8 (B, S, S, 3).  hidden: (B, N).
+        """
+        tok, x = self.tokenizer, images / 255.0
+        if tok is not None and tok.kind not in tokenizers.FITTED:
+            return {}
+        out = self.head.apply({'params': params['head']}, tokens)
+        if tok is None:
+            return reconstruction.from_pixels(images, hidden, out, norm_pix_loss=True)
+        book = extra['codebook']
+        drawn = tokenizers.draw(tok, book, out.argmax(axis=-1), x)
+        words = tokenizers.draw(tok, book, tokenizers.tokens(tok, book, x), x)
+        return reconstruction.pictures(x, hidden, drawn, words=words)
+
     def log(self, mim, stats):
         """The statistics of the words, and what is learned: how far the loss is below unigram."""
         if self.tokenizer is None:
@@ -207,17 +226,27 @@ class BEiT(Words):
         see_rng, mask_rng, drop_rng = jax.random.split(rng, 3)
         images = self.see(batch, see_rng)
         targets, extra, stats = self.targets(extra, images)
-        mask = masking.block_masks(
-            augment.sample_keys(mask_rng, batch['row']),
+        mask = self.masks(augment.sample_keys(mask_rng, batch['row']))
+        drop_keys = augment.sample_keys(drop_rng, batch['row'])
+        loss, metrics = self.objective(params, augment.normalize(images), mask, targets, drop_keys)
+        return loss, (extra, {**metrics, **self.log(loss, stats)})
+
+    def masks(self, keys):
+        """Keys (B,) -> (B, N), true where a patch is hidden."""
+        return masking.block_masks(
+            keys,
             self.grid,
             self.target,
             min_patches=self.on_grid(self.min_block),
             max_patches=self.on_grid(self.max_block),
             exact=self.mask_exact,
         )
-        drop_keys = augment.sample_keys(drop_rng, batch['row'])
-        loss, metrics = self.objective(params, augment.normalize(images), mask, targets, drop_keys)
-        return loss, (extra, {**metrics, **self.log(loss, stats)})
+
+    def reconstruct(self, params, extra, images, keys):
+        """uint8 images (B, S, S, 3), keys (B,) -> pictures, see `draw`."""
+        mask, x = self.masks(keys), augment.normalize(images)
+        out = self.vit.apply({'params': params['encoder']}, x, mask=mask)
+        return self.draw(params, extra, images, out['patch_tokens'], mask)
 
     def objective(self, params, images, mask, targets, drop_keys=None, bound=None):
         """(loss, accuracy) on normalised images, for masks (B, N) and the targets of all patches.

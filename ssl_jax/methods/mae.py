@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses, masking
+from ssl_jax import augment, losses, masking, reconstruction
 from ssl_jax.data import pipeline
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
@@ -108,39 +108,12 @@ class MAE:
         ends += 2 * (c + kept) * vit.embed_dim * dec.embed_dim
         return 3 * batch_size * (encoder + decoder + ends)  # backward costs twice the forward
 
-    def reconstruct(self, params, images, keys):
-        """uint8 images (B, S, S, 3), keys (B,) -> pictures as float32 (B, S, S, 3) in [0, 1].
-
-        `stitched` is the prediction with the visible patches kept.  Where norm_pix_loss was used,
-        the prediction is un-normalised with each patch's own mean and standard deviation (raw it
-        looks like noise); `means` has only those means in the hidden patches, so that nobody takes
-        what was given for what the model knows.
-        """
-        x = augment.normalize(images)
+    def reconstruct(self, params, extra, images, keys):
+        """uint8 images (B, S, S, 3), keys (B,) -> pictures, see `reconstruction.from_pixels`."""
+        del extra
         mask = masking.random_masking(keys, self.grid, self.mask_ratio, self.mask_grid)
-        pred = self.forward(params, x, mask)['pred'].astype(jnp.float32)
-        patches = losses.patchify(x, self.vit.patch_size)
-        hidden = mask.mask[..., None]
-        means = {}
-        if self.norm_pix_loss:
-            mean, std = losses.patch_statistics(patches)
-            pred = pred * std + mean
-            means = {'means': patches * (1 - hidden) + mean * hidden}
-        grey = -jnp.asarray(augment.MEAN) / jnp.asarray(augment.STD)  # black before denormalize
-        grey = jnp.tile(grey + 0.5 / jnp.asarray(augment.STD), self.vit.patch_size**2)
-
-        def picture(patches):
-            pixels = losses.unpatchify(patches, self.grid, self.vit.patch_size)
-            return augment.denormalize(pixels)
-
-        made = {
-            'image': patches,
-            'masked': patches * (1 - hidden) + grey * hidden,
-            **means,
-            'prediction': pred,
-            'stitched': patches * (1 - hidden) + pred * hidden,
-        }
-        return {name: picture(patches) for name, patches in made.items()}
+        pred = self.forward(params, augment.normalize(images), mask)['pred']
+        return reconstruction.from_pixels(images, mask.mask, pred, self.norm_pix_loss)
 
 
 def from_config(config, clock=None):

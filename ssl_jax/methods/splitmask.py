@@ -186,6 +186,18 @@ class SplitMask(beit.Words):
             stats = self.log(metrics['mim'], stats)
         return loss, (extra, {**metrics, **stats})
 
+    def reconstruct(self, params, extra, images, keys):
+        """uint8 images (B, S, S, 3), keys (B,) -> pictures of the first branch, see `draw`.
+
+        {} of matching alone, which predicts no patches.
+        """
+        if not self.w_mim:
+            return {}
+        part = branch(self.permutation(keys), *self.ranges[0])
+        out = self._one(params, augment.normalize(images), part, None)
+        hidden = part.restore >= part.visible.shape[1]
+        return self.draw(params, extra, images, out[:, self.vit.num_cls_tokens :], hidden)
+
     def objective(self, params, images, parts, targets, drop_keys=None):
         """(loss, terms) on normalised images (B, H, W, 3), the two `Branch`es and all targets."""
         outs = self.forward(params, images, parts, drop_keys)
