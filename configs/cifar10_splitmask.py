@@ -10,7 +10,7 @@ Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_splitmask --workdir runs/cifar10_splitmask
 
 Expected: not measured at this length; after 4,000 updates of a smaller encoder (64 channels, 4
-blocks) linear probe 46 %, kNN 44 (raw pixels 36 and 37): experiments/splitmask.
+blocks) linear probe 45 %, kNN 44 (raw pixels 36 and 37): experiments/splitmask.
 Cost: 7.5e14 useful FLOPs, five times `cifar10_mae`: 2 h at the 100 images/s of two busy CPU cores.
 """
 
