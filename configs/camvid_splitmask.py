@@ -11,7 +11,7 @@ Command:
 Expected (one seed, 2,867 updates): inpainting 1.5 nats above guessing by frequency (`mim_gain`, 1.2
 to 1.8 over the last 500 updates), the other branch found in 9 of 10 images (`nce_acc`), token
 perplexity 1,150 of 2,048. The scenes have no classes, so there is no probe.
-Cost: 1.8e14 useful FLOPs: 40 minutes at the 75 to 80 images/s of two CPU cores.
+Cost: 1.8e14 useful FLOPs: by the 74 to 85 images/s of two idle CPU cores about 40 minutes.
 """
 
 import os

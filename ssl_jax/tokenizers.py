@@ -250,7 +250,7 @@ def tokens(tok, codebook, x):
 
 
 def draw(tok, codebook, words, x):
-    """Images (B, H, W, 3) in [0, 1] with words (B, N) for patches; of square images.
+    """Images (B, H, W, 3) in [0, 1] with words (B, N) for patches.
 
     A word is a direction, so the length is given, of each patch of x, and so is the mean that
     `centre` took away.  Only words that were made of patches look like something (`FITTED`).
@@ -258,9 +258,8 @@ def draw(tok, codebook, words, x):
     whole = _scaled(tok, x)
     mean = _mean(tok, whole)
     length = jnp.linalg.norm(whole - mean, axis=-1, keepdims=True)
-    side = round(words.shape[1] ** 0.5)
-    vectors = codebook['vectors'][words] * length + mean
-    drawn = losses.unpatchify(vectors, (side, side), tok.patch)
+    grid = x.shape[1] // tok.image_patch, x.shape[2] // tok.image_patch
+    drawn = losses.unpatchify(codebook['vectors'][words] * length + mean, grid, tok.patch)
     if tok.norm == 'imagenet':
         drawn = augment.denormalize(drawn)
     elif tok.norm == 'signed':

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import config, losses, masking, methods, tokenizers
+from ssl_jax import config, losses, masking, methods, tokenizers, train
 
 
 @pytest.fixture(scope='module')
@@ -89,3 +89,8 @@ def test_pixels_as_the_target_of_splitmask_are_drawn_as_of_a_masked_autoencoder(
 def test_where_nothing_is_predicted_or_words_have_no_look_there_is_no_picture(images):
     assert in_words(images, 'splitmask', 'method.w_mim=0')[0] == {}
     assert in_words(images, 'beit', 'method.tokenizer=random_projection')[0] == {}
+
+
+def test_images_are_reconstructed_at_the_size_of_training_also_where_others_evaluate(tmp_path):
+    train.train(tiny.config(eval__pictures=True, eval__size=48, total_steps=3), tmp_path)
+    assert (tmp_path / 'pictures' / 'reconstruction_0000003.png').exists()

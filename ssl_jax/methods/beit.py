@@ -151,16 +151,16 @@ class Words:
         Args:
           images: uint8 (B, S, S, 3).  hidden: (B, N).
         """
-        tok, x = self.tokenizer, images / 255.0
+        tok, x, p = self.tokenizer, images / 255.0, self.vit.patch_size
         if tok is not None and tok.kind not in tokenizers.FITTED:
             return {}
         out = self.head.apply({'params': params['head']}, tokens)
         if tok is None:
-            return reconstruction.from_pixels(images, hidden, out, norm_pix_loss=True)
+            return reconstruction.from_pixels(images, hidden, p, out, norm_pix_loss=True)
         book = extra['codebook']
         drawn = tokenizers.draw(tok, book, out.argmax(axis=-1), x)
         words = tokenizers.draw(tok, book, tokenizers.tokens(tok, book, x), x)
-        return reconstruction.pictures(x, hidden, drawn, words=words)
+        return reconstruction.pictures(x, hidden, p, drawn, words=words)
 
     def log(self, mim, stats):
         """The statistics of the words, and what is learned: how far the loss is below unigram."""

@@ -113,7 +113,9 @@ class MAE:
         del extra
         mask = masking.random_masking(keys, self.grid, self.mask_ratio, self.mask_grid)
         pred = self.forward(params, augment.normalize(images), mask)['pred']
-        return reconstruction.from_pixels(images, mask.mask, pred, self.norm_pix_loss)
+        return reconstruction.from_pixels(
+            images, mask.mask, self.vit.patch_size, pred, self.norm_pix_loss
+        )
 
 
 def from_config(config, clock=None):
