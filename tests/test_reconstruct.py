@@ -49,8 +49,11 @@ def test_of_plain_pixels_nothing_is_given(images):
     assert set(made) == {'image', 'masked', 'prediction', 'stitched'}
 
 
-def in_words(images, method, *fields):
-    """Pictures as patches, and the codebook; word 3 is predicted everywhere."""
+def in_words(images, method, *fields, shown=None):
+    """Pictures as patches, method and extra; word 3 is predicted everywhere.
+
+    With `shown`, pictures of those in the words of `images`, as the untrained head predicts them.
+    """
     small = ('method.embed_dim=32', 'method.depth=1', 'method.num_heads=2', 'method.vocab=16')
     small += ('method.img_size=32', 'method.patch_size=8', 'method.token_patch_size=4')
     method = methods.from_config(config.load(f'scenes_{method}', [*small, *fields]))
@@ -59,9 +62,11 @@ def in_words(images, method, *fields):
         book = tokenizers.fit(method.tokenizer, extra['codebook'], iter([images]), seed=0)
         extra = {**extra, 'codebook': book}
         head = params['head']
-        head.update(kernel=jnp.zeros_like(head['kernel']), bias=jnp.zeros(16).at[3].set(1.0))
+        if shown is None:
+            head.update(kernel=jnp.zeros_like(head['kernel']), bias=jnp.zeros(16).at[3].set(1.0))
     keys = jax.random.split(jax.random.key(1), len(images))
-    made = jax.jit(method.reconstruct)(params, extra, images, keys)
+    shown = images if shown is None else shown
+    made = jax.jit(method.reconstruct)(params, extra, shown, keys)
     return {k: np.asarray(losses.patchify(v, 8)) for k, v in made.items()}, method, extra
 
 
@@ -79,6 +84,20 @@ def test_missing_patches_are_drawn_as_the_words_predicted(images, method, share)
     same = np.asarray(words) == 3
     assert same.any() and not same.all()
     np.testing.assert_allclose(made['words'][same], want[same], atol=1e-6)
+
+
+@pytest.mark.parametrize('method', ['splitmask', 'beit'])
+def test_what_is_grey_was_not_seen(images, method):
+    def predicted(patches):
+        shown = losses.unpatchify(patches, (4, 4), 8)
+        return in_words(images, method, shown=shown)[0]['prediction']
+
+    grey = (in_words(images, method)[0]['masked'] == 0.5).all(axis=-1, keepdims=True)
+    patches = np.asarray(losses.patchify(images, 8))
+    turned = patches.reshape(3, 16, 64, 3)[:, :, ::-1].reshape(patches.shape)  # of equal length
+    before = predicted(patches)
+    np.testing.assert_allclose(predicted(np.where(grey, turned, patches)), before, atol=1e-6)
+    assert np.abs(predicted(np.where(grey, patches, turned)) - before).max() > 0.1
 
 
 def test_pixels_as_the_target_of_splitmask_are_drawn_as_of_a_masked_autoencoder(images):
