@@ -38,9 +38,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.layer_decay = 0.75
 
-    c.data.train = ml_collections.ConfigDict(
-        dict(source='scenes', n=4096, size=64, split='train')
-    )
+    c.data.train = ml_collections.ConfigDict(dict(source='scenes', n=4096, size=64, split='train'))
     c.data.eval_test = ml_collections.ConfigDict(
         dict(source='scenes', n=1000, size=64, split='test')
     )

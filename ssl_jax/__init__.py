@@ -8,6 +8,6 @@ __all__ = ['__version__', 'load_model']
 
 def load_model(path, *, dtype=None, **hints):
     """A function from images to named features, see `ssl_jax.features.load_model`."""
-    from ssl_jax import features  # here, so that `import ssl_jax` imports no jax
+    from ssl_jax import encoder  # here, so that `import ssl_jax` imports no jax
 
-    return features.load_model(path, dtype=dtype, **hints)
+    return encoder.load_model(path, dtype=dtype, **hints)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `ssl_jax`: pretrain | finetune | eval | show | features | export | import.
 
-    ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
-    ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
-    ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
-    ssl_jax show --workdir W --data DIR                      # reconstructions and curves
-    ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
-    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
-    ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
+ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
+ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
+ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
+ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
+ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
+ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
 """
 
 import argparse
@@ -15,8 +15,8 @@ import functools
 import os
 import sys
 
-from ssl_jax import hugepages
 from ssl_jax import plan as plan_lib
+from ssl_jax.run import hugepages
 
 
 def main(argv=None):
@@ -119,7 +119,8 @@ def main(argv=None):
 def pretrain(args):
     """`ssl_jax pretrain`."""
     from ssl_jax import config as config_lib
-    from ssl_jax import launch, train
+    from ssl_jax import train
+    from ssl_jax.run import launch
 
     if not args.config and not args.data:
         raise ValueError('give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).')
@@ -135,7 +136,8 @@ def pretrain(args):
 def finetune(args):
     """`ssl_jax finetune`."""
     from ssl_jax import config as config_lib
-    from ssl_jax import config_finetune, launch, train
+    from ssl_jax import config_finetune, train
+    from ssl_jax.run import launch
 
     recipe, fields = config_finetune.command(
         args.model, args.data, args.test, args.recipe, args.config
@@ -146,9 +148,9 @@ def finetune(args):
 
 def evaluate(args):
     """`ssl_jax eval`."""
-    from ssl_jax.evals import run
+    from ssl_jax.evals import report
 
-    run.evaluate_run(
+    report.evaluate_run(
         args.workdir,
         data=args.data,
         test=args.test,
@@ -161,7 +163,7 @@ def evaluate(args):
 
 def show(args):
     """`ssl_jax show`."""
-    from ssl_jax import show as show_lib
+    from ssl_jax.viz import show as show_lib
 
     for path in show_lib.show(args.workdir, data=args.data, out=args.out, num=args.num):
         print(path)
@@ -169,10 +171,10 @@ def show(args):
 
 def features(args):
     """`ssl_jax features`."""
-    from ssl_jax import features as features_lib
+    from ssl_jax import encoder as encoder_lib
 
     log = functools.partial(print, flush=True)  # a pipe sees every line at once
-    features_lib.extract(
+    encoder_lib.extract(
         args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=log
     )
 
@@ -222,10 +224,10 @@ def demo(args):
     """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
     from ssl_jax import config as config_lib
     from ssl_jax import train
-    from ssl_jax.evals import run
+    from ssl_jax.evals import report
 
     train.run(lambda: config_lib.load('scenes_mae'), args.workdir)
-    rows = run.evaluate_run(args.workdir)
+    rows = report.evaluate_run(args.workdir)
     linear = {row['model']: row['top1'] for row in rows if row['eval'] == 'linear'}
     print(
         f'learned: a linear probe on the features names {linear["trained"]:.1f} % of the scenes, '

@@ -156,7 +156,7 @@ def _errors(c):
     for name in tuples:
         group, key = name.split('.')
         if not isinstance(c[group][key], tuple):
-            yield f"{name}={c[group][key]!r} must be a tuple, with a comma: ({c[group][key]!r},)."
+            yield f'{name}={c[group][key]!r} must be a tuple, with a comma: ({c[group][key]!r},).'
     unit, length = duration('warm_freeze', c.optim)
     if c.optim.warm_freeze and not length:
         yield (

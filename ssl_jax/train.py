@@ -23,23 +23,14 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ssl_jax import (
-    checkpoint,
-    hugepages,
-    init_from,
-    launch,
-    methods,
-    metrics,
-    optim,
-    preempt,
-    rundir,
-    sharding,
-    version,
-)
 from ssl_jax import config as config_lib
-from ssl_jax import state as state_lib
-from ssl_jax.data import ops, pipeline, sources
+from ssl_jax import methods, optim, sharding, version
+from ssl_jax import step as step_lib
+from ssl_jax.data import host, sources
+from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features, online
+from ssl_jax.run import checkpoint, hugepages, init_from, launch, metrics, preempt
+from ssl_jax.run import workdir as workdir_lib
 
 
 def log(*lines):
@@ -54,7 +45,7 @@ class Program:
     """The compiled-to-be program of a run: one function makes it for training, tests and plans."""
 
     mesh: jax.sharding.Mesh
-    abstract: state_lib.TrainState  # with shardings
+    abstract: step_lib.TrainState  # with shardings
     batch: dict  # abstract batch, with shardings
     init: object  # () -> TrainState, jitted
     step: object  # (state, batch) -> (state, metrics), jitted, state donated
@@ -68,7 +59,7 @@ def make_program(config, method, clock, mesh=None):
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
     tx, groups = optim.make(config.optim, params)
     schedule = optim.schedule(config, clock)
-    init = state_lib.init(method, tx, config.seed)
+    init = step_lib.init(method, tx, config.seed)
     abstract = jax.eval_shape(init)
     shardings = sharding.infer(abstract, mesh)
     sharding.check_replication(abstract, shardings, mesh)
@@ -84,7 +75,7 @@ def make_program(config, method, clock, mesh=None):
         )
         for v in method.views()
     }
-    step = state_lib.make_step(
+    step = step_lib.make_step(
         method, tx, schedule, seed=config.seed, accum_steps=config.accum_steps
     )
     return Program(
@@ -146,7 +137,7 @@ def restore(config, method, program, saved, source):
 def _prepare(config, method, program, state, source):
     """`state.extra` as `method.prepare` makes it; all processes see the same whole batches."""
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(program.mesh))
-    with pipeline.train_stream(
+    with stream_lib.train_stream(
         source,
         method.views(),
         batch_size=config.batch_size,
@@ -205,7 +196,7 @@ def train(config, workdir):
     started = time.monotonic()
     if config.compile_cache:
         launch.enable_compile_cache()
-    with rundir.lock(workdir), preempt.Preemption() as stop:
+    with workdir_lib.lock(workdir), preempt.Preemption() as stop:
         source = sources.open_source(config.data.train)
         if config.infer:
             config, decisions = _infer(config, source)
@@ -219,7 +210,7 @@ def train(config, workdir):
         program = make_program(config, method, clock)
         _banner(config, source, method, program, clock, workdir)
         if jax.process_index() == 0:
-            for field, (old, new) in rundir.save_config(workdir, config).items():
+            for field, (old, new) in workdir_lib.save_config(workdir, config).items():
                 log(f'config changed since this run began: {field} was {old}, is {new}')
 
         with jax.set_mesh(program.mesh):
@@ -278,12 +269,12 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     clock = Clock(config.checkpoint.every_steps, config.checkpoint.every_minutes)
     # Each process meets its own bad images and lists them in a file of its own.
     suffix = f'.{jax.process_index()}' if jax.process_index() else ''
-    bad = pipeline.BadImages(
+    bad = stream_lib.BadImages(
         source, workdir / f'bad_images{suffix}.jsonl', config.data.bad_budget
     )
     budget = metrics.NonFinite(config.nonfinite.in_a_row, config.nonfinite.total)
     pending = collections.deque()  # counters of the last two steps, read when surely ready
-    stream = pipeline.train_stream(
+    stream = stream_lib.train_stream(
         source,
         method.views(),
         batch_size=batch_size,
@@ -338,7 +329,7 @@ def _run(config, workdir, method, source, program, saved, stop, steps, started):
     except metrics.NonFiniteError:
         save(state)  # nothing non-finite is in it
         raise
-    except pipeline.TooManyBadImages:
+    except stream_lib.TooManyBadImages:
         if jax.process_count() == 1:  # elsewhere the other processes do not know
             save(state)
         raise
@@ -365,8 +356,8 @@ def _infer(config, source):
     sides = []
     for i in range(min(len(source), 64)):
         try:
-            sides.append(ops.decode(source[i]['image']).shape[:2])
-        except (ops.DecodeError, OSError):  # the stream will count and list it
+            sides.append(host.decode(source[i]['image']).shape[:2])
+        except (host.DecodeError, OSError):  # the stream will count and list it
             continue
     if not sides:
         raise ValueError(

@@ -272,9 +272,7 @@ def test_frozen_gradients_do_not_count_for_the_clipping_norm():
     c = dict(freeze=('^encoder/',), eps=1.0)
     clipped, _ = run(settings(clip=1e3, **c), tree(), [grads], [1.0])
     free, _ = run(settings(**c), tree(), [grads], [1.0])
-    np.testing.assert_array_equal(
-        clipped['decoder']['mask_token'], free['decoder']['mask_token']
-    )
+    np.testing.assert_array_equal(clipped['decoder']['mask_token'], free['decoder']['mask_token'])
 
 
 def test_freezing_everything_is_refused():

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import checkpoint, methods, metrics, optim, rundir, sharding, train
 from ssl_jax import config as config_lib
-from ssl_jax import state as state_lib
-from ssl_jax.data import pipeline, sources
+from ssl_jax import methods, optim, sharding, train
+from ssl_jax import step as step_lib
+from ssl_jax.data import sources
+from ssl_jax.data import stream as stream_lib
+from ssl_jax.run import checkpoint, metrics
+from ssl_jax.run import workdir as workdir_lib
 
 
 def final_state(workdir, config):
@@ -48,7 +51,7 @@ class Killed(BaseException):
 
 def killed_run(config, workdir, step, monkeypatch):
     """Runs until `step` batches were read, then dies without saving."""
-    real = pipeline.Stream.__next__
+    real = stream_lib.Stream.__next__
     left = [step]
 
     def dying(self):
@@ -58,7 +61,7 @@ def killed_run(config, workdir, step, monkeypatch):
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Stream, '__next__', dying)
+        patch.setattr(stream_lib.Stream, '__next__', dying)
         with pytest.raises(Killed):
             train.train(config, workdir)
 
@@ -114,7 +117,7 @@ def losses_on(devices, steps, accum_steps=1, **mesh):
         state = program.init()
         start = jax.tree.map(np.asarray, state.params)
         source = sources.open_source(config.data.train)
-        with pipeline.train_stream(
+        with stream_lib.train_stream(
             source, method.views(), batch_size=config.batch_size, seed=0
         ) as stream:
             for _ in range(steps):
@@ -163,13 +166,13 @@ def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
             compiled.append(event)
 
     counts = []
-    real = pipeline.Stream.__next__
+    real = stream_lib.Stream.__next__
 
     def counting(self):
         counts.append(len(compiled))
         return real(self)
 
-    monkeypatch.setattr(pipeline.Stream, '__next__', counting)
+    monkeypatch.setattr(stream_lib.Stream, '__next__', counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         train.train(tiny.config(), tmp_path)
@@ -198,9 +201,9 @@ def test_a_non_finite_loss_leaves_weights_and_moments_bit_for_bit():
     method = poisoned(methods.from_config(config), at=[1])
     params, extra = method.init(jax.random.key(0))
     tx, _ = optim.make(config.optim, params)
-    step = jax.jit(state_lib.make_step(method, tx, lambda s: RATES, seed=0))
+    step = jax.jit(step_lib.make_step(method, tx, lambda s: RATES, seed=0))
     batch = {'image': np.full((16, 1, 32, 32, 3), 7, np.uint8) * np.arange(1, 4, dtype=np.uint8)}
-    first, _ = step(state_lib.TrainState.create(params, extra, tx), batch)
+    first, _ = step(step_lib.TrainState.create(params, extra, tx), batch)
     second, m = step(first, batch)
     assert_same_bits((first.params, first.opt_state), (second.params, second.opt_state))
     assert (int(second.step), m['skipped_in_a_row'], m['skipped_total']) == (2, 1, 1)
@@ -222,7 +225,10 @@ def test_a_run_of_non_finite_steps_ends_with_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_second_run_on_a_live_workdir_is_refused(tmp_path):
-    with rundir.lock(tmp_path), pytest.raises(rundir.LockedError, match='in use by process'):
+    with (
+        workdir_lib.lock(tmp_path),
+        pytest.raises(workdir_lib.LockedError, match='in use by process'),
+    ):
         train.train(tiny.config(), tmp_path)
 
 

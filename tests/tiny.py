@@ -4,9 +4,10 @@
 import jax
 import ml_collections
 
-from ssl_jax import checkpoint, config_dinov2, methods, optim
 from ssl_jax import config as config_lib
-from ssl_jax import state as state_lib
+from ssl_jax import config_dinov2, methods, optim
+from ssl_jax import step as step_lib
+from ssl_jax.run import checkpoint
 
 
 def config(**fields):
@@ -88,6 +89,6 @@ def save(config, workdir, seed=0, step=0, change=lambda params: params):
     params = change(params)
     tx, _ = optim.make(config.optim, params)
     saved = checkpoint.Checkpointer(workdir / 'checkpoints')
-    saved.save(step, state_lib.TrainState.create(params, extra, tx), {'config': config.to_dict()})
+    saved.save(step, step_lib.TrainState.create(params, extra, tx), {'config': config.to_dict()})
     saved.close()
     return jax.device_get(params)

@@ -17,8 +17,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import hugepages
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.run import hugepages
 
 
 def main():

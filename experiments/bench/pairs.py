@@ -17,7 +17,7 @@ import platform
 import statistics
 import time
 
-from ssl_jax import hugepages
+from ssl_jax.run import hugepages
 
 
 def main(doc, sides, batch):
@@ -79,16 +79,22 @@ def serve(side, args, pipe):
 
 def report(args, versions, times):
     malloc = os.environ.get(hugepages.VARIABLE) or 'default malloc'
-    print(f'{args.threads} threads, {malloc}, python {platform.python_version()}, '
-          f'{", ".join(versions)}')
+    print(
+        f'{args.threads} threads, {malloc}, python {platform.python_version()}, '
+        f'{", ".join(versions)}'
+    )
     for name, pairs in times.items():
         wall, cpu = zip(*pairs)
         middle, used = statistics.median(wall), statistics.median(cpu)
-        print(f'{name:>6}: median {1e3 * middle:6.0f} ms, min {1e3 * min(wall):6.0f} ms, '
-              f'{args.batch / middle:5.1f} images/s, CPU time {1e3 * used:6.0f} ms')
+        print(
+            f'{name:>6}: median {1e3 * middle:6.0f} ms, min {1e3 * min(wall):6.0f} ms, '
+            f'{args.batch / middle:5.1f} images/s, CPU time {1e3 * used:6.0f} ms'
+        )
     if len(times) == 2:
         for k, what in enumerate(('wall', 'CPU time')):
             jax, torch = ([t[k] for t in times[name]] for name in ('jax', 'torch'))
             low, mid, high = statistics.quantiles([j / t for j, t in zip(jax, torch)], n=4)
-            print(f' ratio: jax/torch {mid:.3f} of {what} (quartiles {low:.3f}..{high:.3f}, '
-                  f'{args.pairs} pairs; of the minima {min(jax) / min(torch):.3f})')
+            print(
+                f' ratio: jax/torch {mid:.3f} of {what} (quartiles {low:.3f}..{high:.3f}, '
+                f'{args.pairs} pairs; of the minima {min(jax) / min(torch):.3f})'
+            )

@@ -41,7 +41,8 @@ def main(argv=None):
     import jax
     import numpy as np
 
-    from ssl_jax import augment, masking
+    from ssl_jax.augment import photometry
+    from ssl_jax.objectives import masking
 
     jitter = dict(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8)
     parts = {
@@ -53,11 +54,11 @@ def main(argv=None):
     parts['photometry'] = {k: v for part in parts.values() for k, v in part.items()}
     for side, batch in ((224, 32), (96, 128), (32, 512)):
         images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
-        args = augment.sample_keys(jax.random.key(0), np.arange(batch)), images
+        args = photometry.sample_keys(jax.random.key(0), np.arange(batch)), images
         for name, options in parts.items():
-            fn = functools.partial(augment.photometric, **options)
+            fn = functools.partial(photometry.photometric, **options)
             measure(f'{name}, {side} px', fn, args, repeats, 'image', batch)
-    keys = augment.sample_keys(jax.random.key(0), np.arange(1))
+    keys = photometry.sample_keys(jax.random.key(0), np.arange(1))
     for crops, side in ((128, 14), (64, 16), (8, 37)):
         for sampler in ('dinov2', 'ibot'):
             options = dict(grid=(side, side), sampler=sampler)

@@ -13,7 +13,7 @@ import pathlib
 import jax.numpy as jnp
 
 from ssl_jax.data import scenes, sources
-from ssl_jax.evals import run
+from ssl_jax.evals import report
 
 CIFAR = pathlib.Path(os.environ.get('SSL_JAX_DATA', '../shared/data')) / 'cifar10'
 
@@ -35,4 +35,4 @@ if __name__ == '__main__':
     forwards = {'mean': mean, 'mean and std': mean_and_std}
     for name, (size, data) in sets.items():
         print(name)
-        print(run.table(run.evaluate(forwards, *data, size=size, limit=5000, log=None)))
+        print(report.table(report.evaluate(forwards, *data, size=size, limit=5000, log=None)))

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import augment, losses, runs
+from ssl_jax.augment import photometry
 from ssl_jax.data import sources
 from ssl_jax.evals import online
 from ssl_jax.methods import splitmask
+from ssl_jax.objectives import losses
+from ssl_jax.run import runs
 
 CIFAR = pathlib.Path(os.environ.get('SSL_JAX_DATA', '../shared/data')) / 'cifar10'
 BATCH, IMAGES = 64, 1024
@@ -26,7 +28,7 @@ BATCH, IMAGES = 64, 1024
 
 def matches(method, params, images, key):
     """{how: share of the images whose other half is the most similar}."""
-    images = augment.normalize(images)
+    images = photometry.normalize(images)
 
     def halves(key):
         perm = method.permutation(jax.random.split(key, len(images)))

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from ssl_jax import sharding
-from ssl_jax.models import layers, vit
-from ssl_jax.models.segments import Segment, tokens_per_row
+from ssl_jax.kernels.segments import Segment, tokens_per_row
+from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import vit
 from ssl_jax.plan import chips, compile, hlo
 
 # name: ((images, tokens) of each size on a chip, width, heads)
@@ -46,12 +47,12 @@ def lower(name, remat='dots', device=None):
     if dropped:
         counts = [n for n, _ in sizes]
         keys = jax.random.split(jax.random.key(0), 1)
-        drop = layers.drop_path_subsets(keys, DEPTH, DROP_PATH[name], counts)
+        drop = blocks_lib.drop_path_subsets(keys, DEPTH, DROP_PATH[name], counts)
 
     class Stack(nn.Module):
         @nn.compact
         def __call__(self, x, drop):
-            blocks = layers.block_stack(
+            blocks = blocks_lib.block_stack(
                 DEPTH, remat=remat, name='blocks', num_heads=heads, mlp_ratio=4.0, ffn='mlp',
                 layer_scale=1e-5 if dropped else None, eps=1e-6, dtype=jnp.bfloat16, capture=False,
                 kernel_init=nn.initializers.xavier_uniform(), segments=segments,

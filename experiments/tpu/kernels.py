@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from blocks import SHAPES, segments_of
 from jax.sharding import SingleDeviceSharding
 
-from ssl_jax.models import tpu_attention
-from ssl_jax.models.segments import tokens_per_row
+from ssl_jax.kernels.segments import tokens_per_row
+from ssl_jax.kernels.tpu import attention as tpu_attention
 from ssl_jax.plan import chips, hlo
 
 

@@ -291,4 +291,3 @@ def _grid(size):
 def _span(centre, reach, size):
     """Rows or columns that [centre - reach, centre + reach] touches."""
     return max(0, int((centre - reach) * size)), min(size, int((centre + reach) * size) + 1)
-

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ssl_jax import augment, sharding
-from ssl_jax.data import pipeline
+from ssl_jax import sharding
+from ssl_jax.augment import photometry
+from ssl_jax.data import stream as stream_lib
 from ssl_jax.models import vit as vit_lib
 
 MAX_GRID = 8192  # numbers per image: a million images in 32 GiB
@@ -24,7 +25,7 @@ class Stopped(Exception):
 
 
 def make_forward(
-    vit, params, *, dtype=None, mean=augment.MEAN, std=augment.STD, last_blocks=0
+    vit, params, *, dtype=None, mean=photometry.MEAN, std=photometry.STD, last_blocks=0
 ):
     """The forward of an encoder; images are normalised, by default with ImageNet's statistics.
 
@@ -56,7 +57,7 @@ def make_forward(
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _features(vit, params, images, mean, std, last_blocks):
     last = tuple(range(vit.depth))[-last_blocks:] if last_blocks else ()
-    tokens = vit.apply({'params': params}, augment.normalize(images, mean, std), capture=last)
+    tokens = vit.apply({'params': params}, photometry.normalize(images, mean, std), capture=last)
     found = pooled(vit, tokens)
     grid = [side // vit.patch_size for side in images.shape[1:3]]
     cells = grid_cells(grid, vit.embed_dim)
@@ -144,7 +145,7 @@ def raw_pixels(size=32):
         b, h, w, c = images.shape
         small = (b, min(size, h), min(size, w), c)
         x = jax.image.resize(images.astype(jnp.float32), small, 'linear', antialias=True)
-        return {'pixels': augment.normalize(x).reshape(b, -1)}
+        return {'pixels': photometry.normalize(x).reshape(b, -1)}
 
     return forward
 
@@ -233,7 +234,7 @@ def batches(
     rows = sharding.process_rows(mesh, batch_size) if mesh is not None else None
     rest = Subset(source, np.arange(start, len(source))) if start else source
     pending = None
-    with pipeline.eval_stream(rest, size, batch_size, resize=resize, rows=rows) as stream:
+    with stream_lib.eval_stream(rest, size, batch_size, resize=resize, rows=rows) as stream:
         for batch in stream:
             if should_stop is not None and _any_process(should_stop()):
                 raise Stopped

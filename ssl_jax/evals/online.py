@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from ssl_jax import sharding
-from ssl_jax.data import pipeline, sources
+from ssl_jax.data import sources
+from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import accuracy, features, knn, monitors
 
 MONITORED = 512  # images that the collapse monitors look at
@@ -111,7 +112,7 @@ class Evaluator:
 
     def pictures(self, state, step):
         """The same images with the same masks at every step, so that progress can be seen."""
-        from ssl_jax import viz  # matplotlib is slow to import
+        from ssl_jax.viz import draw  # matplotlib is slow to import
 
         folder = self.workdir / 'pictures'
         if hasattr(self.method, 'reconstruct'):
@@ -120,14 +121,14 @@ class Evaluator:
             keys = self.keys[: len(images)]
             made = _reconstruct(self.method, self.mesh, state.params, state.extra, images, keys)
             if made and jax.process_index() == 0:
-                viz.reconstruction_grid(made, folder / f'reconstruction_{step:07d}.png')
+                draw.reconstruction_grid(made, folder / f'reconstruction_{step:07d}.png')
 
     def curves(self):
         """Redraws workdir/pictures/curves.png from the metrics written so far."""
-        from ssl_jax import viz
+        from ssl_jax.viz import draw
 
         if self.config.pictures and jax.process_index() == 0:
-            viz.curves(self.workdir / 'metrics.jsonl', self.workdir / 'pictures' / 'curves.png')
+            draw.curves(self.workdir / 'metrics.jsonl', self.workdir / 'pictures' / 'curves.png')
 
 
 def _reconstruct(method, mesh, *args):
@@ -153,7 +154,7 @@ def spread_images(source, size, count):
     spread = np.random.default_rng(0).integers(edges[:-1], edges[1:])
     order = dict.fromkeys(((spread + np.arange(4)[:, None]) % n).reshape(-1).tolist())
     images, some = [], features.Subset(source, list(order))
-    with pipeline.eval_stream(some, size, len(spread)) as stream:
+    with stream_lib.eval_stream(some, size, len(spread)) as stream:
         for batch in stream:
             images.extend(batch['image'][batch['mask']])
             if len(images) >= count:

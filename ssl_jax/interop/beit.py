@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from ssl_jax.interop import sizes, tables
-from ssl_jax.models import layers
+from ssl_jax.models import blocks
 from ssl_jax.models import vit as vit_lib
 
 TABLE, INDEX = 'relative_position_bias_table', 'relative_position_index'
@@ -63,13 +63,13 @@ def _changed(w, path, key, how):
         return [(path, key, how)]
     if isinstance(key, str):
         key = [key.replace('qkv.bias', f'{x}_bias') for x in 'qkv']
-    return [(path.replace('bias', name), k, how) for name, k in zip(layers.QKV_BIASES, key[::2])]
+    return [(path.replace('bias', name), k, how) for name, k in zip(blocks.QKV_BIASES, key[::2])]
 
 
 def index(vit):
     """The buffer of the official code, int64 (1 + N, 1 + N)."""
     side = vit.img_size // vit.patch_size
-    return layers.relative_index((side, side)).astype(np.int64)
+    return blocks.relative_index((side, side)).astype(np.int64)
 
 
 def buffers(w):

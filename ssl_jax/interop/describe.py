@@ -15,7 +15,7 @@ import math
 import jax
 import numpy as np
 
-from ssl_jax import augment
+from ssl_jax.augment import photometry
 from ssl_jax.interop import layouts
 from ssl_jax.models import decoder as decoder_lib
 from ssl_jax.models import heads as heads_lib
@@ -111,7 +111,7 @@ def num_parameters(params):
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def transform_of(size, processor=None, hints=None, mean=augment.MEAN, std=augment.STD):
+def transform_of(size, processor=None, hints=None, mean=photometry.MEAN, std=photometry.STD):
     """The transform that a folder states, or that of our evaluations.
 
     Args:

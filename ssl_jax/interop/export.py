@@ -14,8 +14,9 @@ import pathlib
 import jax.numpy as jnp
 from etils import epath
 
-from ssl_jax import runs, step_dirs, version
-from ssl_jax.interop import beit, describe, layouts, load, tables, torch_io
+from ssl_jax import version
+from ssl_jax.interop import beit, describe, files, layouts, load, tables
+from ssl_jax.run import runs, step_dirs
 
 LIBRARIES = {'official': 'pytorch', 'hf': 'transformers', 'timm': 'timm'}
 LAYOUTS = tuple(LIBRARIES)
@@ -73,10 +74,10 @@ def export(workdir, to, out, *, step=None, what='backbone', dtype='float32'):
         params = run.whole()[1] if what == 'full' else {'encoder': run.backbone()[1]}
         tensors, extra = layouts.to_layout(weights, params)
         metadata = {'format': 'pt', load.METADATA: json.dumps(describe.to_dict(weights))}
-    with torch_io.staged(out) as folder:
-        torch_io.write(folder / torch_io.WEIGHTS, tensors, metadata, dtype)
+    with files.staged(out) as folder:
+        files.write(folder / files.WEIGHTS, tensors, metadata, dtype)
         if extra:
-            torch_io.write(folder / torch_io.EXTRA, extra, {'format': 'pt'}, dtype)
+            files.write(folder / files.EXTRA, extra, {'format': 'pt'}, dtype)
         transform = run.transform
         provenance = _provenance(run, workdir, weights, dtype)
         provenance['tensors'] = len(tensors)
@@ -295,7 +296,7 @@ def _card(run, workdir, weights, params, provenance, transform, extra):
     if extra:
         lines += [
             '',
-            f'`{torch_io.EXTRA}` holds what this layout has no place for ({", ".join(extra)}); '
+            f'`{files.EXTRA}` holds what this layout has no place for ({", ".join(extra)}); '
             f'only `ssl_jax import` reads it.',
         ]
     lines += [
@@ -328,7 +329,7 @@ def _evaluation(workdir, step):
     path = epath.Path(workdir) / f'eval_{step}.json'
     if not path.exists():
         return [f'None was found beside this checkpoint (`ssl_jax eval` writes eval_{step}.json).']
-    from ssl_jax.evals import run as evals_run
+    from ssl_jax.evals import report as evals_run
 
     return ['```', evals_run.table(json.loads(path.read_text())), '```']
 

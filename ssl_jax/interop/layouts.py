@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import augment
+from ssl_jax.augment import photometry
 from ssl_jax.interop import beit, heads, recognition, sizes, tables
-from ssl_jax.models import layers
+from ssl_jax.models import blocks
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.models.heads import DINOHead
@@ -458,7 +458,7 @@ def _timm_config(w):
     if v.num_register_tokens:
         args.update(reg_tokens=v.num_register_tokens, no_embed_class=True)
     if v.ffn == 'swiglu':
-        both = 2 * layers.swiglu_hidden(v.embed_dim, v.mlp_ratio)
+        both = 2 * blocks.swiglu_hidden(v.embed_dim, v.mlp_ratio)
         args['mlp_ratio'] = sizes.mlp_ratio(both, v.embed_dim, 'mlp')
     return dict(
         architecture=architecture,
@@ -474,8 +474,8 @@ def _timm_config(w):
             interpolation='bicubic',
             crop_pct=1.0,
             crop_mode='center',
-            mean=list(augment.MEAN),
-            std=list(augment.STD),
+            mean=list(photometry.MEAN),
+            std=list(photometry.STD),
             num_classes=0,
             pool_size=None,
             first_conv='patch_embed.proj',

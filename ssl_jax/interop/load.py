@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ssl_jax import checkpoint, config_dinov2, rundir, runs, step_dirs
 from ssl_jax import config as config_lib
-from ssl_jax.interop import beit, describe, layouts, torch_io
+from ssl_jax import config_dinov2
+from ssl_jax.interop import beit, describe, files, layouts
 from ssl_jax.models.vit import ViT
+from ssl_jax.run import checkpoint, runs, step_dirs
+from ssl_jax.run import workdir as workdir_lib
 
 # The key in a safetensors header under which `export` says what it wrote.
 METADATA = 'ssl_jax'
@@ -124,7 +126,7 @@ def import_weights(path, workdir, *, log=print, **hints):
     if step_dirs.is_remote(workdir):
         _save(target, state, meta, config)
     else:
-        with torch_io.staged(workdir) as folder:
+        with files.staged(workdir) as folder:
             _save(folder, state, meta, config)
     if log is not None:
         part = f', its part {file.taken!r}' if file.taken else ''
@@ -152,7 +154,7 @@ def _read(path, hints):
     unknown = [k for k in hints if k not in HINTS]
     if unknown:
         raise ValueError(f'{unknown[0]} is no hint; use one of {", ".join(HINTS)}.')
-    file = torch_io.read(path)
+    file = files.read(path)
     try:
         if METADATA in file.metadata and not hints:
             weights = describe.from_dict(json.loads(file.metadata[METADATA]))
@@ -234,4 +236,4 @@ def _save(workdir, state, meta, config):
         saver.save(0, state, meta)
     finally:
         saver.close()
-    rundir.save_config(workdir, config)
+    workdir_lib.save_config(workdir, config)

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from ssl_jax.interop import tables
-from ssl_jax.models import layers, pos_embed
+from ssl_jax.models import blocks, pos_embed
 from ssl_jax.models import vit as vit_lib
 
 
@@ -99,7 +99,7 @@ def num_heads(hints, dim, depth):
 def mlp_ratio(hidden, dim, ffn):
     """The shortest ratio from which our FFN, and torch's, gets exactly `hidden` channels."""
     if ffn == 'swiglu':
-        if layers.swiglu_hidden(dim, 4.0) == hidden:
+        if blocks.swiglu_hidden(dim, 4.0) == hidden:
             return 4.0
         if hidden % 8:
             raise ValueError(f'a SwiGLU of {hidden} channels is no multiple of 8.')

@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import augment, losses, masking, reconstruction, tokenizers
-from ssl_jax.data import pipeline
-from ssl_jax.interop import torch_io
-from ssl_jax.models import layers
+from ssl_jax.augment import photometry as photometry_lib
+from ssl_jax.data import view as view_lib
+from ssl_jax.interop import files
+from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.objectives import losses, masking, reconstruction
+from ssl_jax.objectives import words as words_lib
 
 KEPT = 0.99  # of the running word frequencies from step to step
 
@@ -38,8 +41,8 @@ class Words:
     monitored = 'patch'  # features that must not collapse; the class token has no task of its own
 
     vit: vit_lib.ViT
-    head: layers.Dense
-    tokenizer: tokenizers.Tokenizer | None
+    head: blocks_lib.Dense
+    tokenizer: words_lib.Tokenizer | None
     dvae: str = ''
     min_perplexity: float = 50.0
     min_block: int = 16
@@ -64,7 +67,7 @@ class Words:
 
     def views(self):
         return (
-            pipeline.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
+            view_lib.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
         )
 
     def init_extra(self, rng):
@@ -72,7 +75,7 @@ class Words:
         if self.tokenizer is None:
             return {}
         return {
-            'codebook': tokenizers.init(self.tokenizer, rng),
+            'codebook': words_lib.init(self.tokenizer, rng),
             'word_frequency': jnp.zeros(self.tokenizer.vocab),
             'prepared': jnp.zeros(()),
         }
@@ -87,12 +90,12 @@ class Words:
             return extra, []
         images = (batch['image'][:, 0] for batch in batches)
         if self.tokenizer.kind == 'dvae':
-            book = tokenizers.dvae_codebook(self.tokenizer, torch_io.read(self.dvae).tensors)
+            book = words_lib.dvae_codebook(self.tokenizer, files.read(self.dvae).tensors)
         else:
-            book = tokenizers.fit(self.tokenizer, jax.device_get(extra['codebook']), images, seed)
-        counts = tokenizers.survey(self.tokenizer, book, images)
-        stats = {k: float(v) for k, v in jax.jit(tokenizers.statistics)(counts).items()}
-        tokenizers.check(self.tokenizer, stats, self.min_perplexity)
+            book = words_lib.fit(self.tokenizer, jax.device_get(extra['codebook']), images, seed)
+        counts = words_lib.survey(self.tokenizer, book, images)
+        stats = {k: float(v) for k, v in jax.jit(words_lib.statistics)(counts).items()}
+        words_lib.check(self.tokenizer, stats, self.min_perplexity)
         line = (
             f'words     {self.tokenizer.vocab:,} by {self.tokenizer.kind}, perplexity '
             f'{stats["token_perplexity"]:,.0f} on {counts.sum():,.0f} patches, the commonest '
@@ -104,11 +107,11 @@ class Words:
     def see(self, batch, rng):
         """uint8 crops -> augmented images (B, H, W, 3) in [0, 255]."""
         flip_keys, color_keys = (
-            augment.sample_keys(k, batch['row']) for k in jax.random.split(rng)
+            photometry_lib.sample_keys(k, batch['row']) for k in jax.random.split(rng)
         )
-        images = augment.random_flip(flip_keys, batch['image'][:, 0], self.flip)
+        images = photometry_lib.random_flip(flip_keys, batch['image'][:, 0], self.flip)
         if self.photometry:
-            images = augment.photometric(color_keys, images, **dict(self.photometry))
+            images = photometry_lib.photometric(color_keys, images, **dict(self.photometry))
         return images
 
     def targets(self, extra, images):
@@ -118,13 +121,13 @@ class Words:
         small batch they would look more uneven than they are.
         """
         if self.tokenizer is None:
-            pixels = losses.patchify(augment.normalize(images), self.vit.patch_size)
-            return losses.normalize_patches(pixels), extra, {}
-        words = tokenizers.tokens(self.tokenizer, extra['codebook'], images / 255.0)
-        now = tokenizers.count(words, self.tokenizer.vocab) / words.size
+            pixels = patches_lib.patchify(photometry_lib.normalize(images), self.vit.patch_size)
+            return patches_lib.normalize_patches(pixels), extra, {}
+        words = words_lib.tokens(self.tokenizer, extra['codebook'], images / 255.0)
+        now = words_lib.count(words, self.tokenizer.vocab) / words.size
         frequency = KEPT * extra['word_frequency'] + (1 - KEPT) * now
         new = {**extra, 'word_frequency': jax.lax.stop_gradient(frequency)}
-        return words, new, tokenizers.statistics(new['word_frequency'])
+        return words, new, words_lib.statistics(new['word_frequency'])
 
     def inpaint(self, params, tokens, targets, valid=None):
         """Mean loss of predicting `targets` from tokens (B, M, D), of `valid` ones, and accuracy.
@@ -152,14 +155,14 @@ class Words:
           images: uint8 (B, S, S, 3).  hidden: (B, N).
         """
         tok, x, p = self.tokenizer, images / 255.0, self.vit.patch_size
-        if tok is not None and tok.kind not in tokenizers.FITTED:
+        if tok is not None and tok.kind not in words_lib.FITTED:
             return {}
         out = self.head.apply({'params': params['head']}, tokens)
         if tok is None:
             return reconstruction.from_pixels(images, hidden, p, out, norm_pix_loss=True)
         book = extra['codebook']
-        drawn = tokenizers.draw(tok, book, out.argmax(axis=-1), x)
-        words = tokenizers.draw(tok, book, tokenizers.tokens(tok, book, x), x)
+        drawn = words_lib.draw(tok, book, out.argmax(axis=-1), x)
+        words = words_lib.draw(tok, book, words_lib.tokens(tok, book, x), x)
         return reconstruction.pictures(x, hidden, p, drawn, words=words)
 
     def log(self, mim, stats):
@@ -197,7 +200,7 @@ class Words:
         head = 2 * predicted * dim * self.head.features
         words = 0
         if self.tokenizer is not None:
-            words = self.num_patches * tokenizers.flops_per_patch(self.tokenizer)
+            words = self.num_patches * words_lib.flops_per_patch(self.tokenizer)
         return 3 * (embed + head) + words
 
 
@@ -226,9 +229,11 @@ class BEiT(Words):
         see_rng, mask_rng, drop_rng = jax.random.split(rng, 3)
         images = self.see(batch, see_rng)
         targets, extra, stats = self.targets(extra, images)
-        mask = self.masks(augment.sample_keys(mask_rng, batch['row']))
-        drop_keys = augment.sample_keys(drop_rng, batch['row'])
-        loss, metrics = self.objective(params, augment.normalize(images), mask, targets, drop_keys)
+        mask = self.masks(photometry_lib.sample_keys(mask_rng, batch['row']))
+        drop_keys = photometry_lib.sample_keys(drop_rng, batch['row'])
+        loss, metrics = self.objective(
+            params, photometry_lib.normalize(images), mask, targets, drop_keys
+        )
         return loss, (extra, {**metrics, **self.log(loss, stats)})
 
     def masks(self, keys):
@@ -244,7 +249,7 @@ class BEiT(Words):
 
     def reconstruct(self, params, extra, images, keys):
         """uint8 images (B, S, S, 3), keys (B,) -> pictures, see `draw`."""
-        mask, x = self.masks(keys), augment.normalize(images)
+        mask, x = self.masks(keys), photometry_lib.normalize(images)
         out = self.vit.apply({'params': params['encoder']}, x, mask=mask)
         return self.draw(params, extra, images, out['patch_tokens'], mask)
 
@@ -272,7 +277,7 @@ def words_from_config(config):
     tokenizer, outputs = None, 3 * m.patch_size**2
     if m.tokenizer != 'pixel':
         tokenizer, outputs = (
-            tokenizers.Tokenizer(
+            words_lib.Tokenizer(
                 kind=m.tokenizer,
                 vocab=m.vocab,
                 image_patch=m.patch_size,
@@ -295,7 +300,7 @@ def words_from_config(config):
     probs = ('jitter_prob', 'grey_prob', 'blur_prob', 'solarize_prob')
     photometry = tuple((k, m[k]) for k in names + probs) if any(m[k] for k in probs) else ()
     return dict(
-        head=layers.Dense(outputs, jnp.dtype(config.dtype), layers.truncated_normal),
+        head=blocks_lib.Dense(outputs, jnp.dtype(config.dtype), blocks_lib.truncated_normal),
         tokenizer=tokenizer,
         dvae=m.dvae,
         min_perplexity=m.min_perplexity,

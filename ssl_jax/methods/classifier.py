@@ -14,11 +14,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses, randaugment
-from ssl_jax import mixup as mixup_lib
-from ssl_jax.data import pipeline
-from ssl_jax.models import layers
+from ssl_jax.augment import mixup as mixup_lib
+from ssl_jax.augment import photometry, randaugment
+from ssl_jax.data import view as view_lib
+from ssl_jax.models import blocks
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.objectives import losses
 
 
 def head_init(key, shape, dtype=jnp.float32):
@@ -35,8 +36,8 @@ class Classifier:
     pool: str = 'patch'
     ema_decay: float | None = None
     crop_pct: float = 0.875
-    mean: tuple = augment.MEAN
-    std: tuple = augment.STD
+    mean: tuple = photometry.MEAN
+    std: tuple = photometry.STD
     crop_scale: tuple = (0.08, 1.0)
     crop_ratio: tuple = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -56,11 +57,11 @@ class Classifier:
 
     @property
     def head(self):
-        return layers.Dense(self.num_classes, self.vit.dtype, head_init)
+        return blocks.Dense(self.num_classes, self.vit.dtype, head_init)
 
     def views(self):
         return (
-            pipeline.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
+            view_lib.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
         )
 
     def init(self, rng):
@@ -71,7 +72,7 @@ class Classifier:
             'head': self.head.init(head_rng, tokens)['params'],
         }
         if self.pool == 'patch':
-            params['fc_norm'] = layers.LayerNorm(self.vit.eps).init(head_rng, tokens)['params']
+            params['fc_norm'] = blocks.LayerNorm(self.vit.eps).init(head_rng, tokens)['params']
         # Not the same buffers: what is donated may not be there twice.
         extra = {} if self.ema_decay is None else {'ema': jax.tree.map(jnp.copy, params)}
         return params, extra
@@ -83,7 +84,7 @@ class Classifier:
             return out['cls_tokens'].astype(jnp.float32).mean(axis=1)
         first = self.vit.num_cls_tokens + self.vit.num_register_tokens
         pooled = out['pre_norm'][:, first:].astype(jnp.float32).mean(axis=1)
-        return layers.LayerNorm(self.vit.eps).apply({'params': params['fc_norm']}, pooled)
+        return blocks.LayerNorm(self.vit.eps).apply({'params': params['fc_norm']}, pooled)
 
     def forward(self, params, images, drop_keys=None):
         """Normalised images (B, H, W, 3) -> logits (B, K) float32."""
@@ -92,7 +93,7 @@ class Classifier:
 
     def logits(self, params, extra, images):
         """uint8 images (B, H, W, 3) -> {name: logits (B, K)}: 'test', and 'ema' of the average."""
-        x = augment.normalize(images, self.mean, self.std)
+        x = photometry.normalize(images, self.mean, self.std)
         out = {'test': self.forward(params, x)}
         if 'ema' in extra:
             out['ema'] = self.forward(extra['ema'], x)
@@ -102,8 +103,8 @@ class Classifier:
         """A batch of crops -> (normalised, augmented and mixed images, targets (B, K))."""
         *rngs, mix_rng = jax.random.split(rng, 4)
         rows, images = batch['row'], batch['image'][:, 0]
-        flip_keys, op_keys, erase_keys = (augment.sample_keys(k, rows) for k in rngs)
-        images = augment.random_flip(flip_keys, images, self.flip)
+        flip_keys, op_keys, erase_keys = (photometry.sample_keys(k, rows) for k in rngs)
+        images = photometry.random_flip(flip_keys, images, self.flip)
         if self.randaugment_layers:
             images = randaugment.rand_augment(
                 op_keys,
@@ -114,7 +115,7 @@ class Classifier:
                 prob=self.randaugment_prob,
                 mean=self.mean,
             )
-        images = augment.normalize(images, self.mean, self.std)
+        images = photometry.normalize(images, self.mean, self.std)
         if self.erase_prob:
             images = randaugment.erase(erase_keys, images, self.erase_prob)
         # Micro-batches differ in their first row.
@@ -130,7 +131,7 @@ class Classifier:
         del step
         see_rng, drop_rng = jax.random.split(rng)
         images, targets = self.see(batch, see_rng)
-        drop_keys = augment.sample_keys(drop_rng, batch['row'])
+        drop_keys = photometry.sample_keys(drop_rng, batch['row'])
         logits = self.forward(params, images, drop_keys)
         loss = losses.cross_entropy(targets, logits, 1.0).mean()
         # Of mixed images: how often the answer is the class of which there is most.

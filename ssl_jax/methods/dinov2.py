@@ -25,11 +25,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses, masking, optim
-from ssl_jax.data import pipeline
+from ssl_jax import optim
+from ssl_jax.augment import photometry as augment
+from ssl_jax.data import view as view_lib
 from ssl_jax.evals import monitors
-from ssl_jax.models import heads, layers
+from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import heads
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.objectives import losses, masking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,13 @@ class DINOv2:
     def views(self):
         common = dict(ratio=self.crop_ratio, interpolation='bicubic')
         views = (
-            pipeline.View(
+            view_lib.View(
                 'global', self.vit.img_size, count=2, scale=self.global_crops_scale, **common
             ),
         )
         if self.n_local_crops:
             local = dict(count=self.n_local_crops, scale=self.local_crops_scale)
-            views += (pipeline.View('local', self.local_size, **local, **common),)
+            views += (view_lib.View('local', self.local_size, **local, **common),)
         return views
 
     def init(self, rng):
@@ -187,9 +190,9 @@ class DINOv2:
             samples = len(rows) // len(group_ids)
             counts = [2 * samples] + ([n * samples] if n else [])
             keys = augment.sample_keys(rng, group_ids)
-            return layers.drop_path_subsets(keys, vit.depth, vit.drop_path, counts)
+            return blocks_lib.drop_path_subsets(keys, vit.depth, vit.drop_path, counts)
         keys = augment.sample_keys(rng, rows)
-        return layers.drop_path_keep(
+        return blocks_lib.drop_path_keep(
             keys, vit.depth, vit.drop_path, vit.drop_path_uniform, 2 + n
         )
 

@@ -23,11 +23,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, init_from, losses, masking, runs
-from ssl_jax.data import pipeline
+from ssl_jax.augment import photometry
+from ssl_jax.data import view as view_lib
+from ssl_jax.kernels import ops
 from ssl_jax.methods import dinov2
-from ssl_jax.models import layers, ops
+from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.objectives import losses, masking
+from ssl_jax.run import init_from, runs
 
 
 class Projection(nn.Module):
@@ -42,9 +45,9 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        x = layers.Dense(self.out_dim, name='0', **dense)(x)
-        x = layers.LayerNorm(1e-5, name='1')(x)
-        return layers.Dense(self.out_dim, name='3', fn=ops.gelu_dense, **dense)(x)
+        x = blocks_lib.Dense(self.out_dim, name='0', **dense)(x)
+        x = blocks_lib.LayerNorm(1e-5, name='1')(x)
+        return blocks_lib.Dense(self.out_dim, name='3', fn=ops.gelu_dense, **dense)(x)
 
 
 def alignment(student, teacher, kind):
@@ -82,9 +85,7 @@ class Features:
 
     def views(self):
         return (
-            pipeline.View(
-                'image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio
-            ),
+            view_lib.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
         )
 
     def init(self, rng):
@@ -104,10 +105,10 @@ class Features:
     def loss(self, params, extra, batch, rng, step):
         del step
         flip_keys, mask_keys, drop_keys = (
-            augment.sample_keys(k, batch['row']) for k in jax.random.split(rng, 3)
+            photometry.sample_keys(k, batch['row']) for k in jax.random.split(rng, 3)
         )
-        images = augment.random_flip(flip_keys, batch['image'][:, 0], self.flip)
-        images = augment.normalize(images)
+        images = photometry.random_flip(flip_keys, batch['image'][:, 0], self.flip)
+        images = photometry.normalize(images)
         ids = None
         if self.mask_ratio:
             ids = masking.random_masking(

@@ -13,10 +13,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses, masking, reconstruction
-from ssl_jax.data import pipeline
+from ssl_jax.augment import photometry
+from ssl_jax.data import view as view_lib
+from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
+from ssl_jax.objectives import losses, masking, reconstruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,7 @@ class MAE:
 
     def views(self):
         return (
-            pipeline.View(
-                'image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio
-            ),
+            view_lib.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
         )
 
     def init(self, rng):
@@ -68,20 +68,20 @@ class MAE:
 
     def target(self, images):
         """What the decoder must predict, (B, N, p*p*3)."""
-        patches = losses.patchify(images, self.vit.patch_size)
-        return losses.normalize_patches(patches) if self.norm_pix_loss else patches
+        patches = patches_lib.patchify(images, self.vit.patch_size)
+        return patches_lib.normalize_patches(patches) if self.norm_pix_loss else patches
 
     def loss(self, params, extra, batch, rng, step):
         del step
         images = batch['image'][:, 0]
         flip_keys, mask_keys, drop_keys = jax.random.split(rng, 3)
         rows = batch['row']
-        images = augment.random_flip(augment.sample_keys(flip_keys, rows), images, self.flip)
-        images = augment.normalize(images)
+        images = photometry.random_flip(photometry.sample_keys(flip_keys, rows), images, self.flip)
+        images = photometry.normalize(images)
         mask = masking.random_masking(
-            augment.sample_keys(mask_keys, rows), self.grid, self.mask_ratio, self.mask_grid
+            photometry.sample_keys(mask_keys, rows), self.grid, self.mask_ratio, self.mask_grid
         )
-        out = self.forward(params, images, mask, augment.sample_keys(drop_keys, rows))
+        out = self.forward(params, images, mask, photometry.sample_keys(drop_keys, rows))
         loss = losses.masked_mse(out['pred'], self.target(images), mask.mask)
         return loss, (extra, {})
 
@@ -112,7 +112,7 @@ class MAE:
         """uint8 images (B, S, S, 3), keys (B,) -> pictures, see `reconstruction.from_pixels`."""
         del extra
         mask = masking.random_masking(keys, self.grid, self.mask_ratio, self.mask_grid)
-        pred = self.forward(params, augment.normalize(images), mask)['pred']
+        pred = self.forward(params, photometry.normalize(images), mask)['pred']
         return reconstruction.from_pixels(
             images, mask.mask, self.vit.patch_size, pred, self.norm_pix_loss
         )

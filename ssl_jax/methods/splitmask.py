@@ -25,10 +25,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import augment, losses, masking, sharding
+from ssl_jax import sharding
+from ssl_jax.augment import photometry
+from ssl_jax.kernels import ops
 from ssl_jax.methods import beit
-from ssl_jax.models import layers, ops, pos_embed
+from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.objectives import losses, masking
 
 
 class Branch(NamedTuple):
@@ -70,7 +74,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent, restore):
-        c, dim, init = self.num_cls_tokens, self.embed_dim, layers.truncated_normal
+        c, dim, init = self.num_cls_tokens, self.embed_dim, blocks_lib.truncated_normal
         mask_token = self.param('mask_token', init, (1, 1, dim))
         if self.pos_embed == 'sincos':
             table = jnp.asarray(pos_embed.sincos(dim, round(self.num_patches**0.5), 0))
@@ -83,7 +87,7 @@ class Decoder(nn.Module):
         missing = (mask_token + table).astype(seen.dtype)
         patches = jnp.where((restore > last)[..., None], missing, seen)
         x = sharding.constrain(jnp.concatenate([latent[:, :c], patches], axis=1))
-        blocks = layers.block_stack(
+        blocks = blocks_lib.block_stack(
             self.depth,
             remat=self.remat,
             name='decoder_blocks',
@@ -97,7 +101,7 @@ class Decoder(nn.Module):
             capture=False,
         )
         x, _ = blocks(x, None)
-        return layers.LayerNorm(self.eps, name='decoder_norm')(x)
+        return blocks_lib.LayerNorm(self.eps, name='decoder_norm')(x)
 
 
 class Projector(nn.Module):
@@ -108,9 +112,9 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dense = dict(dtype=self.dtype, kernel_init=layers.truncated_normal)
-        x = layers.Dense(x.shape[-1], name='0', **dense)(x)
-        return layers.Dense(self.out_dim, name='2', fn=ops.gelu_dense, **dense)(x)
+        dense = dict(dtype=self.dtype, kernel_init=blocks_lib.truncated_normal)
+        x = blocks_lib.Dense(x.shape[-1], name='0', **dense)(x)
+        return blocks_lib.Dense(self.out_dim, name='2', fn=ops.gelu_dense, **dense)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +182,12 @@ class SplitMask(beit.Words):
         see_rng, split_rng, drop_rng = jax.random.split(rng, 3)
         images = self.see(batch, see_rng)
         targets, extra, stats = self.targets(extra, images)
-        perm = self.permutation(augment.sample_keys(split_rng, batch['row']))
-        drop_keys = augment.sample_keys(drop_rng, batch['row'])
+        perm = self.permutation(photometry.sample_keys(split_rng, batch['row']))
+        drop_keys = photometry.sample_keys(drop_rng, batch['row'])
         parts = [branch(perm, *span) for span in self.ranges]
-        loss, metrics = self.objective(params, augment.normalize(images), parts, targets, drop_keys)
+        loss, metrics = self.objective(
+            params, photometry.normalize(images), parts, targets, drop_keys
+        )
         if 'mim' in metrics:
             stats = self.log(metrics['mim'], stats)
         return loss, (extra, {**metrics, **stats})
@@ -194,7 +200,7 @@ class SplitMask(beit.Words):
         if not self.w_mim:
             return {}
         part = branch(self.permutation(keys), *self.ranges[0])
-        out = self._one(params, augment.normalize(images), part, None)
+        out = self._one(params, photometry.normalize(images), part, None)
         hidden = part.restore >= part.visible.shape[1]
         return self.draw(params, extra, images, out[:, self.vit.num_cls_tokens :], hidden)
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ssl_jax import sharding
-from ssl_jax.models import layers, pos_embed
+from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import pos_embed
 
 
 class Decoder(nn.Module):
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         """latent (B, C + K, D_enc), ids_restore (B, N) -> (B, N, out_dim)."""
         c, normal = self.num_cls_tokens, nn.initializers.normal(0.02)
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        x = layers.Dense(self.embed_dim, name='decoder_embed', **dense)(latent)
+        x = blocks_lib.Dense(self.embed_dim, name='decoder_embed', **dense)(latent)
         mask_token = self.param('mask_token', normal, (1, 1, self.embed_dim)).astype(x.dtype)
         if self.pos_embed == 'sincos':
             grid = round(self.num_patches**0.5)
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         patches = jnp.where((ids_restore > last)[..., None], mask_token, patches)
         x = jnp.concatenate([x[:, :c], patches], axis=1) + pos.astype(x.dtype)
         x = sharding.constrain(x)
-        blocks = layers.block_stack(
+        blocks = blocks_lib.block_stack(
             self.depth,
             remat=self.remat,
             name='decoder_blocks',
@@ -68,5 +69,5 @@ class Decoder(nn.Module):
             capture=False,
         )
         x, _ = blocks(x, None)
-        x = layers.LayerNorm(self.eps, name='decoder_norm')(x)
-        return layers.Dense(self.out_dim, name='decoder_pred', **dense)(x)[:, c:]
+        x = blocks_lib.LayerNorm(self.eps, name='decoder_norm')(x)
+        return blocks_lib.Dense(self.out_dim, name='decoder_pred', **dense)(x)[:, c:]

@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import losses
-from ssl_jax.models import layers, ops
+from ssl_jax.kernels import ops
+from ssl_jax.models import blocks
+from ssl_jax.objectives import losses
 
 
 class DINOHead(nn.Module):
@@ -41,7 +42,7 @@ class DINOHead(nn.Module):
     def __call__(self, x):
         last = self.num_layers - 1
         for i in range(self.num_layers):
-            x = layers.Dense(
+            x = blocks.Dense(
                 self.bottleneck_dim if i == last else self.hidden_dim,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02),
@@ -60,7 +61,7 @@ class Prototypes(nn.Module):
     @nn.compact
     def __call__(self, x):
         b = x.shape[-1]
-        v = self.param('weight_v', layers.torch_uniform(b), (b, self.out_dim))
+        v = self.param('weight_v', blocks.torch_uniform(b), (b, self.out_dim))
         g = self.param('weight_g', nn.initializers.ones, (1, self.out_dim))
         # `sum_rows`, as XLA on CPU puts a plain sum into the product below and takes 200 times as
         # long for 65536 prototypes (42 s against 0.2 s for 8 rows).

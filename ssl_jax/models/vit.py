@@ -16,9 +16,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import losses, sharding
-from ssl_jax.models import layers, ops, pos_embed, tpu_attention, tpu_kernels
-from ssl_jax.models.segments import Segment, join, split
+from ssl_jax import sharding
+from ssl_jax.kernels import ops
+from ssl_jax.kernels.segments import Segment, join, split
+from ssl_jax.kernels.tpu import attention as tpu_attention
+from ssl_jax.kernels.tpu import rows as tpu_rows
+from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import patches as patches_lib
+from ssl_jax.models import pos_embed
 
 # name: (embed_dim, depth, num_heads)
 SIZES = {
@@ -44,8 +49,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, patches):
         # MAE and DINOv2 leave torch's default on the bias of this convolution.
-        bias_init = layers.torch_uniform(patches.shape[-1])
-        proj = layers.Dense(
+        bias_init = blocks_lib.torch_uniform(patches.shape[-1])
+        proj = blocks_lib.Dense(
             self.embed_dim,
             dtype=self.dtype,
             kernel_init=self.kernel_init or bias_init,
@@ -126,7 +131,7 @@ class ViT(nn.Module):
         kernel_init, token_init, mask_init = {
             'mae': (nn.initializers.xavier_uniform(), normal, nn.initializers.zeros),
             'dinov2': (normal, nn.initializers.normal(1e-6), nn.initializers.zeros),
-            'beit': (layers.truncated_normal,) * 3,
+            'beit': (blocks_lib.truncated_normal,) * 3,
         }[self.init_scheme]
         dinov2, beit = self.init_scheme == 'dinov2', self.init_scheme == 'beit'
 
@@ -136,7 +141,7 @@ class ViT(nn.Module):
         for crops in images:
             n, height, width = crops.shape[1:4]
             grid = (height // self.patch_size, width // self.patch_size)
-            x = losses.patchify(crops.reshape(-1, height, width, 3), self.patch_size)
+            x = patches_lib.patchify(crops.reshape(-1, height, width, 3), self.patch_size)
             patches.append(x.reshape(batch, n, *x.shape[1:]))  # (B, n, N, p*p*3)
             positions.append(pos_embed.resize(table, grid, c, self.pos_resize))
         patch_positions = [pos[:, None, c:] for pos in positions]
@@ -169,18 +174,18 @@ class ViT(nn.Module):
         # Where whole images are left out, and for the kernels of long ones, each begins in a
         # register of its own (8 rows).
         long = max(p.shape[2] for p in parts) > tpu_attention.SHORT and not self.rel_pos
-        whole = tpu_kernels.SUBLANES if isinstance(drop, tuple) or long else 1
+        whole = tpu_rows.SUBLANES if isinstance(drop, tuple) or long else 1
         segments = tuple(Segment(*p.shape[1:3], -p.shape[2] % whole) for p in parts)
         x = sharding.constrain(join(parts, segments))  # (B, all tokens, D)
 
         if drop_keys is not None and self.drop_path:
             num_images = sum(s.images for s in segments)
-            drop = layers.drop_path_keep(
+            drop = blocks_lib.drop_path_keep(
                 drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
             )
         window = self._window(images, ids_keep) if self.rel_pos else None
         shared = self.rel_pos == 'shared'
-        blocks = layers.block_stack(
+        blocks = blocks_lib.block_stack(
             self.depth,
             remat=self.remat,
             name='blocks',
@@ -199,11 +204,11 @@ class ViT(nn.Module):
         )
         bias = ()
         if shared:
-            shape = (layers.relative_rows(window), self.num_heads)
+            shape = (blocks_lib.relative_rows(window), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
-            bias = (layers.relative_bias(table, window),)
+            bias = (blocks_lib.relative_bias(table, window),)
         x, captured = blocks(x, drop, *bias)
-        norm = layers.LayerNorm(self.eps, name='norm')
+        norm = blocks_lib.LayerNorm(self.eps, name='norm')
         parts = [self._named(*p) for p in zip(*[split(t, segments) for t in (norm(x), x)])]
         if single:
             out = jax.tree.map(lambda t: t[:, 0], parts[0])
@@ -251,13 +256,13 @@ class ViT(nn.Module):
         if self.pos_embed == 'none':
             return jnp.zeros(shape)
         beit = self.init_scheme == 'beit'
-        init = layers.truncated_normal if beit else nn.initializers.normal(0.02)
+        init = blocks_lib.truncated_normal if beit else nn.initializers.normal(0.02)
         return self.param('pos_embed', init, shape)
 
 
 def final_norm(params, tokens, eps=1e-6):
     """The final norm applied to any tokens (B, ., D), as Pixio does to every tapped block."""
-    return layers.LayerNorm(eps).apply({'params': params['norm']}, tokens)
+    return blocks_lib.LayerNorm(eps).apply({'params': params['norm']}, tokens)
 
 
 def last_attention(vit, params, images):
@@ -272,11 +277,11 @@ def last_attention(vit, params, images):
     skipped = jax.tree.map(lambda p: p.at[-1].set(0), params['blocks'])
     x = vit.apply({'params': {**params, 'blocks': skipped}}, images)['pre_norm']
     last = jax.tree.map(lambda p: p[-1], params['blocks'])
-    x = layers.LayerNorm(vit.eps).apply({'params': last['norm1']}, x)
+    x = blocks_lib.LayerNorm(vit.eps).apply({'params': last['norm1']}, x)
     dense = last['attn']['qkv']
     bias = dense.get('bias')
     if bias is None:
-        q_bias, v_bias = (dense[name] for name in layers.QKV_BIASES)
+        q_bias, v_bias = (dense[name] for name in blocks_lib.QKV_BIASES)
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
     qkv = ops.dense(*(a.astype(vit.dtype) for a in (x, dense['kernel'], bias)))
     q, k, _ = jnp.split(qkv.reshape(*x.shape[:2], 3 * vit.num_heads, -1), 3, axis=2)
@@ -285,7 +290,7 @@ def last_attention(vit, params, images):
     if vit.rel_pos:
         table = (params if vit.rel_pos == 'shared' else last['attn'])['rel_pos_bias']
         side = vit.img_size // vit.patch_size
-        logits = logits + layers.relative_bias(table, (side, side))
+        logits = logits + blocks_lib.relative_bias(table, (side, side))
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -301,5 +306,5 @@ def init_params(vit, rng, img_size=None):
     size = img_size or vit.img_size
     params = vit.init(rng, jnp.zeros((1, size, size, 3)))['params']
     if vit.init_scheme == 'beit':
-        params = {**params, 'blocks': layers.rescale_residuals(params['blocks'])}
+        params = {**params, 'blocks': blocks_lib.rescale_residuals(params['blocks'])}
     return params

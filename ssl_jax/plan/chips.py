@@ -151,8 +151,6 @@ def devices(name, slices=1):
     if math.prod(shape) == 1:
         options['chips_per_host_bounds'] = [1, 1, 1]
     try:
-        return topologies.get_topology_desc(
-            platform='tpu', topology_name=name, **options
-        ).devices
+        return topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f'libtpu has no topology {name} x {slices}: {error}') from error

@@ -113,9 +113,7 @@ def _instruction(line):
     if not opcode:
         return None
     rest = line[stop + opcode.end() :]
-    return Instruction(
-        head.group(2), line[start:stop], opcode.group(1), rest, bool(head.group(1))
-    )
+    return Instruction(head.group(2), line[start:stop], opcode.group(1), rest, bool(head.group(1)))
 
 
 def _closing(text, start):
@@ -391,9 +389,9 @@ def _payload(instruction, kind):
 def replica_groups(text, num_devices):
     """The device groups of a collective, from any of the ways XLA writes them.
 
-        {{0,1},{2,3}}      [2,4]<=[4,2]T(1,0)      mesh['a'=2,'b'=4] {'b'}
-        mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}      {}: all in one
-        source_target_pairs={{0,1},{1,0}}: pairs that send and receive
+    {{0,1},{2,3}}      [2,4]<=[4,2]T(1,0)      mesh['a'=2,'b'=4] {'b'}
+    mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}      {}: all in one
+    source_target_pairs={{0,1},{1,0}}: pairs that send and receive
     """
     pairs = re.search(r'source_target_pairs=(\{\{.*?\}\})', text)
     listed = re.search(r'replica_groups=(\{\{.*?\}\})', text) or pairs
@@ -405,7 +403,7 @@ def replica_groups(text, num_devices):
         ids = _iota(iota.group(2), iota.group(3)).reshape(_ints(iota.group(1)))
         return tuple(map(tuple, ids.tolist()))
     mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}", text
+        r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}', text
     )
     if mesh:
         return _mesh_groups(*mesh.groups())

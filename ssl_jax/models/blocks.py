@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer parts shared by every encoder, decoder and predictor.
+
+Submodules carry the names of the torch modules (attn/qkv, mlp/fc1, ls1/gamma), so that the weight
+tables are renames and nothing else.  Parameters are float32; `dtype` is what is computed in.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from ssl_jax import sharding
+from ssl_jax.kernels import attention, ops, subsets
+from ssl_jax.kernels.segments import Segment, tokens_per_row
+
+# 'dots' keeps the results of attention, of the first half of the MLP and of the residual sum
+# between them, or of both sums only the images that are not left out; norms and the fused qkv are
+# computed again, which takes a TPU less time than writing them to memory and reading them back
+# (experiments/tpu).
+HIDDEN, BETWEEN = 'hidden', 'between'
+REMAT = {
+    'none': None,
+    'dots': jax.checkpoint_policies.save_only_these_names(
+        attention.NAME, HIDDEN, BETWEEN, subsets.TAKEN
+    ),
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def torch_uniform(fan_in):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch's Conv2d and Linear start with."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def truncated_normal(key, shape, dtype=jnp.float32):
+    """N(0, 0.02) cut at one standard deviation, what BEiT starts with."""
+    return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
+def swiglu_hidden(embed_dim, mlp_ratio):
+    """Hidden width of DINOv2's SwiGLU: two thirds of the MLP's, rounded up to a multiple of 8."""
+    return (int(int(embed_dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+
+
+class Dense(nn.Module):
+    """fn(x, kernel, bias), with the parameters of `flax.linen.Dense`; fn from `ops`.
+
+    A LayerScale behind it, `gamma` (features,), goes into kernel and bias: the same numbers, but
+    the gradient of gamma then comes from that of the kernel, and the results before the scale need
+    neither be kept nor computed again.
+    """
+
+    features: int
+    dtype: Any
+    kernel_init: Callable
+    bias_init: Callable = nn.initializers.zeros
+    fn: Callable = ops.dense
+
+    @nn.compact
+    def __call__(self, x, gamma=None):
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param('bias', self.bias_init, (self.features,))
+        if gamma is not None:
+            kernel, bias = kernel * gamma, bias * gamma
+        return self.fn(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with float32 statistics; eps 1e-6 as in all official codes."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x, and_input=False):
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+        norm = ops.layer_norm_and_input if and_input else ops.layer_norm
+        return norm(x, scale, bias, self.eps)
+
+
+class QKV(nn.Module):
+    """Queries, keys and values side by side, of which keys have no bias (BEiT).
+
+    A bias of the keys adds the same to all logits of a query: the softmax does not see it.
+    """
+
+    dtype: Any
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        dim = x.shape[-1]
+        kernel = self.param('kernel', self.kernel_init, (dim, 3 * dim))
+        q_bias, v_bias = (self.param(n, nn.initializers.zeros, (dim,)) for n in QKV_BIASES)
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+
+
+QKV_BIASES = ('q_bias', 'v_bias')
+
+
+@functools.lru_cache
+def relative_index(window):
+    """Row of the bias table for every query and key, int (1 + N, 1 + N), N = h * w patches.
+
+    (y_q - y_k + h - 1) (2 w - 1) + x_q - x_k + w - 1 between patches; the last three rows of
+    (2 h - 1) (2 w - 1) + 3 are class token to patch, patch to class token, class to class token.
+
+    Reference: BEiT `modeling_finetune.py: RelativePositionBias`.
+    """
+    h, w = window
+    y, x = (a.reshape(-1) for a in np.mgrid[:h, :w])
+    last = (2 * h - 1) * (2 * w - 1) + 2
+    index = np.full((1 + h * w, 1 + h * w), last)
+    index[0, 1:], index[1:, 0] = last - 2, last - 1
+    rows, columns = y[:, None] - y + h - 1, x[:, None] - x + w - 1
+    index[1:, 1:] = rows * (2 * w - 1) + columns
+    return index
+
+
+def relative_bias(table, window):
+    """Table (rows, H) -> what is added to the attention logits, (H, 1 + N, 1 + N) float32."""
+    return jnp.moveaxis(table.astype(jnp.float32)[relative_index(window)], -1, 0)
+
+
+def relative_rows(window):
+    """Rows of the table of `relative_bias`."""
+    return int(relative_index(window)[0, 0]) + 1
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the fused qkv has rows [q | k | v], each head-major.
+
+    The projections run over all tokens at once, attention within each image.
+
+    Attributes:
+      key_bias: whether keys have a bias.
+      window: (h, w) of the patches, for a table of relative position biases of this layer.
+    """
+
+    num_heads: int
+    dtype: Any
+    kernel_init: Callable
+    key_bias: bool = True
+    window: tuple | None = None
+
+    @nn.compact
+    def __call__(self, x, segments, bias=None, gamma=None):  # (B * T, D), see `Block`; (H, T, T)
+        dim = x.shape[-1]
+        dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+        if self.key_bias:
+            qkv = Dense(3 * dim, name='qkv', **dense)(x)
+        else:
+            qkv = QKV(name='qkv', **dense)(x)
+        if self.window is not None:
+            shape = (relative_rows(self.window), self.num_heads)
+            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
+            bias = relative_bias(table, self.window)
+
+        if bias is not None:
+            images = qkv.reshape(-1, segments[0].tokens, 3 * dim)
+            y = attention.biased_attention(images, bias, self.num_heads).reshape(x.shape)
+        else:
+            y = attention.attention(qkv, self.num_heads, segments)
+        return Dense(dim, name='proj', **dense)(y, gamma)
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact (erf) GELU."""
+
+    hidden_dim: int
+    dtype: Any
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x, gamma=None):
+        dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+        y = checkpoint_name(Dense(self.hidden_dim, name='fc1', **dense)(x), HIDDEN)
+        return Dense(x.shape[-1], name='fc2', fn=ops.gelu_dense, **dense)(y, gamma)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b) with [a | b] = w12(x); the first half is the gate (DINOv2)."""
+
+    hidden_dim: int
+    dtype: Any
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x, gamma=None):
+        dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+        both = checkpoint_name(Dense(2 * self.hidden_dim, name='w12', **dense)(x), HIDDEN)
+        gate, value = jnp.split(both, 2, axis=-1)
+        return Dense(x.shape[-1], name='w3', **dense)(nn.silu(gate) * value, gamma)
+
+
+class LayerScale(nn.Module):
+    """gamma (dim,), one learned factor per channel of a branch, started at `init`; see `Dense`."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self, dim):
+        return self.param('gamma', nn.initializers.constant(self.init), (dim,))
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
+
+    Tokens are rows, (B * T, D): on TPU an axis of N tokens by itself would be padded to a multiple
+    of 8, or everything moved around. `segments` (of `Segment`) says whose they are.
+
+    `drop` is the stochastic depth of the two residual branches:
+      None           both branches as they are;
+      (B, n, 2)      a factor per image: 0 drops the branch, 1/(1-rate) keeps it;
+      a tuple of (B, 2, k) per segment: the k images of that segment which go through the branch,
+                     weighted by n/k; the others skip it and cost nothing (DINOv2's form).
+    """
+
+    num_heads: int
+    mlp_ratio: float
+    ffn: str
+    layer_scale: float | None
+    eps: float
+    dtype: Any
+    kernel_init: Callable
+    capture: bool
+    segments: tuple
+    key_bias: bool = True
+    window: tuple | None = None
+
+    @nn.compact
+    def __call__(self, x, drop, bias=None):
+        dim = x.shape[-1]
+        parts = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+        attn = Attention(
+            self.num_heads, name='attn', key_bias=self.key_bias, window=self.window, **parts
+        )
+        if self.ffn == 'mlp':
+            mlp = Mlp(int(dim * self.mlp_ratio), name='mlp', **parts)
+        elif self.ffn == 'swiglu':
+            mlp = SwiGLU(swiglu_hidden(dim, self.mlp_ratio), name='mlp', **parts)
+        else:
+            raise ValueError(f"ffn={self.ffn!r} is unknown; use 'mlp' or 'swiglu'.")
+        norms = [LayerNorm(self.eps, name=f'norm{i}') for i in (1, 2)]
+        gammas = [None, None]
+        if self.layer_scale is not None:
+            gammas = [LayerScale(self.layer_scale, name=f'ls{i}')(dim) for i in (1, 2)]
+
+        def branch(i, y, segments):
+            return attn(y, segments, bias, gammas[0]) if i == 0 else mlp(y, gammas[1])
+
+        for i in (0, 1):
+            if isinstance(drop, tuple):
+                some = lambda x, kept, i=i: branch(i, norms[i](x), kept)  # noqa: E731
+                x = subsets.residual(some, x, self.segments, [ids[:, i] for ids in drop])
+            else:
+                y, x = norms[i](x, and_input=True)
+                y = branch(i, y, self.segments)
+                if drop is not None:
+                    y = y * _per_token(drop[..., i], self.segments).astype(x.dtype)
+                x = checkpoint_name(x + y, BETWEEN)
+        # One constraint per block keeps activations split over the batch.  Without it XLA may
+        # replicate them: measured 12.6 GiB against 3.0 GiB per chip on ViT-L.
+        x = sharding.constrain(x, multiple=tokens_per_row(self.segments))
+        return x, (x if self.capture else None)
+
+
+def _per_token(factor, segments):
+    """A factor per image (B, n) -> per token (B * T, 1)."""
+    repeats = np.concatenate([np.full(s.images, s.length) for s in segments])
+    factor = jnp.repeat(factor, repeats, axis=1, total_repeat_length=int(repeats.sum()))
+    return factor.reshape(-1, 1)
+
+
+def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
+    """`depth` blocks as one scan: parameters stacked on axis 0, one block compiled.
+
+    Returns a function (x, drop) -> (x, outputs of all blocks or None) of tokens x (B, T, D); drop
+    as `Block` takes it, with a leading depth axis.  With `shared_bias` it is (x, drop, bias), one
+    bias for all blocks.  segments: as `Block` takes them; None: a row is an image.
+    """
+    block = Block
+    if REMAT[remat] is not None:
+        block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False)
+    stack = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(0, nn.broadcast) if shared_bias else 0,
+        length=depth,
+    )
+
+    def run(x, drop, *bias):
+        owners = segments or (Segment(1, x.shape[1]),)
+        rows = x.reshape(-1, x.shape[-1])
+        rows, captured = stack(name=name, segments=owners, **kw)(rows, drop, *bias)
+        return rows.reshape(x.shape), jax.tree.map(lambda y: y.reshape(depth, *x.shape), captured)
+
+    return run
+
+
+def rescale_residuals(blocks):
+    """Divides what block i = 1, 2, ... adds by sqrt(2 i): attn/proj and mlp/fc2 (BEiT, GPT-2)."""
+
+    def scaled(dense):
+        kernel = dense['kernel']
+        factor = (2.0 * jnp.arange(1, len(kernel) + 1)) ** -0.5
+        return {**dense, 'kernel': kernel * factor[:, None, None]}
+
+    attn = {**blocks['attn'], 'proj': scaled(blocks['attn']['proj'])}
+    return {**blocks, 'attn': attn, 'mlp': {**blocks['mlp'], 'fc2': scaled(blocks['mlp']['fc2'])}}
+
+
+def drop_path_keep(keys, depth, rate, uniform=False, num_images=1):
+    """Per-image stochastic depth, (depth, B, n, 2): 0 with the block's rate, else 1/(1-rate).
+
+    The rate of block i is linspace(0, rate, depth)[i], or `rate` for all where `uniform`.
+    Both residual branches of a block draw independently; one key (B,) per row of n images.
+    """
+    rates = np.full(depth, rate) if uniform else np.linspace(0.0, rate, depth)
+    kept = jnp.asarray(1.0 - rates, jnp.float32)[:, None, None]  # (depth, 1, 1)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, num_images, 2)))(keys)
+    return jnp.where(draws < kept, 1.0 / kept, 0.0).transpose(1, 0, 2, 3)
+
+
+def drop_path_subsets(keys, depth, rate, counts):
+    """DINOv2's stochastic depth: per segment of n images, (depth, B, 2, k) positions that stay.
+
+    k = max(floor(n (1 - rate)), 1), the same for every block as shapes must be; blocks, branches,
+    segments and rows draw independently.  keys: one per row (B,); counts: n of each segment.
+    """
+
+    def draw(key, n):
+        kept = max(int(n * (1 - rate)), 1)
+        return jnp.argsort(jax.random.uniform(key, (depth, 2, n)), axis=-1)[..., :kept]
+
+    def row(key):
+        parts = jax.random.split(key, len(counts))
+        return tuple(draw(k, n) for k, n in zip(parts, counts))
+
+    return tuple(ids.swapaxes(0, 1) for ids in jax.vmap(row)(keys))

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics: one row per log in ``metrics.jsonl``, one line on the terminal, TensorBoard if wanted.
+
+A row is ``{"step": 40, "loss": 0.71, ..., "time": {...}}``. Everything that depends on the clock is
+under ``time``, so two runs are equal when their rows are equal without it. JSON knows no NaN: not
+finite numbers are the strings ``"nan"``, ``"inf"``, ``"-inf"``, which `read` turns back.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import sys
+import time
+import zlib
+
+import jax
+import numpy as np
+from etils import epath
+
+from ssl_jax.run import workdir as workdir_lib
+
+# Dense bfloat16 TFLOP/s of one jax device, by the beginning of its device_kind; the longest match
+# counts. From the vendors' data sheets. A v2, v3 or 7x chip appears as two devices.
+PEAK_TFLOPS = {
+    'TPU v2': 22.5,
+    'TPU v3': 61.5,
+    'TPU v4': 275,
+    'TPU v5 lite': 197,
+    'TPU v5e': 197,
+    'TPU v5': 459,
+    'TPU v5p': 459,
+    'TPU v6 lite': 918,
+    'TPU v6e': 918,
+    'TPU7x': 1153.5,
+    'TPU v7x': 1153.5,
+    'NVIDIA A100': 312,
+    'NVIDIA H100': 989,
+    'NVIDIA H100 PCIe': 756,
+    'NVIDIA H200': 989,
+    'NVIDIA GH200': 989,
+    'NVIDIA L4': 121,
+}
+REMOTE_SECONDS = 60  # objects in a bucket cannot be appended to: they are rewritten this often
+
+
+class NonFiniteError(RuntimeError):
+    """More updates were skipped as non-finite than the budget allows."""
+
+
+class NonFinite:
+    """Ends a run that skips too many updates.
+
+    The step counts on the device (`TrainState.skipped`); this compares on the host.
+
+    Args:
+      in_a_row: how many updates in a row may be skipped.
+      total: how many updates may be skipped since step 0.
+    """
+
+    def __init__(self, in_a_row, total):
+        self._in_a_row, self._total = in_a_row, total
+
+    def update(self, in_a_row, total):
+        """Raises NonFiniteError if a count is above its budget."""
+        for count, budget, what in (
+            (in_a_row, self._in_a_row, 'in a row'),
+            (total, self._total, 'in total'),
+        ):
+            if count > budget:
+                raise NonFiniteError(
+                    f'The loss or a gradient was not finite in {count} steps {what} (allowed: '
+                    f'{budget}); no such update was applied, so lower optim.lr or optim.clip, or '
+                    f'use dtype=float32, and start the same command again.'
+                )
+
+
+class Timers:
+    """Seconds spent per phase: ``with timers('data'): ...``; the same name adds up."""
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._sums = collections.Counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._sums[name] += self._clock() - start
+
+    def take(self):
+        """dict name -> seconds since the last call."""
+        sums, self._sums = dict(self._sums), collections.Counter()
+        return sums
+
+
+class Writer:
+    """Writes what a run measures; only process 0 writes, every process may call.
+
+    Args:
+      workdir: gets ``metrics.jsonl`` and ``tensorboard/``. Rows after `start_step` and a torn last
+        line are removed first, so the file of an interrupted run equals that of an unbroken one.
+      total_steps, batch_size: for the progress line; `batch_size` is global.
+      flops_per_step: useful FLOPs of one step on all devices, for MFU; None leaves MFU out.
+      tensorboard, wandb: also write there. A failure there is printed once and never ends a run.
+      start_step: the step that training starts from.
+      is_main: whether this process writes.
+      clock: seconds, replaced in tests.
+      stream: where the progress line goes.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        *,
+        total_steps,
+        batch_size,
+        flops_per_step=None,
+        tensorboard=True,
+        wandb=False,
+        start_step=0,
+        is_main=True,
+        clock=time.monotonic,
+        stream=None,
+    ):
+        self.timers = Timers(clock)
+        self._clock, self._stream = clock, stream or sys.stdout
+        self._total_steps, self._batch_size = total_steps, batch_size
+        self._flops_per_step = flops_per_step
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._devices = jax.device_count()
+        self._is_main = is_main
+        self._held = None  # (step, device arrays, time fields) of the last log
+        self._last = {}  # the newest value of every metric
+        self._window_step = start_step
+        self._seconds_per_step = None
+        self._rows = self._sinks = None
+        if is_main:
+            self._rows = _Rows(epath.Path(workdir) / 'metrics.jsonl', start_step, clock)
+            self._sinks = []
+            if tensorboard:
+                self._sinks.append(_Sink('TensorBoard', lambda: _tensorboard(workdir, start_step)))
+            if wandb:
+                self._sinks.append(_Sink('Weights & Biases', lambda: _wandb(workdir)))
+        self._start = self._window_start = clock()
+
+    def log(self, step, metrics):
+        """Takes the metrics of `step` and writes those of the call before.
+
+        Reading a device scalar waits until it is computed. Those of the call before are long done,
+        so the devices never wait for the host.
+
+        Args:
+          step: number of steps done.
+          metrics: dict name -> scalar, on device or host.
+        """
+        timing = self._measure(step)
+        self.flush()
+        self._held = (step, metrics, timing)
+
+    def flush(self):
+        """Writes what is held; waits for the device. Call it before a checkpoint is saved, or a
+        kill before the next log would lose the row."""
+        if self._held is None:
+            return
+        step, metrics, timing = self._held
+        self._held = None
+        values = {k: _scalar(v) for k, v in metrics.items()}
+        self._write(step, values, timing)
+        if self._is_main:
+            self._show(self._line(step, values, timing))
+
+    @property
+    def last(self):
+        """The newest value written of every metric."""
+        return dict(self._last)
+
+    def eval(self, step, metrics):
+        """Writes the results of an evaluation at once, as a row of their own."""
+        self.flush()
+        values = {k: _scalar(v) for k, v in metrics.items()}
+        self._write(step, values, {'elapsed': round(self._clock() - self._start, 3)})
+        if self._is_main and values:
+            shown = '  '.join(f'{k} {_number(v)}' for k, v in values.items())
+            self._show(f'step {step:,}  {shown}', keep=True)
+
+    def close(self):
+        """Writes what is held and closes the files; returns the newest value of every metric."""
+        self.flush()
+        if self._is_main:
+            if self._stream.isatty():
+                print(file=self._stream, flush=True)
+            self._rows.close()
+            for sink in self._sinks:
+                sink.close()
+            self._is_main = False
+        return dict(self._last)
+
+    def _measure(self, step):
+        now = self._clock()
+        spent = self.timers.take()
+        steps = max(step - self._window_step, 1)
+        wall = max(now - self._window_start, 1e-9)
+        # Compiling and evaluating are not training: left out of the rates and the forecast.
+        training = max(wall - spent.get('compile', 0) - spent.get('eval', 0), 1e-9)
+        self._window_start, self._window_step = now, step
+        each = training / steps
+        old = self._seconds_per_step
+        self._seconds_per_step = each if old is None else 0.7 * old + 0.3 * each
+        rate = self._batch_size / each
+        timing = {
+            'elapsed': now - self._start,
+            'eta': (self._total_steps - step) * self._seconds_per_step,
+            'seconds_per_step': each,
+            'images_per_second': rate,
+            'images_per_second_per_chip': rate / self._devices,
+            'data_wait': spent.get('data', 0) / training,
+            **{f'{k}_seconds': v for k, v in sorted(spent.items())},
+        }
+        if self._flops_per_step and self._peak:
+            timing['mfu'] = self._flops_per_step / each / (self._peak * self._devices)
+        return {k: float(f'{v:.5g}') for k, v in timing.items()}
+
+    def _write(self, step, values, timing):
+        self._last.update(values)
+        if not self._is_main:
+            return
+        self._rows.add(
+            {'step': step, **{k: _jsonable(v) for k, v in values.items()}, 'time': timing}
+        )
+        for sink in self._sinks:
+            sink.add(step, values | {f'time/{k}': v for k, v in timing.items()})
+
+    def _line(self, step, values, timing):
+        """The progress line."""
+        parts = [
+            f'step {step:,}/{self._total_steps:,} {step / self._total_steps:.1%}',
+            f'eta {duration(timing["eta"])}',
+        ]
+        names = ('loss', 'lr', 'learning_rate')
+        parts += [f'{k} {_number(values[k])}' for k in names if k in values]
+        parts.append(
+            f'{_rate(timing["images_per_second"])} img/s '
+            f'({_rate(timing["images_per_second_per_chip"])}/chip)'
+        )
+        if 'mfu' in timing:
+            parts.append(f'MFU {timing["mfu"]:.1%}')
+        parts.append(f'data_wait {timing["data_wait"]:.0%}')
+        if values.get('skipped_total'):
+            parts.append(f'skipped {int(values["skipped_total"])}')
+        return '  '.join(parts)
+
+    def _show(self, line, keep=False):
+        """Redraws the line on a terminal, prints it elsewhere."""
+        if self._stream.isatty():
+            line = f'\r{line}\x1b[K' + ('\n' if keep else '')
+            print(line, end='', file=self._stream, flush=True)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def read(path):
+    """The rows of a ``metrics.jsonl``, or of the one in a workdir, with floats where they were.
+
+    Lines that are not complete rows, as a kill may leave at the end, are left out.
+    """
+    path = epath.Path(path)
+    path = path / 'metrics.jsonl' if path.is_dir() else path
+    return [row for row, _ in _parse(path.read_text())]
+
+
+def has_evaluation(workdir, step):
+    """Whether ``metrics.jsonl`` in `workdir` has the row that `Writer.eval` wrote for `step`."""
+    path = epath.Path(workdir) / 'metrics.jsonl'
+    return path.exists() and any(row['step'] == step and 'loss' not in row for row in read(path))
+
+
+def peak_flops(device_kind):
+    """Dense bfloat16 FLOP/s of one device, None where it is not known.
+
+    Args:
+      device_kind: as in ``jax.devices()[0].device_kind``.
+    """
+    found = [k for k in PEAK_TFLOPS if device_kind.startswith(k)]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
+
+
+def duration(seconds):
+    """Seconds as ``4:05`` (minutes), ``1:04:05`` or ``2d 3h``."""
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours >= 24:
+        return f'{hours // 24}d {hours % 24}h'
+    return f'{hours}:{minutes:02}:{seconds % 60:02}' if hours else f'{minutes}:{seconds % 60:02}'
+
+
+class _Rows:
+    """metrics.jsonl: appended to and flushed per row; in a bucket, rewritten now and then."""
+
+    def __init__(self, path, start_step, clock):
+        self._path, self._clock = path, clock
+        self._is_remote = '://' in str(path)
+        old = _parse(path.read_text()) if path.exists() else []
+        self._text = ''.join(line + '\n' for row, line in old if row['step'] <= start_step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workdir_lib.atomic_write(path, self._text)
+        self._written = clock()
+        self._file = None if self._is_remote else open(path, 'a')  # noqa: SIM115
+
+    def add(self, row):
+        line = json.dumps(row, allow_nan=False) + '\n'
+        if not self._is_remote:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if self._clock() - self._written > REMOTE_SECONDS:
+            self._path.write_text(self._text)
+            self._written = self._clock()
+
+    def close(self):
+        if self._is_remote:
+            self._path.write_text(self._text)
+        else:
+            self._file.close()
+
+
+class _Sink:
+    """A destination that may fail: the first failure is printed, then it is left alone."""
+
+    def __init__(self, name, make):
+        self._name = name
+        self._target = None
+        self._try(lambda: setattr(self, '_target', make()))
+
+    def add(self, step, values):
+        if self._target is not None:
+            self._try(lambda: self._target[0](step, values))
+
+    def close(self):
+        if self._target is not None:
+            self._try(self._target[1])
+
+    def _try(self, call):
+        try:
+            call()
+        except Exception as e:  # whatever it is, training matters more
+            self._target = None
+            print(
+                f'{self._name} is off for the rest of this run ({type(e).__name__}: {e}); '
+                'metrics.jsonl goes on.',
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _tensorboard(workdir, start_step):
+    """(add, close) of an event file in the workdir; events after `start_step` are hidden."""
+    import tensorboardX
+
+    writer = tensorboardX.SummaryWriter(
+        str(epath.Path(workdir) / 'tensorboard'), purge_step=start_step + 1
+    )
+
+    def add(step, values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                continue  # a gap in the curve; tensorboardX prints a warning for each
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return add, writer.close
+
+
+def _wandb(workdir):
+    """(add, close) of a W&B run; the same workdir continues the same run."""
+    import wandb
+
+    name = str(workdir).rstrip('/')
+    run = wandb.init(
+        project='ssl_jax',
+        name=name.rsplit('/', 1)[-1],
+        id=f'{zlib.crc32(name.encode()):08x}',
+        resume='allow',
+    )
+    return lambda step, values: run.log(values, step=step), run.finish
+
+
+def _parse(text):
+    """[(row, line)] of the complete rows."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            row['step'] + 0
+        except (ValueError, TypeError, KeyError):
+            continue
+        rows.append(({k: _unjson(v) for k, v in row.items()}, line))
+    return rows
+
+
+def _scalar(x):
+    """An int or a float that prints with no more digits than its type has."""
+    x = np.asarray(x)
+    if x.dtype.kind in 'iub':
+        return int(x)
+    return float(x) if x.dtype == np.float64 else float(str(np.float32(x)))
+
+
+def _jsonable(x):
+    return x if math.isfinite(x) else str(x)
+
+
+def _unjson(x):
+    return float(x) if x in ('nan', 'inf', '-inf') else x
+
+
+def _number(x):
+    """Four digits, as people write them."""
+    if isinstance(x, int):
+        return f'{x:,}'
+    return f'{x:.4f}' if 0.01 <= abs(x) < 1000 or x == 0 else f'{x:.3g}'
+
+
+def _rate(x):
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'

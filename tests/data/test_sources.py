@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every layout of images opens to the same few methods, and every mistake has its sentence."""
+
+import io
+import json
+import os
+import pickle
+import sys
+
+import ml_collections
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ssl_jax.data import host, parquet, records, sources
+
+
+def png(value, side=4):
+    out = io.BytesIO()
+    PIL.Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(out, 'PNG')
+    return out.getvalue()
+
+
+def write(path, data=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(0) if data is None else data)
+
+
+def sentence(error, spec):
+    with pytest.raises(error) as e:
+        sources.open_source(spec)
+    assert '\n' not in str(e.value) and str(e.value)[-1] in '.?'
+    return str(e.value)
+
+
+# Folders.
+
+
+def test_a_flat_folder_has_no_labels_and_the_order_of_its_names(tmp_path):
+    for k, name in enumerate(('b.png', 'a.png', 'C.PNG')):
+        write(tmp_path / name, png(k))
+    source = sources.open_source(str(tmp_path))
+    assert len(source) == 3 and source.classes is None and 'label' not in source[0]
+    assert [os.path.basename(source.describe(i)) for i in range(3)] == ['C.PNG', 'a.png', 'b.png']
+    assert host.decode(source[2]['image'])[0, 0, 0] == 0
+
+
+def test_the_first_folder_level_gives_the_labels(tmp_path):
+    for name in ('dog/1.png', 'cat/deep/er/2.png', 'cat/3.jpg', 'emu/4.png'):
+        write(tmp_path / name)
+    (tmp_path / 'empty').mkdir()
+    source = sources.open_source(dict(source='folder', path=str(tmp_path)))
+    assert source.classes == ('cat', 'dog', 'emu')
+    assert [source[i]['label'] for i in range(4)] == [0, 0, 1, 2]
+
+
+def test_images_beside_folders_or_in_one_folder_only_are_unlabelled(tmp_path):
+    write(tmp_path / 'one/only/1.png')
+    assert sources.open_source(str(tmp_path)).classes is None
+    write(tmp_path / 'two/2.png')
+    assert sources.open_source(str(tmp_path)).classes == ('one', 'two')
+    write(tmp_path / '3.png')
+    assert sources.open_source(str(tmp_path)).classes is None
+
+
+def test_other_files_are_ignored_and_counted(tmp_path):
+    for name in ('a.png', 'notes.txt', 'x/b.json', '._a.png'):
+        write(tmp_path / name)
+    source = sources.open_source(str(tmp_path))
+    assert len(source) == 1 and source.ignored == 3
+
+
+def test_symbolic_links_are_followed_once_and_loops_end(tmp_path):
+    write(tmp_path / 'elsewhere/e.png')
+    write(tmp_path / 'data/d/a.png')
+    (tmp_path / 'data/d/loop').symlink_to(tmp_path / 'data')
+    (tmp_path / 'data/link').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'data/again').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'data/broken.png').symlink_to(tmp_path / 'nowhere.png')
+    source = sources.open_source(str(tmp_path / 'data'))
+    names = [os.path.relpath(source.describe(i), tmp_path / 'data') for i in range(len(source))]
+    assert names == ['again/e.png', 'd/a.png'] and source.ignored == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems refuse such names')
+def test_a_name_that_is_not_utf8_is_read_and_printable(tmp_path):
+    with open(os.fsencode(tmp_path) + b'/caf\xe9.png', 'wb') as f:
+        f.write(png(9))
+    source = sources.open_source(str(tmp_path))
+    assert host.decode(source[0]['image']).max() == 9
+    source.describe(0).encode('utf-8')
+    assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
+
+
+def test_the_fingerprint_follows_the_list_of_images(tmp_path):
+    write(tmp_path / 'a.png')
+    before = sources.open_source(str(tmp_path)).fingerprint
+    assert sources.open_source(str(tmp_path)).fingerprint == before
+    write(tmp_path / 'b.png')
+    assert sources.open_source(str(tmp_path)).fingerprint != before
+
+
+def test_remote_folders_are_listed_like_local_ones(tmp_path):
+    for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
+        write(tmp_path / name)
+    listed = sources._list_remote(str(tmp_path))
+    assert listed == sources._list_local(str(tmp_path)) == (['0.png', 'a/x/1.jpg', 'b/2.png'], 1)
+
+
+def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
+    write(tmp_path / 'images/val/a.png')
+    index = io.BytesIO()
+    PIL.Image.fromarray(np.full((4, 4), 11, np.uint8)).save(index, 'PNG')
+    write(tmp_path / 'maps/val/a.png', index.getvalue())
+    spec = dict(source='folder', path=str(tmp_path / 'images'), split='val')
+    source = sources.open_source(dict(spec, segmentation=str(tmp_path / 'maps')))
+    assert source[0]['segmentation'].tolist() == np.full((4, 4), 11).tolist()
+
+
+# Parquet.
+
+
+def table(values, labels=None, structs=True, metadata=None):
+    images = [png(v) for v in values]
+    if structs:
+        images = [dict(bytes=b, path=None) for b in images]
+        column = pa.array(images, pa.struct([('bytes', pa.binary()), ('path', pa.string())]))
+    else:
+        column = pa.array(images, pa.binary())
+    columns = {'image': column} | ({} if labels is None else {'label': labels})
+    out = pa.table(columns)
+    if metadata:
+        out = out.replace_schema_metadata({'huggingface': json.dumps(metadata)})
+    return out
+
+
+def pixel(source, i):
+    return int(host.decode(source[i]['image'])[0, 0, 0])
+
+
+@pytest.mark.parametrize('structs', [True, False])
+def test_parquet_rows_are_read_from_structs_and_from_raw_bytes(tmp_path, structs):
+    pq.write_table(table(range(10), list(range(10)), structs), tmp_path / 'x.parquet', 3)
+    source = sources.open_source(str(tmp_path / 'x.parquet'))
+    assert [pixel(source, i) for i in range(10)] == list(range(10))
+    assert [source[i]['label'] for i in range(10)] == list(range(10))
+    assert source.classes == tuple('0123456789') and source.describe(7).endswith('x.parquet row 7')
+
+
+def test_parquet_shards_join_in_the_order_of_their_names(tmp_path):
+    for k in (1, 0):
+        name = f'data/train-0000{k}-of-00002.parquet'
+        (tmp_path / 'data').mkdir(exist_ok=True)
+        pq.write_table(table([10 * k, 10 * k + 1]), tmp_path / name)
+    pq.write_table(table([99]), tmp_path / 'data/test-00000-of-00001.parquet')
+    specs = (
+        dict(path=str(tmp_path), split='train'),
+        dict(source='parquet', path=str(tmp_path / 'data/train-*.parquet')),
+    )
+    for spec in specs:
+        source = sources.open_source(spec)
+        assert [pixel(source, i) for i in range(len(source))] == [0, 1, 10, 11]
+        assert source.classes is None
+        assert source.describe(3).endswith('00001-of-00002.parquet row 1')
+
+
+def test_class_names_come_from_the_metadata_else_from_classes_txt(tmp_path):
+    (tmp_path / 'classes.txt').write_text('owl\nyak\n')
+    pq.write_table(table([0, 1], [1, 0]), tmp_path / 'plain.parquet')
+    assert sources.open_source(str(tmp_path / 'plain.parquet')).classes == ('owl', 'yak')
+    features = dict(
+        image=dict(_type='Image'), label=dict(_type='ClassLabel', names=['newt', 'toad'])
+    )
+    tagged = table([0, 1], [1, 0], metadata=dict(info=dict(features=features)))
+    pq.write_table(tagged, tmp_path / 'tagged.parquet')
+    assert sources.open_source(str(tmp_path / 'tagged.parquet')).classes == ('newt', 'toad')
+
+
+def test_labels_that_are_all_minus_one_count_as_none(tmp_path):
+    pq.write_table(table([0, 1], [-1, -1]), tmp_path / 'test.parquet')
+    source = sources.open_source(str(tmp_path / 'test.parquet'))
+    assert source.classes is None and 'label' not in source[0]
+
+
+def test_text_labels_name_their_classes(tmp_path):
+    pq.write_table(table([0, 1, 2], ['yak', 'owl', 'yak']), tmp_path / 'x.parquet')
+    source = sources.open_source(str(tmp_path / 'x.parquet'))
+    assert source.classes == ('owl', 'yak') and [source[i]['label'] for i in range(3)] == [1, 0, 1]
+
+
+def test_null_bytes_are_read_from_the_path_beside_the_file(tmp_path):
+    write(tmp_path / 'files/a.png', png(42))
+    kind = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
+    rows = pa.array([dict(bytes=None, path='files/a.png'), None], kind)
+    pq.write_table(pa.table({'image': rows}), tmp_path / 'x.parquet')
+    source = sources.open_source(str(tmp_path / 'x.parquet'))
+    assert pixel(source, 0) == 42
+    with pytest.raises(host.DecodeError, match='empty'):
+        host.decode(source[1]['image'])
+
+
+def test_a_large_parquet_is_mapped_from_a_cache_with_the_same_rows(tmp_path, monkeypatch, capsys):
+    pq.write_table(table(range(9), list(range(9))), tmp_path / 'x.parquet', 4)
+    monkeypatch.setattr(parquet, 'MEMORY_BYTES', 10)
+    spec = dict(source='parquet', path=str(tmp_path / 'x.parquet'), cache_dir=str(tmp_path / 'c'))
+    source = sources.open_source(spec)
+    assert [pixel(source, i) for i in range(9)] == list(range(9))
+    assert 'once' in capsys.readouterr().out and len(os.listdir(tmp_path / 'c')) == 1
+    assert pixel(sources.open_source(spec), 8) == 8 and not capsys.readouterr().out
+
+
+def test_a_parquet_source_is_sent_to_workers_without_its_images(tmp_path):
+    pq.write_table(table(range(50), [0] * 50), tmp_path / 'x.parquet')
+    source = sources.open_source(str(tmp_path / 'x.parquet'))
+    sent = pickle.dumps(source)
+    assert len(sent) < 50 * len(png(0)) and pixel(pickle.loads(sent), 33) == 33
+
+
+# ArrayRecord, TFDS, arrays.
+
+
+def test_array_records_hold_raw_images_or_maps_with_labels(tmp_path):
+    from array_record.python import array_record_module
+
+    raw = str(tmp_path / 'raw.array_record')
+    writer = array_record_module.ArrayRecordWriter(raw, 'group_size:1')
+    for value in (3, 4):
+        writer.write(png(value))
+    writer.close()
+    source = sources.open_source(raw)
+    assert [pixel(source, i) for i in range(2)] == [3, 4] and source.classes is None
+
+    arrays = sources.Arrays([png(5), png(6)], [1, 0], ('owl', 'yak'))
+    records.write_array_record(arrays, tmp_path / 'made.array_record')
+    source = pickle.loads(pickle.dumps(sources.open_source(str(tmp_path / 'made.array_record'))))
+    assert source.classes == ('owl', 'yak') and source[0] == dict(image=png(5), label=1)
+
+
+@pytest.fixture(scope='module')
+def tfds_dir(tmp_path_factory):
+    """A data_dir with the data set tiny_plates."""
+    path = str(tmp_path_factory.mktemp('tfds'))
+    tfds = pytest.importorskip('tensorflow_datasets')
+
+    class TinyPlates(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version('1.0.0')
+        url_infos = {}  # There is nothing to download.
+
+        def _info(self):
+            names = tfds.features.ClassLabel(names=['owl', 'yak'])
+            features = tfds.features.FeaturesDict(dict(image=tfds.features.Image(), label=names))
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {'train': self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(6):
+                yield i, dict(image=io.BytesIO(png(i)), label=i % 2)
+
+    TinyPlates(data_dir=path, file_format='array_record').download_and_prepare()
+    return path
+
+
+def test_a_tfds_data_set_is_read_without_tensorflow(tfds_dir):
+    source = sources.open_source(dict(source='tfds', name='tiny_plates', path=tfds_dir))
+    assert len(source) == 6 and source.classes == ('owl', 'yak')
+    assert sorted(pixel(source, i) for i in range(6)) == list(range(6))
+    assert all(pixel(source, i) % 2 == source[i]['label'] for i in range(6))
+    assert 'tensorflow' not in sys.modules
+    half = dict(source='tfds', name='tiny_plates', path=tfds_dir, split='train[:50%]')
+    assert len(sources.open_source(half)) == 3
+
+
+def test_mistakes_with_tfds_are_named(tfds_dir):
+    spec = dict(source='tfds', path=tfds_dir)
+    assert "did you mean 'tiny_plates'" in sentence(ValueError, dict(spec, name='tiny_plate'))
+    assert 'there is train' in sentence(ValueError, dict(spec, name='tiny_plates', split='val'))
+    assert 'is not prepared' in sentence(FileNotFoundError, dict(spec, name='mnist'))
+    assert 'source=tfds' in sentence(ValueError, f'{tfds_dir}/tiny_plates/1.0.0')
+
+
+def test_arrays_in_memory_are_a_source():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    source = sources.open_source(dict(source='arrays', images=images, labels=[2, 0]))
+    assert len(source) == 2 and source.classes == ('0', '1', '2') and source[0]['label'] == 2
+    np.testing.assert_array_equal(source[1]['image'], images[1])
+
+
+# What the user may get wrong.
+
+
+def test_misspelt_names_are_answered_with_the_nearest_one(tmp_path):
+    assert "did you mean 'parquet'?" in sentence(ValueError, dict(source='parket', path='x'))
+    assert "did you mean 'split'?" in sentence(ValueError, dict(source='scenes', splt='x'))
+    write(tmp_path / 'pictures/a.png')
+    assert "did you mean 'pictures'?" in sentence(FileNotFoundError, str(tmp_path / 'picture'))
+    assert 'does not exist' in sentence(FileNotFoundError, str(tmp_path / 'no/such/thing'))
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    assert 'is empty' in sentence(FileNotFoundError, str(tmp_path))
+    write(tmp_path / 'notes.txt')
+    assert 'None of the 1 files' in sentence(FileNotFoundError, str(tmp_path))
+    assert 'neither a folder' in sentence(ValueError, str(tmp_path / 'notes.txt'))
+
+
+def test_what_a_source_needs_is_asked_for():
+    assert "needs 'path'" in sentence(ValueError, dict(source='folder', path=''))
+    assert "needs 'name'" in sentence(ValueError, dict(source='tfds'))
+    assert 'one of folder' in sentence(ValueError, dict(split='train'))
+
+
+def test_damaged_or_odd_parquet_is_refused(tmp_path):
+    write(tmp_path / 'bad.parquet', b'PAR1 no more')
+    assert 'not a readable Parquet' in sentence(ValueError, str(tmp_path / 'bad.parquet'))
+    pq.write_table(table([]), tmp_path / 'none.parquet')
+    assert 'no rows' in sentence(ValueError, str(tmp_path / 'none.parquet'))
+    pq.write_table(pa.table({'text': ['a']}), tmp_path / 'text.parquet')
+    assert 'set image_column' in sentence(ValueError, str(tmp_path / 'text.parquet'))
+    pq.write_table(table([1]), tmp_path / 'x.parquet')
+    spec = dict(source='parquet', path=str(tmp_path / 'x.parquet'), image_column='imag')
+    assert "did you mean 'image'?" in sentence(ValueError, spec)
+    spec = dict(source='parquet', path=str(tmp_path), split='val')
+    assert "split 'val'" in sentence(FileNotFoundError, spec)
+
+
+def test_a_config_may_keep_the_keys_of_another_source(tmp_path):
+    write(tmp_path / 'a.png')
+    spec = dict(source='folder', path=str(tmp_path), n=100, size=96, name=None, images='')
+    assert len(sources.open_source(ml_collections.ConfigDict(spec))) == 1
+
+
+def test_the_real_sets_open(data_dir):
+    source = sources.open_source(str(data_dir / 'cifar10/test.parquet'))
+    assert len(source) == 10_000 and source.classes[3] == 'cat'
+    assert host.decode(source[9_999]['image']).shape == (32, 32, 3)
+    spec = dict(source='folder', path=str(data_dir / 'camvid/images'), split='val')
+    source = sources.open_source(dict(spec, segmentation=str(data_dir / 'camvid/labels')))
+    assert len(source) == 101 and source[100]['segmentation'].max() <= 11

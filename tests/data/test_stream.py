@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream is a function of the step, and bad images are replaced, listed and counted."""
+
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_jax.data import host as host_lib
+from ssl_jax.data import scenes, sources
+from ssl_jax.data import stream as stream_lib
+from ssl_jax.data import view as view_lib
+
+VIEWS = (view_lib.View('global', 16, count=2), view_lib.View('local', 8, scale=(0.05, 0.3)))
+TINY = (view_lib.View('image', 1),)
+
+
+def take(source, count, views=VIEWS, **options):
+    with stream_lib.train_stream(source, views, seed=options.pop('seed', 0), **options) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert sorted(x) == sorted(y)
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+def numbered(n):
+    """A source of 1x1 images; image i has the colour i."""
+    return sources.Arrays(np.arange(n, dtype=np.uint8)[:, None, None] * np.ones((1, 1), np.uint8))
+
+
+class Broken:
+    """A source in which some images cannot be decoded, or not be read at first."""
+
+    classes = None
+    fingerprint = 'broken'
+
+    def __init__(self, n, bad, error=None):
+        self._n, self._bad, self._error = n, dict.fromkeys(bad, 10**9), error
+
+    def __len__(self):
+        return self._n
+
+    def fail(self, i, times):
+        self._bad[i] = times
+        return self
+
+    def __getitem__(self, i):
+        if self._bad.get(i, 0) > 0:
+            self._bad[i] -= 1
+            if self._error:
+                raise self._error(5, 'the disk is away')
+            return {'image': b'no image'}
+        return {'image': np.full((2, 2, 3), i, np.uint8)}
+
+    def describe(self, i):
+        return f'file {i}'
+
+
+# What is in a batch.
+
+
+def test_a_batch_holds_every_view_with_shapes_and_types():
+    batch = take(scenes.Scenes(8, 32), 1, batch_size=4)[0]
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+        'global': ((4, 2, 16, 16, 3), 'uint8'),
+        'local': ((4, 1, 8, 8, 3), 'uint8'),
+        'id': ((4,), 'int64'),
+        'label': ((4,), 'int32'),
+        'bad': ((4, stream_lib.MAX_TRIES), 'int64'),
+    }
+
+
+def test_ids_and_labels_belong_to_the_pixels():
+    images = np.arange(50, dtype=np.uint8)[:, None, None] * np.ones((3, 3), np.uint8)
+    source = sources.Arrays(images, np.arange(50) % 7)
+    for batch in take(source, 5, batch_size=16):
+        assert (batch['global'] == batch['id'][:, None, None, None, None]).all()
+        assert (batch['label'] == batch['id'] % 7).all()
+
+
+def test_without_labels_there_is_no_label():
+    assert 'label' not in take(numbered(4), 1, TINY, batch_size=2)[0]
+
+
+def test_crops_differ_between_views_copies_and_epochs():
+    source = scenes.Scenes(4, 32)
+    first, second = take(source, 2, batch_size=4)
+    assert sorted(first['id']) == sorted(second['id']) == [0, 1, 2, 3]
+    assert not np.array_equal(first['global'][:, 0], first['global'][:, 1])
+    rows = [int(np.flatnonzero(b['id'] == 2)[0]) for b in (first, second)]
+    assert not np.array_equal(first['global'][rows[0]], second['global'][rows[1]])
+
+
+# Order.
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_every_image_appears_once_per_epoch_for_any_batch_hosts_and_restart(data):
+    n = data.draw(st.integers(1, 40), 'images')
+    batch = data.draw(st.integers(1, n), 'batch')
+    hosts = data.draw(st.sampled_from([h for h in (1, 2, 3, 4) if h <= batch]), 'hosts')
+    seed = data.draw(st.integers(0, 2**40), 'seed')
+    epochs = 3
+    steps = -(-epochs * n // batch)
+    cut = data.draw(st.integers(0, steps), 'restart')
+    source = numbered(n)
+    owner = np.sort(np.arange(batch) % hosts)
+    ledger = np.full((steps, batch), -1)
+    for host in range(hosts):
+        rows = np.flatnonzero(owner == host)
+        options = dict(batch_size=batch, seed=seed, rows=rows, num_threads=1)
+        for start, count in ((0, cut), (cut, steps - cut)):
+            for k, b in enumerate(take(source, count, TINY, start_step=start, **options)):
+                ledger[start + k, rows] = b['id']
+    for epoch in ledger.reshape(-1)[: epochs * n].reshape(epochs, n):
+        assert sorted(epoch) == list(range(n))
+
+
+def test_each_epoch_and_each_seed_has_its_own_order():
+    order = [[stream_lib.sample_index(e * 100 + p, 100, s) for p in range(100)]
+             for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))]  # fmt: skip
+    for i in range(4):
+        for j in range(i):
+            assert np.mean(np.array(order[i]) == order[j]) < 0.1
+
+
+def test_the_order_is_the_one_that_old_checkpoints_expect():
+    # A change here changes every resumed run: bump a version and say so, or do not change it.
+    order = [stream_lib.sample_index(g, 10, 0) for g in range(20)]
+    assert order[:10] == [9, 0, 7, 3, 8, 1, 4, 5, 6, 2]
+    assert order[10:] == [3, 2, 8, 9, 5, 6, 1, 7, 0, 4]
+
+
+# Invariance, pixels included.
+
+
+@pytest.mark.parametrize('threads', [2, 4])
+def test_threads_do_not_change_a_bit(threads):
+    source = scenes.Scenes(10, 32)
+    options = dict(batch_size=6)
+    assert_same(
+        take(source, 5, num_threads=1, **options), take(source, 5, num_threads=threads, **options)
+    )
+
+
+@pytest.mark.parametrize('start', [1, 3, 4])
+def test_a_stream_that_starts_later_continues_bitwise(start):
+    source = scenes.Scenes(10, 32)
+    whole = take(source, 6, batch_size=6)
+    assert_same(take(source, 6 - start, batch_size=6, start_step=start), whole[start:])
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_hosts_load_the_same_global_batch_together(hosts):
+    source = scenes.Scenes(10, 32)
+    whole = take(source, 3, batch_size=8)
+    rows = np.arange(8).reshape(hosts, -1)
+    parts = [take(source, 3, batch_size=8, rows=r) for r in rows]
+    joined = [{k: np.concatenate([p[s][k] for p in parts]) for k in whole[s]} for s in range(3)]
+    assert_same(joined, whole)
+
+
+def test_rows_need_not_be_contiguous():
+    source = scenes.Scenes(10, 32)
+    whole = take(source, 2, batch_size=8)
+    part = take(source, 2, batch_size=8, rows=[1, 4, 6])
+    assert_same(part, [{k: v[[1, 4, 6]] for k, v in b.items()} for b in whole])
+
+
+TRAINER = """
+import os, sys, numpy as np
+from ssl_jax.data import scenes, stream as stream_lib, view as view_lib
+if __name__ == '__main__':
+    views = (view_lib.View('global', 16, count=2), view_lib.View('local', 8, scale=(0.05, 0.3)))
+    stream = stream_lib.train_stream(
+        scenes.Scenes(10, 32), views, batch_size=6, seed=0, start_step=1, num_workers=2,
+        num_threads=1)
+    for k in range(3):
+        np.savez(f'{sys.argv[1]}/{k}.npz', **next(stream))
+    print(*[p for t in os.listdir('/proc/self/task')
+            for p in open(f'/proc/self/task/{t}/children').read().split()], flush=True)
+    sys.stdin.read()  # Until killed.
+"""
+
+
+@pytest.fixture(scope='module')
+def trainer(tmp_path_factory):
+    """A process that has loaded batches 1 to 3 in two workers: (folder, process, their pids)."""
+    if sys.platform != 'linux':
+        pytest.skip('counts processes in /proc')
+    folder = tmp_path_factory.mktemp('trainer')
+    (folder / 'trainer.py').write_text(TRAINER)
+    repo = os.path.dirname(os.path.dirname(os.path.abspath(stream_lib.__file__)))
+    environment = {**os.environ, 'PYTHONPATH': os.path.dirname(repo), 'JAX_PLATFORMS': 'cpu'}
+    process = subprocess.Popen(
+        [sys.executable, folder / 'trainer.py', folder],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    pids = [int(p) for p in process.stdout.readline().split()]
+    yield folder, process, pids
+    process.kill()
+    process.communicate()
+
+
+def test_worker_processes_do_not_change_a_bit(trainer):
+    folder = trainer[0]
+    loaded = [dict(np.load(folder / f'{k}.npz')) for k in range(3)]
+    assert_same(loaded, take(scenes.Scenes(10, 32), 3, batch_size=6, start_step=1))
+
+
+def test_worker_processes_die_with_a_killed_trainer(trainer):
+    _, process, pids = trainer
+    assert len(pids) >= 2
+    handles = [os.pidfd_open(p) for p in pids]
+    process.send_signal(signal.SIGKILL)
+    for handle in handles:
+        ended, _, _ = select.select([handle], [], [], 20)
+        os.close(handle)
+        assert ended, 'a worker outlived its trainer'
+
+
+# Bad images.
+
+
+def test_a_bad_image_is_replaced_the_same_way_whoever_loads_it():
+    source = Broken(20, bad=(3, 11))
+    whole = take(source, 5, TINY, batch_size=8)
+    ids = np.concatenate([b['id'] for b in whole])
+    bad = np.concatenate([b['bad'] for b in whole])
+    assert not {3, 11} & set(ids.tolist())
+    assert set(bad[bad >= 0].tolist()) == {3, 11} and (bad[:, 0] >= 0).sum() == 4
+    assert (np.concatenate([b['image'] for b in whole])[:, 0, 0, 0, 0] == ids).all()
+    parts = [take(source, 3, TINY, batch_size=8, rows=r, start_step=2) for r in ([0, 1, 2], [5, 7])]
+    for step in range(3):
+        np.testing.assert_array_equal(parts[0][step]['id'], whole[2 + step]['id'][:3])
+        np.testing.assert_array_equal(parts[1][step]['bad'], whole[2 + step]['bad'][[5, 7]])
+
+
+def test_when_no_image_can_be_decoded_the_stream_says_so():
+    with pytest.raises(RuntimeError, match=r'8 images in a row .*file \d+ \(text, not an image\)'):
+        take(Broken(4, bad=range(4)), 1, TINY, batch_size=2)
+
+
+def test_a_read_that_fails_for_a_while_is_repeated_and_not_counted(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(stream_lib.time, 'sleep', pauses.append)
+    source = Broken(4, (), OSError).fail(2, times=3)
+    batch = take(source, 1, TINY, batch_size=4, num_threads=1, prefetch=1)[0]
+    assert sorted(batch['id']) == [0, 1, 2, 3] and batch['bad'].max() == -1
+    assert len(pauses) == 3 and pauses == sorted(pauses)
+
+
+def test_a_missing_file_is_bad_at_once(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(stream_lib.time, 'sleep', pauses.append)
+    batch = take(Broken(4, (2,), FileNotFoundError), 1, TINY, batch_size=4)[0]
+    assert batch['bad'].max() == 2 and not pauses
+
+
+def bad_batch(*ids):
+    bad = np.full((2, stream_lib.MAX_TRIES), -1)
+    bad[0, : len(ids)] = ids
+    return {'bad': bad}
+
+
+def test_bad_images_are_listed_once_with_path_and_reason(tmp_path):
+    path = tmp_path / 'w' / 'bad_images.jsonl'
+    bad = stream_lib.BadImages(Broken(1000, (7, 9)), path, 0.01)
+    assert bad.update(bad_batch()) == 0 and not path.exists()
+    assert bad.update(bad_batch(7)) == 1
+    assert bad.update(bad_batch(7, 9)) == 2 == bad.count
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert entries == [dict(id=i, path=f'file {i}', reason='text, not an image') for i in (7, 9)]
+
+
+def test_the_list_survives_a_restart_and_a_line_cut_off_by_a_kill(tmp_path):
+    path = tmp_path / 'bad_images.jsonl'
+    source = Broken(1000, (7, 9, 20))
+    stream_lib.BadImages(source, path).update(bad_batch(7, 9))
+    path.write_bytes(path.read_bytes()[:-10])  # The line of 9 is torn.
+    bad = stream_lib.BadImages(source, path)
+    assert bad.count == 1
+    assert bad.update(bad_batch(7, 20)) == 2
+    assert json.loads(path.read_text().splitlines()[-1])['id'] == 20
+    assert stream_lib.BadImages(source, path).count == 2
+
+
+def test_entries_of_another_data_set_are_not_counted(tmp_path):
+    path = tmp_path / 'bad_images.jsonl'
+    lines = [dict(id=3, path='elsewhere 3', reason=''), dict(id=4, path='file 4', reason='')]
+    path.write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    assert stream_lib.BadImages(Broken(10, ()), path).count == 1
+
+
+def test_more_bad_images_than_the_budget_stop_the_run(tmp_path):
+    bad = stream_lib.BadImages(Broken(300, range(9)), tmp_path / 'bad.jsonl', 0.01)
+    bad.update(bad_batch(0, 1, 2))
+    with pytest.raises(RuntimeError, match='4 of 300 images .*3 allowed.*bad.jsonl'):
+        bad.update(bad_batch(3))
+
+
+def test_one_bad_image_is_always_allowed():
+    bad = stream_lib.BadImages(Broken(10, range(9)), None, 0.0)
+    bad.update(bad_batch(0))
+    with pytest.raises(RuntimeError, match='the last is file 5'):
+        bad.update(bad_batch(5))
+
+
+def test_a_folder_with_every_kind_of_damage_trains_on_the_rest(tmp_path):
+    def encoded(value, format='JPEG'):
+        out = io.BytesIO()
+        PIL.Image.fromarray(np.full((40, 40, 3), value, np.uint8)).save(out, format)
+        return out.getvalue()
+
+    for i in range(20):
+        (tmp_path / f'{i:02}.jpg').write_bytes(encoded(10 * i))
+    damage = {
+        '03.jpg': encoded(0)[:-40],
+        '05.jpg': b'',
+        '07.jpg': b'<html>429 Too Many Requests</html>',
+        '11.jpg': encoded(0, 'PNG')[:60],
+    }
+    for name, data in damage.items():
+        (tmp_path / name).write_bytes(data)
+    source = sources.open_source(str(tmp_path))
+    batches = take(source, 4, TINY, batch_size=10)
+    assert not {3, 5, 7, 11} & set(np.concatenate([b['id'] for b in batches]).tolist())
+    bad = stream_lib.BadImages(source, tmp_path / 'list.jsonl', 0.2)
+    for batch in batches:
+        bad.update(batch)
+    reasons = {}
+    for line in (tmp_path / 'list.jsonl').read_text().splitlines():
+        entry = json.loads(line)
+        reasons[os.path.basename(entry['path'])] = entry['reason']
+    assert sorted(reasons) == sorted(damage)
+    assert 'HTML' in reasons['07.jpg'] and 'empty' in reasons['05.jpg']
+
+
+# Evaluation, and the rest.
+
+
+def test_evaluation_is_in_order_padded_and_masked():
+    source = scenes.Scenes(10, 32)
+    batches = list(stream_lib.eval_stream(source, 24, 4))
+    assert [b['image'].shape for b in batches] == [(4, 24, 24, 3)] * 3
+    mask = np.concatenate([b['mask'] for b in batches])
+    assert mask.tolist() == [True] * 10 + [False] * 2
+    assert np.concatenate([b['id'] for b in batches])[mask].tolist() == list(range(10))
+    item = source[9]
+    for key in ('image', 'segmentation', 'depth'):
+        mode = 'bicubic' if key == 'image' else 'nearest'
+        expected = host_lib.resize_center_crop(item[key], 24, interpolation=mode)
+        np.testing.assert_array_equal(batches[2][key][1], expected)
+    assert batches[2]['label'][1] == item['label']
+
+
+def test_evaluation_rows_are_a_part_of_the_global_batch():
+    source = scenes.Scenes(10, 32)
+    whole = list(stream_lib.eval_stream(source, 16, 4))
+    part = list(stream_lib.eval_stream(source, 16, 4, rows=[2, 3]))
+    assert_same(part, [{k: v[2:] for k, v in b.items()} for b in whole])
+
+
+def test_evaluation_masks_what_cannot_be_decoded():
+    batch = next(stream_lib.eval_stream(Broken(4, (2,)), 2, 4))
+    assert batch['mask'].tolist() == [True, True, False, True]
+    assert batch['image'][2].max() == 0 and batch['image'][3].max() == 3
+
+
+def test_fewer_images_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match='3 images are fewer than one batch of 4.*3 or less'):
+        take(numbered(3), 1, TINY, batch_size=4)
+
+
+def test_a_closed_stream_gives_no_more_batches_and_leaves_no_threads():
+    import threading
+
+    before = threading.active_count()
+    stream = stream_lib.train_stream(numbered(8), TINY, batch_size=4, seed=0, num_threads=3)
+    next(stream)
+    loaders = [t for t in threading.enumerate() if t.name.startswith('grain-prefetch')]
+    stream.close()
+    for thread in loaders:
+        thread.join(10)
+    assert threading.active_count() <= before
+    with pytest.raises(Exception, match='closed'):
+        next(stream)
+
+
+def test_the_real_sets_stream(data_dir):
+    source = sources.open_source(str(data_dir / 'cifar10/train.parquet'))
+    batch = take(source, 1, (view_lib.View('image', 32),), batch_size=64)[0]
+    assert batch['image'].std() > 30 and len(set(batch['label'].tolist())) > 5
+    source = sources.open_source(str(data_dir / 'camvid/images/train'))
+    batch = take(source, 1, (view_lib.View('image', 224),), batch_size=4)[0]
+    assert batch['image'].shape == (4, 1, 224, 224, 3) and batch['bad'].max() == -1

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from ssl_jax.viz import draw
+
+
+def images(n=3, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def read(path):
+    return np.asarray(PIL.Image.open(path).convert('RGB'))
+
+
+def tile(sheet, row, column, size, header=True):
+    y = draw.MARGIN + header * draw.HEADER + row * (size + draw.GAP)
+    x = draw.MARGIN + column * (size + draw.GAP)
+    return sheet[y : y + size, x : x + size]
+
+
+def sheet_size(rows, columns, size, header=True):
+    width = 2 * draw.MARGIN + columns * size + (columns - 1) * draw.GAP
+    return 2 * draw.MARGIN + header * draw.HEADER + rows * size + (rows - 1) * draw.GAP, width, 3
+
+
+def write_rows(path, rows, tail=''):
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows) + tail)
+
+
+def test_reconstruction_has_the_columns_in_order_and_pixels_are_repeated_exactly(tmp_path):
+    keys = ('image', 'masked', 'means', 'prediction', 'stitched')
+    made = {k: images(seed=i) for i, k in enumerate(keys)}
+    draw.reconstruction_grid(made, tmp_path / 'new' / 'r.png')
+    sheet = read(tmp_path / 'new' / 'r.png')
+    assert sheet.shape == sheet_size(3, 6, 128)
+    for j, key in enumerate((*keys, 'image')):
+        want = made[key][2].repeat(16, axis=0).repeat(16, axis=1)
+        np.testing.assert_array_equal(tile(sheet, 2, j, 128), want)
+
+
+def test_reconstruction_has_a_header_over_every_column(tmp_path):
+    made = {k: images() for k in ('image', 'masked', 'stitched')}
+    draw.reconstruction_grid(made, tmp_path / 'r.png')
+    sheet = read(tmp_path / 'r.png')
+    assert sheet.shape == sheet_size(3, 4, 128)
+    for j in range(4):
+        x = draw.MARGIN + j * (128 + draw.GAP)
+        above = sheet[4 : draw.MARGIN + draw.HEADER - 2, x : x + 128]
+        assert (above < 100).sum() > 50  # ink
+
+
+def test_floats_in_0_1_and_uint8_give_the_same_picture(tmp_path):
+    made = {k: images() for k in ('image', 'masked', 'stitched')}
+    draw.reconstruction_grid(made, tmp_path / 'a.png')
+    draw.reconstruction_grid({k: v / 255.0 for k, v in made.items()}, tmp_path / 'b.png')
+    np.testing.assert_array_equal(read(tmp_path / 'a.png'), read(tmp_path / 'b.png'))
+
+
+def test_values_outside_0_1_and_nan_are_drawn_not_wrapped(tmp_path):
+    x = np.zeros((1, 8, 8, 3))
+    x[0, 0, 0], x[0, 1, 1], x[0, 2, 2] = 1.7, -0.3, np.nan
+    draw.contact_sheet(x, tmp_path / 'c.png')
+    got = tile(read(tmp_path / 'c.png'), 0, 0, 128, header=False)[::16, ::16, 0]
+    assert (got[0, 0], got[1, 1], got[2, 2]) == (255, 0, 0)
+
+
+def test_reconstruction_without_a_prediction_of_pixels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='stitched'):
+        draw.reconstruction_grid({'image': images(), 'masked': images()}, tmp_path / 'r.png')
+    assert not list(tmp_path.iterdir())
+
+
+def test_contact_sheet_is_about_square_and_large_images_keep_their_size(tmp_path):
+    pictures = images(7, 150)
+    draw.contact_sheet(pictures, tmp_path / 'c.png')
+    sheet = read(tmp_path / 'c.png')
+    assert sheet.shape == sheet_size(3, 3, 150, header=False)
+    np.testing.assert_array_equal(tile(sheet, 2, 0, 150, header=False), pictures[6])
+    assert (tile(sheet, 2, 1, 150, header=False) == 255).all()
+
+
+def test_pca_gives_equal_tokens_equal_colours_and_different_tokens_different_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = rng.normal(size=(4, 16))
+    which = rng.integers(0, 4, (2, 6))
+    tokens = kinds[which] + 1e-3 * rng.normal(size=(2, 6, 16))
+    colours = draw.pca_patches(tokens, (2, 3), images(2, 12), tmp_path / 'p.png').reshape(-1, 3)
+    for a, b in itertools.combinations(range(12), 2):
+        distance = np.abs(colours[a].astype(int) - colours[b]).max()
+        same = which.ravel()[a] == which.ravel()[b]
+        assert distance < 10 if same else distance > 30
+
+
+def test_pca_is_drawn_beside_its_image(tmp_path):
+    tokens = np.random.default_rng(0).normal(size=(3, 4, 8))
+    pictures = images(3, 128)
+    colours = draw.pca_patches(tokens, (2, 2), pictures, tmp_path / 'p.png')
+    sheet = read(tmp_path / 'p.png')
+    assert sheet.shape == sheet_size(2, 4, 128)
+    np.testing.assert_array_equal(tile(sheet, 1, 0, 128), pictures[2])
+    np.testing.assert_array_equal(tile(sheet, 1, 1, 128)[::64, ::64], colours[2])
+
+
+def test_pca_refuses_class_tokens_among_the_patches(tmp_path):
+    with pytest.raises(ValueError, match='2x2 grid'):
+        draw.pca_patches(np.zeros((1, 5, 8)), (2, 2), images(1), tmp_path / 'p.png')
+
+
+def test_attention_is_drawn_beside_its_image_with_its_largest_value_white(tmp_path):
+    weights = np.zeros((2, 3, 2, 2))
+    weights[1, 2] = [[0, 0.1], [0.2, 0.05]]
+    pictures = images(2, 128)
+    draw.attention_maps(weights, pictures, tmp_path / 'a.png')
+    sheet = read(tmp_path / 'a.png')
+    assert sheet.shape == sheet_size(2, 4, 128)
+    np.testing.assert_array_equal(tile(sheet, 1, 0, 128), pictures[1])
+    np.testing.assert_array_equal(tile(sheet, 1, 3, 128)[::64, ::64, 0], [[0, 128], [255, 64]])
+
+
+def test_curves_draw_the_panels_that_have_data(tmp_path):
+    rows = [{'step': s, 'loss': 1 / s} for s in range(1, 9)]
+    write_rows(tmp_path / 'm.jsonl', rows)
+    draw.curves(tmp_path / 'm.jsonl', tmp_path / 'one.png')
+    for row in rows:
+        row.update({'lr': 0.1, 'knn/cls/20': 50.0, 'time': {'images_per_second': 9.0}})
+    write_rows(tmp_path / 'm.jsonl', rows)
+    draw.curves(tmp_path / 'm.jsonl', tmp_path / 'four.png')
+    assert read(tmp_path / 'one.png').shape == (330, 520, 3)
+    assert read(tmp_path / 'four.png').shape == (660, 1040, 3)
+    assert (read(tmp_path / 'four.png') != 255).any()
+
+
+def test_torn_last_line_and_rows_without_a_step_change_nothing(tmp_path):
+    rows = [{'step': s, 'loss': 1 / s} for s in range(1, 9)]
+    write_rows(tmp_path / 'whole.jsonl', rows)
+    write_rows(tmp_path / 'torn.jsonl', [*rows, {'loss': 7}, 3], tail='{"step": 9, "lo')
+    for name in ('whole', 'torn'):
+        draw.curves(tmp_path / f'{name}.jsonl', tmp_path / f'{name}.png')
+    np.testing.assert_array_equal(read(tmp_path / 'whole.png'), read(tmp_path / 'torn.png'))
+
+
+def test_values_that_are_not_finite_are_passed_over(tmp_path):
+    rows = [{'step': 1, 'loss': 0.5}, {'step': 2, 'loss': 'nan'}, {'step': 3, 'loss': float('inf')}]
+    write_rows(tmp_path / 'm.jsonl', rows)
+    steps, values = draw._series(tmp_path / 'm.jsonl')['loss']
+    assert (steps.tolist(), values.tolist()) == ([1], [0.5])
+
+
+def test_the_last_row_of_a_step_counts(tmp_path):
+    write_rows(tmp_path / 'm.jsonl', [{'step': s, 'loss': x} for s, x in ((2, 5), (1, 7), (2, 6))])
+    steps, values = draw._series(tmp_path / 'm.jsonl')['loss']
+    assert (steps.tolist(), values.tolist()) == ([1, 2], [7, 6])
+
+
+def test_curves_before_the_first_row_are_a_picture_too(tmp_path):
+    draw.curves(tmp_path / 'absent.jsonl', tmp_path / 'c.png')
+    assert read(tmp_path / 'c.png').shape == (330, 520, 3)
+
+
+def test_importing_viz_does_not_import_matplotlib():
+    code = 'import sys; from ssl_jax.viz import draw; sys.exit("matplotlib" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
