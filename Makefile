@@ -1,16 +1,20 @@
-# `make demo` and `make test` work on a fresh Linux machine with Python 3.11 or newer, no other step.
+# `make demo` and `make test` need nothing but Linux and Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# XLA on CPU allocates the memory of every step anew; with pages of 2 MiB a step takes about a tenth
+# less time. glibc reads this when a process starts.
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: demo test slow clean
 
 demo: $(VENV)/run.stamp
 	rm -rf runs/demo
-	$(BIN)/ssl_jax demo --workdir runs/demo
+	$(HUGE_PAGES) $(BIN)/ssl_jax demo --workdir runs/demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q -n 2
 
 slow: $(VENV)/test.stamp

@@ -18,11 +18,13 @@ Expected: fine-tuned 83.2 % after 800 epochs, 82.8 % after 300 with a linear pro
 Cost: 1.1e20 useful FLOPs: 25 h on TPU v5e-16 or 10 h on 8 H100 at 40 % of peak.
 """
 
-from ssl_jax import config, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    words = config.shared('words')
+    data = config.shared('data')
+    c = config.default('beit')
     c.name = 'beit_vitb16'
 
     c.total_epochs = 800.0
@@ -31,10 +33,9 @@ def get_config(arg=''):
     c.dtype = 'bfloat16'
     c.remat = 'dots'
 
-    c.method = config_splitmask.beit()
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
 
-    c.data.train, c.data.eval_train, c.data.eval_test = config.imagenet(arg)
+    c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
     c.data.num_threads = 32
     c.eval.every_epochs = 20.0
     c.eval.max_train = 130_000

@@ -3,7 +3,7 @@
 
 The images are $SSL_JAX_DATA/camvid/images/train/*.jpg of 480x360 pixels. Crops show 4 to 25 % of an
 image, the paper's advice for scenes (ADE20k, section 5.2.2). Its rule for the length
-(`config_splitmask.epochs`) gives 5,000 epochs, its limit; this recipe has a tenth of them.
+(`epochs` of `_words.py`) gives 5,000 epochs, its limit; this recipe has a tenth of them.
 
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config camvid_splitmask --workdir runs/camvid_splitmask
@@ -18,19 +18,20 @@ import os
 
 import ml_collections
 
-from ssl_jax import config, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    words = config.shared('words')
+    c = config.default('splitmask')
     c.name = 'camvid_splitmask'
 
-    c.total_epochs = config_splitmask.epochs(367) / 10  # 500
+    c.total_epochs = words.epochs(367) / 10  # 500
     c.warmup_epochs = c.total_epochs / 30
     c.batch_size = 64
 
-    c.method = m = config_splitmask.splitmask()
+    m = c.method
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 6, 4
     m.patch_size = m.token_patch_size = 8
@@ -39,7 +40,7 @@ def get_config(arg=''):
     m.drop_path = 0.0
     m.crop_scale = (0.04, 0.25)
 
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
     c.optim.lr = 7e-4
 
     images = os.path.join(os.environ.get('SSL_JAX_DATA', '../shared/data'), 'camvid', 'images')

@@ -9,19 +9,21 @@ blocks) linear probe 33 %, kNN 32.5, fine-tuned 32 (raw pixels 36 and 37): exper
 Cost: 4.4e14 useful FLOPs: by these an hour and a half of two idle CPU cores.
 """
 
-from ssl_jax import config, config_data, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    words = config.shared('words')
+    data = config.shared('data')
+    c = config.default('beit')
     c.name = 'cifar10_beit'
 
     c.total_epochs = 16.0
     c.warmup_epochs = 0.5
     c.batch_size = 64
 
-    c.method = m = config_splitmask.beit()
+    m = c.method
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 6, 4
     m.patch_size = m.token_patch_size = 4
@@ -31,10 +33,10 @@ def get_config(arg=''):
     m.crop_scale = (0.4, 1.0)
     m.jitter_prob = 0.0  # a jittered patch is another word
 
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
     c.optim.lr = 7e-4
 
-    config_data.cifar10(c)
+    data.cifar10(c)
     c.eval.every_epochs = 4.0
 
     return c

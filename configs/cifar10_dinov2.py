@@ -3,7 +3,7 @@
 
 The images are Parquet files in Hugging Face layout, $SSL_JAX_DATA/cifar10/{train,test}.parquet with
 columns `image` (struct with `bytes`) and `label`. Why the preset differs from the large recipes:
-see `config_dinov2.small`. 6 x 6 patches of 6 px, local crops of half the side; blur is off, for a
+see `small` of `_dinov2.py`. 6 x 6 patches of 6 px, local crops of half the side; blur is off, for a
 kernel of 9 pixels wipes out images of 36.
 
 Command:
@@ -13,20 +13,22 @@ Expected: kNN 55 % (raw pixels 46, the encoder untrained 29), linear probe 57 % 
 Cost: 70 minutes at the 145 images/s of two idle CPU cores, two hours at the 82 of one.
 """
 
-from ssl_jax import config, config_data, config_dinov2
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    data = config.shared('data')
+    c = config.default('dinov2')
     c.name = 'cifar10_dinov2'
 
     c.total_epochs = 12.0
     c.warmup_epochs = 0.3
     c.batch_size = 64
 
-    c.method = m = config_dinov2.method()
-    config_dinov2.small(m)
+    m = c.method
+    dinov2.small(m)
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 4, 4
     m.patch_size = 6
@@ -35,13 +37,13 @@ def get_config(arg=''):
     m.blur = 'none'
     m.layer_scale = None
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.lr = 1e-3
     c.optim.weight_decay_end = 0.1
     c.optim.lr_mult = ()  # the patch embedding has no time for a fifth of the rate
     c.optim.warm_freeze_epochs = 0.05
 
-    config_data.cifar10(c)
+    data.cifar10(c)
     c.eval.every_epochs = 1.0
 
     return c

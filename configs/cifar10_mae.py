@@ -12,11 +12,12 @@ Expected: linear probe 60 % (raw pixels 41, the encoder untrained 46), kNN on a 
 Cost: 33 minutes at the 250 images/s of one free CPU core.
 """
 
-from ssl_jax import config, config_data
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
+    data = config.shared('data')
     c = config.default()
     c.name = 'cifar10_mae'
 
@@ -38,7 +39,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    config_data.cifar10(c)
+    data.cifar10(c)
     c.eval.every_epochs = 2.0
 
     return c

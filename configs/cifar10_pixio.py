@@ -12,11 +12,12 @@ means 52 % (45, 42); loss 0.63.
 Cost: an hour of one shared CPU core; 38 minutes at the 220 images/s of a free one.
 """
 
-from ssl_jax import config, config_data
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
+    data = config.shared('data')
     c = config.default()
     c.name = 'cifar10_pixio'
 
@@ -42,7 +43,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    config_data.cifar10(c)
+    data.cifar10(c)
     c.eval.every_epochs = 2.0
 
     return c

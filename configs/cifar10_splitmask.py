@@ -14,19 +14,21 @@ blocks) linear probe 45 %, kNN 44 (raw pixels 36 and 37): experiments/splitmask.
 Cost: 7.5e14 useful FLOPs, five times `cifar10_mae`: 2 h at the 100 images/s of two busy CPU cores.
 """
 
-from ssl_jax import config, config_data, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    words = config.shared('words')
+    data = config.shared('data')
+    c = config.default('splitmask')
     c.name = 'cifar10_splitmask'
 
     c.total_epochs = 16.0
     c.warmup_epochs = 0.5
     c.batch_size = 64
 
-    c.method = m = config_splitmask.splitmask()
+    m = c.method
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 6, 4
     m.patch_size = m.token_patch_size = 4
@@ -35,10 +37,10 @@ def get_config(arg=''):
     m.drop_path = 0.0  # small models underfit
     m.crop_scale = (0.4, 1.0)
 
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
     c.optim.lr = 7e-4
 
-    config_data.cifar10(c)
+    data.cifar10(c)
     c.eval.every_epochs = 4.0
 
     return c

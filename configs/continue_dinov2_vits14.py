@@ -18,11 +18,12 @@ Expected: not measured; compare with `ssl_jax eval` on a labelled set before and
 useful FLOPs: 4 minutes on 8 H100 at 40 % of peak.
 """
 
-from ssl_jax import config, config_dinov2
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    c = config.default('dinov2')
     c.name = 'continue_dinov2_vits14'
     c.init_from = arg or 'dinov2_vits14_pretrain.pth'
 
@@ -32,7 +33,7 @@ def get_config(arg=''):
     c.dtype = 'bfloat16'
     c.remat = 'dots'
 
-    c.method = m = config_dinov2.method()
+    m = c.method
     m.size = 'S'
     m.patch_size = 14
     m.local_size = 98
@@ -41,7 +42,7 @@ def get_config(arg=''):
     m.warmup_teacher_temp_steps = 4000
     m.momentum_teacher = 0.994
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.base_lr = 4e-4  # 2e-4 at batch 256, for the heads
     c.optim.weight_decay_end = 0.2
     c.optim.layer_decay = 0.9

@@ -14,11 +14,13 @@ the released weights: 800 epochs, temperature 0.07 after 30 epochs). Not trained
 Cost: 1.5e19 useful FLOPs: 1.3 h on 8 H100 at 40 % of peak.
 """
 
-from ssl_jax import config, config_dinov2
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    data = config.shared('data')
+    c = config.default('dinov2')
     c.name = 'dino_vits16'
 
     c.total_epochs = 100.0
@@ -26,12 +28,12 @@ def get_config(arg=''):
     c.batch_size = 1024
     c.dtype = 'bfloat16'
 
-    c.method = m = config_dinov2.method()
-    config_dinov2.dino(m)
+    m = c.method
+    dinov2.dino(m)
     m.size = 'S'
     m.drop_path = 0.1
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.base_lr, c.optim.scale_batch, c.optim.lr_scaling = 5e-4, 256, 'linear'
     c.optim.weight_decay_end = 0.4
     c.optim.clip_by = 'tensor'
@@ -39,7 +41,7 @@ def get_config(arg=''):
     c.optim.freeze = ('weight_g',)
     c.optim.warm_freeze_epochs = 1.0
 
-    c.data.train, c.data.eval_train, c.data.eval_test = config.imagenet(arg)
+    c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
     c.data.num_threads = 32
     c.eval.every_epochs = 10.0
     c.eval.max_train = 130_000

@@ -2,7 +2,7 @@
 """DINOv2 ViT-B/14 distilled from ViT-g/14, 224 px, 625,000 steps of 2,048 images.
 
 Paper: DINOv2, arXiv 2304.07193, sections 5 and 6.5, tables 16 and 17: the frozen teacher with its
-heads in place of the moving average, student heads of the same prototypes, no masks and no
+heads instead of the moving average, student heads of the same prototypes, no masks and no
 stochastic depth, the patch loss on all patches of the global crops, lr 1e-3, a moving average of
 the student as the result. Not in the official code; what it leaves open (schedules of momentum,
 centring, crops) is as in `dinov2_vitg14`. The teacher must be a run of that recipe: the heads of
@@ -16,11 +16,12 @@ Expected, of the published model: k-NN 82.1 %, linear probe 84.5 % on ImageNet-1
 Cost: 2.2e21 useful FLOPs, most of them the teacher's: 52 h on 64 TPU v5p chips at 40 % of peak.
 """
 
-from ssl_jax import config, config_dinov2, config_distill
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    c = config.default('dinov2_distill')
     c.name = 'dinov2_vitb14_distill'
 
     c.total_steps = 625_000
@@ -30,7 +31,7 @@ def get_config(arg=''):
     c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
-    c.method = m = config_distill.dino()
+    m = c.method
     m.size = 'B'
     m.teacher = 'runs/dinov2_vitg14'
     m.teacher_size = 'g'
@@ -42,7 +43,7 @@ def get_config(arg=''):
     m.momentum_teacher = 0.994
     m.warmup_teacher_temp_steps = 37_500
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.lr = 1e-3
     c.optim.weight_decay_end = 0.2
     c.optim.warm_freeze_steps = 1250

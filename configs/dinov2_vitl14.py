@@ -16,11 +16,12 @@ Cost: 2.6e21 useful FLOPs: 63 h on 64 TPU v5p chips or 232 h on 8 H100 at 40 % o
 README states 3.3 days on 96 A100.
 """
 
-from ssl_jax import config, config_dinov2
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    c = config.default('dinov2')
     c.name = 'dinov2_vitl14'
 
     c.total_steps = 625_000
@@ -30,7 +31,7 @@ def get_config(arg=''):
     c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
-    c.method = m = config_dinov2.method()
+    m = c.method
     m.size = 'L'
     m.patch_size = 14
     m.local_size = 98
@@ -42,7 +43,7 @@ def get_config(arg=''):
     m.momentum_teacher = 0.994
     m.warmup_teacher_temp_steps = 37_500
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.base_lr = 2e-4
     c.optim.weight_decay_end = 0.2
     c.optim.warm_freeze_steps = 1250

@@ -16,11 +16,13 @@ Cost: 3.0e20 useful FLOPs: 14 h on 32 TPU v5p chips or 26 h on 8 H100 at 40 % of
 README states about a day on 32 A100.
 """
 
-from ssl_jax import config, config_dinov2
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    data = config.shared('data')
+    c = config.default('dinov2')
     c.name = 'dinov2_vitl16_short'
 
     c.total_steps = 125_000
@@ -30,20 +32,20 @@ def get_config(arg=''):
     c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
-    c.method = m = config_dinov2.method()
+    m = c.method
     m.size = 'L'
     m.drop_path = 0.3
     m.centering = 'centering'
     m.separate_heads = False
     m.warmup_teacher_temp_steps = 37_500
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.base_lr = 4e-3
     c.optim.weight_decay_end = 0.4
     c.optim.layer_decay = 0.9
     c.optim.warm_freeze_steps = 1250
 
-    c.data.train, c.data.eval_train, c.data.eval_test = config.imagenet(arg)
+    c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
     c.data.num_threads = 64
     c.eval.every_steps = 12_500
     c.eval.max_train = 130_000

@@ -8,15 +8,17 @@ Command:
   ssl_jax finetune --config finetune_beit_vitb16:/imagenet --model runs/beit --workdir runs/ft
 
 Expected, of the official code: top-1 82.8 % after 300 epochs of pretraining on ImageNet-1k (83.7 %
-with ImageNet-22k).  Here not run.
+with ImageNet-22k). Not run here.
 Cost: 1.4e19 useful FLOPs.
 """
 
-from ssl_jax import config, config_finetune
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    finetune = config.shared('finetune')
+    data = config.shared('data')
+    c = config.default('classifier')
     c.name = 'finetune_beit_vitb16'
 
     c.total_epochs = 100.0
@@ -24,17 +26,17 @@ def get_config(arg=''):
     c.batch_size = 1024
     c.dtype = 'bfloat16'
 
-    c.method = m = config_finetune.classifier()
+    m = c.method
     m.num_classes = 1000
-    config_finetune.beit(m)
+    finetune.beit(m)
 
-    config_finetune.optim(c.optim)
+    finetune.optim(c.optim)
     c.optim.base_lr, c.optim.scale_batch = 4e-3, 1024
     c.optim.schedule = 'dinov2'  # warm-up that includes both ends
 
-    c.data.train, _, c.data.eval_test = config.imagenet(arg)
+    c.data.train, _, c.data.eval_test = data.imagenet(arg)
     c.eval.every_epochs = 5.0
-    c.eval.pictures = False
+    c.eval.tasks.pictures = None
     c.log.every_steps = 100
 
     return c

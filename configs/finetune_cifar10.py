@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on CIFAR-10, 32 px: for the encoders of `cifar10_mae` and its siblings.
 
-From scratch the encoder is theirs: 6 blocks of 128 channels, patches of 4 px.  The images are
-Parquet files in Hugging Face layout, $SSL_JAX_DATA/cifar10/{train,test}.parquet.
+From scratch the encoder is the same as there: 6 blocks of 128 channels, patches of 4 px. The images
+are Parquet files in Hugging Face layout, $SSL_JAX_DATA/cifar10/{train,test}.parquet.
 
 Command:
   SSL_JAX_DATA=/data ssl_jax finetune --config finetune_cifar10 --model runs/cifar10_mae \\
@@ -19,19 +19,20 @@ import os
 
 import ml_collections
 
-from ssl_jax import config, config_finetune
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    finetune = config.shared('finetune')
+    c = config.default('classifier')
     c.name = 'finetune_cifar10'
 
     c.total_epochs = 10.0
     c.warmup_epochs = 1.0
     c.batch_size = 128
 
-    c.method = m = config_finetune.classifier()
+    m = c.method
     m.num_classes = 10
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 6, 4
@@ -40,10 +41,10 @@ def get_config(arg=''):
     m.crop_scale = (0.4, 1.0)
     m.drop_path = 0.0
     # Short runs of small models underfit: no mixing, erasing or RandAugment.
-    config_finetune.plain(m)
+    finetune.plain(m)
     m.label_smoothing = 0.1
 
-    config_finetune.optim(c.optim)
+    finetune.optim(c.optim)
     c.optim.lr = 1e-3
     c.optim.layer_decay = 0.75
 
@@ -53,6 +54,6 @@ def get_config(arg=''):
         dict(source='parquet', path=f'{cifar}/test.parquet')
     )
     c.eval.every_epochs = 2.0
-    c.eval.pictures = False
+    c.eval.tasks.pictures = None
 
     return c

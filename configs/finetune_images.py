@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning on any labelled images: size of batches and length of the run from what is there.
+"""Fine-tuning on any labelled images: batch and length follow from the data and the devices.
 
-The recipe of `ssl_jax finetune --data`.  Settings are those of MAE's ViT-B (`finetune_mae_vitb16`)
+The recipe of `ssl_jax finetune --data`. Settings are those of MAE's ViT-B (`finetune_mae_vitb16`)
 with the paper's layer decay of 0.75, and a rate that goes with the root of the batch: 2e-3 at 1024.
 
 Command:
@@ -12,26 +12,27 @@ Cost: on a CPU about four minutes, elsewhere 100 epochs.
 
 import ml_collections
 
-from ssl_jax import config, config_finetune
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    finetune = config.shared('finetune')
+    c = config.default('classifier')
     c.name = 'finetune_images'
 
     c.infer = True
     c.batch_size = None
     c.dtype = None
 
-    c.method = m = config_finetune.classifier()
+    m = c.method
     m.size = m.patch_size = m.img_size = m.crop_pct = None
 
-    config_finetune.optim(c.optim)
+    finetune.optim(c.optim)
     c.optim.base_lr, c.optim.scale_batch, c.optim.lr_scaling = 2e-3, 1024, 'sqrt'
     c.optim.layer_decay = 0.75
 
     c.data.train = ml_collections.ConfigDict(dict(source='', path=''))
-    c.eval.pictures = False
+    c.eval.tasks.pictures = None
 
     return c

@@ -4,7 +4,7 @@
 Command:
   ssl_jax finetune --config finetune_mae_vith14:/imagenet --model runs/mae_vith14 --workdir runs/ft
 
-Expected, of the official code and weights: top-1 86.9 %.  Here not run.
+Expected, of the official code and weights: top-1 86.9 %. Not run here.
 Cost: 6.4e19 useful FLOPs.
 """
 

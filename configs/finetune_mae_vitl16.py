@@ -4,7 +4,7 @@
 Command:
   ssl_jax finetune --config finetune_mae_vitl16:/imagenet --model runs/mae_vitl16 --workdir runs/ft
 
-Expected, of the official code and weights: top-1 85.9 %.  Here not run.
+Expected, of the official code and weights: top-1 85.9 %. Not run here.
 Cost: 2.4e19 useful FLOPs.
 """
 

@@ -12,29 +12,30 @@ Cost: four and a half minutes on one CPU core.
 
 import ml_collections
 
-from ssl_jax import config, config_finetune
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    finetune = config.shared('finetune')
+    c = config.default('classifier')
     c.name = 'finetune_scenes'
 
     c.total_steps = 600
     c.warmup_steps = 60
     c.batch_size = 64
 
-    c.method = m = config_finetune.classifier()
+    m = c.method
     m.num_classes = 10
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 4, 4
     m.patch_size, m.img_size = 8, 64
     m.crop_pct = 1.0
     m.crop_scale = (0.4, 1.0)
-    config_finetune.plain(m)
+    finetune.plain(m)
     m.label_smoothing = 0.1
 
-    config_finetune.optim(c.optim)
+    finetune.optim(c.optim)
     c.optim.lr = 1e-3
     c.optim.layer_decay = 0.75
 
@@ -44,6 +45,6 @@ def get_config(arg=''):
     )
     c.data.num_threads = 2
     c.eval.every_steps = 200
-    c.eval.pictures = False
+    c.eval.tasks.pictures = None
 
     return c

@@ -9,8 +9,8 @@ Command:
   ssl_jax finetune --config finetune_splitmask_vits16_cars:/cars --model runs/cars \\
       --workdir runs/ft
 
-Expected, of the paper, pretrained on the same images: top-1 92.8 %; from scratch 35.3 %.  Here not
-run.
+Expected, of the paper, pretrained on the same images: top-1 92.8 %; from scratch 35.3 %. Not run
+here.
 Cost: 7e16 useful FLOPs.
 """
 

@@ -14,27 +14,28 @@ Cost: about four minutes on a CPU; on accelerators 400 to 1600 passes over the i
 
 import ml_collections
 
-from ssl_jax import config, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    words = config.shared('words')
+    c = config.default('beit')
     c.name = 'images_beit'
 
     c.infer = True
     c.batch_size = None
     c.dtype = None
 
-    c.method = m = config_splitmask.beit()
-    config_splitmask.small(m)
+    m = c.method
+    words.small(m)
     m.size = None
     m.patch_size = None
     m.img_size = None
     m.token_patch_size = None
     m.vocab = None
 
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
     c.optim.lr = None
 
     c.data.train = ml_collections.ConfigDict(dict(source='', path=''))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DINOv2 on your images: everything None is chosen from them and from the devices, and printed.
 
-The small-data preset, see `config_dinov2.small`. The choices are `ssl_jax.config.infer`; a field
+The small-data preset, see `small` of `_dinov2.py`. The choices are `ssl_jax.config.infer`; a field
 that you set is kept. Watch `teacher_entropy` and the k-NN scores (with labelled images in
 data.eval_train and data.eval_test): unlike a reconstruction loss, this loss alone does not show
 whether anything is learned. A collapse is named in the log.
@@ -14,20 +14,21 @@ Cost: about four minutes on a CPU; on accelerators 400 to 1600 passes over the i
 
 import ml_collections
 
-from ssl_jax import config, config_dinov2
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    dinov2 = config.shared('dinov2')
+    c = config.default('dinov2')
     c.name = 'images_dinov2'
 
     c.infer = True
     c.batch_size = None
     c.dtype = None
 
-    c.method = m = config_dinov2.method()
-    config_dinov2.small(m)
+    m = c.method
+    dinov2.small(m)
     m.size = None
     m.patch_size = None
     m.img_size = None
@@ -36,10 +37,10 @@ def get_config(arg=''):
     m.dino_out_dim = None
     m.ibot_out_dim = None
 
-    config_dinov2.optim(c.optim)
+    dinov2.optim(c.optim)
     c.optim.lr = None
     c.optim.base_lr = 1.5e-4
-    c.optim.warm_freeze = ()  # so few prototypes need no care
+    c.optim.warm_freeze = ()  # few prototypes need no care
 
     c.data.train = ml_collections.ConfigDict(dict(source='', path=''))
 

@@ -21,6 +21,7 @@ from ssl_jax import config
 
 
 def get_config(arg=''):
+    data = config.shared('data')
     c = config.default()
     c.name = 'mae_vitb16'
 
@@ -39,7 +40,7 @@ def get_config(arg=''):
     c.optim.b2 = 0.95
     c.optim.weight_decay = 0.05
 
-    c.data.train, c.data.eval_train, c.data.eval_test = config.imagenet(arg)
+    c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
     c.data.num_threads = 32
     c.eval.every_epochs = 20.0
     c.eval.max_train = 130_000

@@ -16,11 +16,11 @@ trained here. Cost: 1.8e22 useful FLOPs, most of them the teacher's: 107 h on 25
 40 % of peak.
 """
 
-from ssl_jax import config, config_distill
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    c = config.default('distill')
     c.name = 'pixio_vitl16_distill'
 
     c.total_steps = 642_000
@@ -30,7 +30,7 @@ def get_config(arg=''):
     c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
-    c.method = m = config_distill.features()
+    m = c.method
     m.size = 'L'
     m.teacher = 'pixio_vit5b16.pth'
     m.teacher_size = '5B'
@@ -42,6 +42,6 @@ def get_config(arg=''):
     c.data.train.update(source='folder', path=arg or '/data/web')
     c.data.num_threads = 64
     c.eval.every_steps = 20_000
-    c.eval.pictures = False
+    c.eval.tasks.pictures = None
 
     return c

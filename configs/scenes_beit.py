@@ -12,19 +12,21 @@ to 1.4 nats.
 Cost: 4 minutes on one busy CPU core, 9.3e12 useful FLOPs.
 """
 
-from ssl_jax import config, config_data, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
-    c = config.default()
+    words = config.shared('words')
+    data = config.shared('data')
+    c = config.default('beit')
     c.name = 'scenes_beit'
 
     c.total_steps = 800
     c.warmup_steps = 80
     c.batch_size = 32
 
-    c.method = m = config_splitmask.beit()
+    m = c.method
     m.size = None
     m.embed_dim, m.depth, m.num_heads = 128, 4, 4
     m.patch_size = m.token_patch_size = 8
@@ -34,10 +36,10 @@ def get_config(arg=''):
     m.crop_scale = (0.4, 1.0)
     m.jitter_prob = 0.0  # a jittered patch is another word
 
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
     c.optim.lr = 1e-3
 
-    config_data.scenes(c)
+    data.scenes(c)
     c.eval.every_steps = 200
 
     return c

@@ -9,7 +9,7 @@ Expected: linear probe 22.3 % of 10 classes (the teacher 29.6, untrained 15.5, r
 Cost: a minute and a half on 2 CPU cores, behind the teacher's two.
 """
 
-from ssl_jax import config, config_distill
+from ssl_jax import config
 
 
 def get_config(arg=''):
@@ -18,7 +18,7 @@ def get_config(arg=''):
     c.total_steps = 600
     c.warmup_steps = 60
 
-    c.method = m = config_distill.features()
+    c.method = m = config.default('distill').method
     m.teacher = arg or 'runs/scenes_mae'
     m.teacher_embed_dim, m.teacher_depth, m.teacher_num_heads = 128, 4, 4
     m.size = None

@@ -10,11 +10,12 @@ Expected: loss 0.5; linear probe 29.6 % of 10 classes (raw pixels 18.7, the enco
 Cost: 2 to 3 minutes on 2 CPU cores (380 images/s beside other work, 660 alone).
 """
 
-from ssl_jax import config, config_data
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
+    data = config.shared('data')
     c = config.default()
     c.name = 'scenes_mae'
 
@@ -36,7 +37,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    config_data.scenes(c)
+    data.scenes(c)
     c.eval.every_steps = 500
 
     return c

@@ -11,11 +11,12 @@ classes (untrained 16.3, raw pixels 18.7); `scenes_mae` learns more of the shape
 Cost: 3 and a half minutes on 2 CPU cores (440 images/s).
 """
 
-from ssl_jax import config, config_data
+from ssl_jax import config
 
 
 def get_config(arg=''):
     del arg
+    data = config.shared('data')
     c = config.default()
     c.name = 'scenes_pixio'
 
@@ -41,7 +42,7 @@ def get_config(arg=''):
     c.optim.lr = 1e-3
     c.optim.weight_decay = 0.05
 
-    config_data.scenes(c)
+    data.scenes(c)
     c.eval.every_steps = 400
 
     return c

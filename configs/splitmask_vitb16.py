@@ -6,7 +6,7 @@ section 5.5: half of the patches in each branch (blocks of 16 to 75), decoder of
 words, InfoNCE at temperature 0.2, batch 2048; for the rest the hyper-parameters of BEiT: lr 1.5e-3
 at batch 2048, 10 epochs of warm-up from 0, cosine to 1e-5, AdamW (0.9, 0.999), decay 0.05, gradient
 norm 3, stochastic depth 0.1, crops of 8 to 100 % and flips. There is no public code; what the paper
-leaves open is marked [I] in `config_splitmask.splitmask`. Words are random patches, the best of its
+leaves open is listed in `methods/splitmask.py`. Words are random patches, the best of its
 table 2 by 0.1; its own runs used method.tokenizer=random_projection, with a scaling that it does
 not give. bfloat16 instead of float16.
 
@@ -20,24 +20,25 @@ Cost: 5.6e19 useful FLOPs: 12 h on TPU v5e-16 or 5 h on 8 H100 at 40 % of peak.
 The paper took 34 h on 16 GPUs, BEiT 32.5 h.
 """
 
-from ssl_jax import config, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
-    c = config.default()
+    words = config.shared('words')
+    data = config.shared('data')
+    c = config.default('splitmask')
     c.name = 'splitmask_vitb16'
 
-    c.total_epochs = config_splitmask.epochs(config_splitmask.IMAGENET)  # 300
+    c.total_epochs = words.epochs(words.IMAGENET)  # 300
     c.warmup_epochs = 10.0
     c.batch_size = 2048
     c.dtype = 'bfloat16'
     c.remat = 'dots'
     c.mesh.data, c.mesh.fsdp = -1, -1
 
-    c.method = config_splitmask.splitmask()
-    config_splitmask.optim(c.optim)
+    words.optim(c.optim)
 
-    c.data.train, c.data.eval_train, c.data.eval_test = config.imagenet(arg)
+    c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
     c.data.num_threads = 32
     c.eval.every_epochs = 20.0
     c.eval.max_train = 130_000

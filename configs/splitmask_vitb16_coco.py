@@ -23,7 +23,7 @@ def get_config(arg=''):
     c = config.recipe('splitmask_vitb16')
     c.name = 'splitmask_vitb16_coco'
 
-    c.total_epochs = 3000.0  # config_splitmask.epochs(118_287) is 3249
+    c.total_epochs = 3000.0  # the rule gives 3249
     c.warmup_epochs = 100.0
 
     train = dict(source='folder', path=arg or 'coco', split='train2017')

@@ -17,17 +17,18 @@ Cost: 1.2e18 useful FLOPs: 50 min on one H100 at 40 % of peak, if photometry and
 
 import ml_collections
 
-from ssl_jax import config, config_splitmask
+from ssl_jax import config
 
 
 def get_config(arg=''):
+    words = config.shared('words')
     c = config.recipe('splitmask_vitb16')
     c.name = 'splitmask_vits16_cars'
 
-    c.total_epochs = config_splitmask.epochs(8144)  # 5000
+    c.total_epochs = words.epochs(8144)  # 5000
     c.warmup_epochs = c.total_epochs / 30
     c.method.size = 'S'
-    config_splitmask.smallest(c.method)
+    words.smallest(c.method)
 
     train = dict(source='folder', path=arg or 'cars', split='train')
     c.data.train = ml_collections.ConfigDict(train)

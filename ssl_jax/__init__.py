@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-supervised vision pretraining in JAX/Flax: MAE, Pixio, DINOv2, SplitMask on one core."""
 
-from ssl_jax.version import __version__
-
+__version__ = '0.1.0'
 __all__ = ['__version__', 'load_model']
 
 
 def load_model(path, *, dtype=None, **hints):
-    """A function from images to named features, see `ssl_jax.features.load_model`."""
+    """A frozen encoder: a function from images to named features, see `encoder.load_model`."""
     from ssl_jax import encoder  # here, so that `import ssl_jax` imports no jax
 
     return encoder.load_model(path, dtype=dtype, **hints)

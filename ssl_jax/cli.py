@@ -1,114 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `ssl_jax`: pretrain | finetune | eval | show | features | export | import.
+"""The command `ssl_jax`.
 
-ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
-ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
-ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
-ssl_jax show --workdir W --data DIR                      # reconstructions and curves
-ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
-ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
-ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
+    ssl_jax pretrain --data DIR --method mae --workdir W     # everything else inferred and printed
+    ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
+    ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
+    ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+    ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
+    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
+    ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
+    ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
+    ssl_jax demo                                             # a few minutes on rendered scenes
+
+Each command imports its modules when it runs, so that `ssl_jax --help` is quick.
 """
 
 import argparse
 import functools
+import json
 import os
 import sys
 
-from ssl_jax import plan as plan_lib
-from ssl_jax.run import hugepages
+# --recipe of `ssl_jax finetune` -> recipe
+FINETUNE = {
+    'mae': 'finetune_mae_vitb16',
+    'beit': 'finetune_beit_vitb16',
+    'splitmask': 'finetune_splitmask_vitb16',
+    None: 'finetune_images',
+}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Parses and runs one command; a user's error is one sentence and exit code 1."""
-    if argv is None:
-        hugepages.restart()
-    parser = argparse.ArgumentParser(
-        prog='ssl_jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest='command', required=True)
-
-    p = commands.add_parser('pretrain', help='train an encoder on your images')
-    p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
-    p.add_argument('--method', default='mae', help='mae, pixio, dinov2, splitmask or beit')
-    p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
-    p.add_argument('--workdir', required=True, help='where the run lives; start again to continue')
-    p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
-
-    p = commands.add_parser('finetune', help='train encoder and classifier on labelled images')
-    p.add_argument(
-        '--model', required=True, help='a run, an export, HF or timm folder, a file; none: scratch'
-    )
-    p.add_argument('--data', help="labelled images; default: the recipe's own")
-    p.add_argument('--test', help='labelled images to score; default: none with --data')
-    p.add_argument('--recipe', help='mae, beit or splitmask: the settings of that paper')
-    p.add_argument('--config', help='a recipe by name or path, e.g. finetune_cifar10')
-    p.add_argument('--workdir', required=True, help='a new run; start again to continue')
-    p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
-
-    p = commands.add_parser('eval', help='kNN and linear probe of a run, beside two baselines')
-    p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
-    p.add_argument('--data', help="labelled images to learn from; default: the run's own eval set")
-    p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
-    p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
-    p.add_argument('--limit', type=int, help='at most so many images of each set')
-    p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
-    p.add_argument(
-        '--last-blocks',
-        type=int,
-        default=0,
-        help='probe the class tokens of so many blocks too (DINOv2: 4)',
-    )
-
-    p = commands.add_parser('show', help='pictures of a run')
-    p.add_argument('--workdir', required=True)
-    p.add_argument('--data', help="images to reconstruct; default: the run's own training set")
-    p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
-    p.add_argument('--num', type=int, default=8, help='number of images')
-
-    p = commands.add_parser('features', help='features of every image in a Parquet file')
-    p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
-    p.add_argument('--data', required=True, help='folder of images, Parquet, ArrayRecord files')
-    p.add_argument('--out', required=True, help='the file; start again to continue after a kill')
-    p.add_argument('--size', type=int, help="pixels; default: the model's own")
-    p.add_argument('--batch', type=int, default=64, help='images at a time')
-
-    p = commands.add_parser('export', help='weights for PyTorch: safetensors and a model card')
-    p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
-    p.add_argument('--to', required=True, help='names of: official, hf or timm')
-    p.add_argument('--out', required=True, help='folder to write')
-    p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
-    p.add_argument('--what', default='backbone', help='backbone, or full with decoder or heads')
-    p.add_argument('--dtype', default='float32', help='float32 or bfloat16')
-
-    p = commands.add_parser('import', help='weights of another program as a checkpoint of step 0')
-    p.add_argument('path', help='safetensors, .pth, .npz, or an HF or timm folder')
-    p.add_argument('--workdir', required=True, help='a new one')
-    p.add_argument('hints', nargs='*', metavar='HINT=VALUE', help='e.g. num_heads=12')
-
-    p = commands.add_parser('plan', help='will it fit, how fast: for a TPU topology, without a TPU')
-    plan_lib.add_arguments(p)
-
-    p = commands.add_parser('demo', help='train on rendered scenes for some minutes, then evaluate')
-    p.add_argument('--workdir', default='runs/demo')
-
+    parser = _parser()
     args, more = parser.parse_known_args(argv)
     if args.command == 'import' and not any(word.startswith('-') for word in more):
         args.hints, more = args.hints + more, []  # argparse takes no FIELD=VALUE after an option
     if more:
         parser.error(f'unrecognized arguments: {" ".join(more)}')
     try:
-        {
-            'pretrain': pretrain,
-            'finetune': finetune,
-            'eval': evaluate,
-            'show': show,
-            'features': features,
-            'export': export,
-            'import': import_,
-            'plan': plan,
-            'demo': demo,
-        }[args.command](args)
+        args.run(args)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get('SSL_JAX_TRACEBACK'):
             raise
@@ -116,37 +46,137 @@ def main(argv=None):
         sys.exit(1)
 
 
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog='ssl_jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    def command(run, help):
+        p = commands.add_parser(run.__name__.rstrip('_'), help=help)
+        p.set_defaults(run=run)
+        return p
+
+    def fields(p):
+        p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
+
+    p = command(pretrain, help='train an encoder on your images')
+    p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
+    p.add_argument('--method', default='mae', help='mae, pixio, dinov2, splitmask or beit')
+    p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
+    p.add_argument('--workdir', required=True, help='folder of the run; start again to continue')
+    fields(p)
+
+    p = command(finetune, help='train encoder and classifier on labelled images')
+    p.add_argument(
+        '--model', required=True, help='a run, an export, HF or timm folder, a file; none: scratch'
+    )
+    p.add_argument('--data', help='labelled images; default: those of the recipe')
+    p.add_argument('--test', help='labelled images to score; default: none with --data')
+    p.add_argument('--recipe', help='mae, beit or splitmask: the settings of that paper')
+    p.add_argument('--config', help='a recipe by name or path, e.g. finetune_cifar10')
+    p.add_argument('--workdir', required=True, help='a new run; start again to continue')
+    fields(p)
+
+    p = command(eval_, help='kNN and linear probe of a run, beside two baselines')
+    p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
+    p.add_argument('--data', help="labelled images to learn from; default: the run's eval set")
+    p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
+    p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
+    p.add_argument('--limit', type=int, help='most images of each set')
+    p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
+    p.add_argument(
+        '--last-blocks', type=int, default=0,
+        help='probe class tokens of the last N blocks too (DINOv2: 4)',
+    )  # fmt: skip
+
+    p = command(show, help='reconstructions, features and curves of a run')
+    p.add_argument('--workdir', required=True)
+    p.add_argument('--data', help="images to reconstruct; default: the run's training set")
+    p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
+    p.add_argument('--num', type=int, default=8, help='number of images')
+
+    p = command(features, help='features of every image in a Parquet file')
+    p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
+    p.add_argument('--data', required=True, help='folder of images, Parquet, ArrayRecord files')
+    p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
+    p.add_argument('--size', type=int, help='pixels; default: those of the model')
+    p.add_argument('--batch', type=int, default=64, help='images at a time')
+
+    p = command(export, help='weights for PyTorch: safetensors and a model card')
+    p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
+    p.add_argument('--to', required=True, help='naming of the tensors: official, hf or timm')
+    p.add_argument('--out', required=True, help='folder to write')
+    p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
+    p.add_argument('--what', default='backbone', help='backbone, or full with decoder or heads')
+    p.add_argument('--dtype', default='float32', help='float32 or bfloat16')
+
+    p = command(import_, help='weights of other frameworks as a checkpoint of step 0')
+    p.add_argument('path', help='safetensors, .pth, .npz, or an HF or timm folder')
+    p.add_argument('--workdir', required=True, help='a new one')
+    p.add_argument('hints', nargs='*', metavar='HINT=VALUE', help='e.g. num_heads=12')
+
+    p = command(plan, help='will it fit, how fast: for a TPU topology, without a TPU')
+    p.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
+    p.add_argument('--topology', required=True, help='chips to rent, e.g. v5e:16x16')
+    p.add_argument('--slices', type=int, default=1, help='number of slices, joined by a network')
+    p.add_argument('--mesh', help="data=4,fsdp=64,tensor=1; default: the recipe's")
+    p.add_argument('--out', help='folder for plan.txt, plan.json and plan.png')
+    p.add_argument(
+        '--search', action='store_true', help='try meshes, remat policies and batch sizes too'
+    )
+    fields(p)
+
+    p = command(demo, help='train on rendered scenes for a few minutes, then evaluate')
+    p.add_argument('--workdir', default='runs/demo')
+
+    return parser
+
+
 def pretrain(args):
     """`ssl_jax pretrain`."""
-    from ssl_jax import config as config_lib
-    from ssl_jax import train
-    from ssl_jax.run import launch
+    from ssl_jax import config, train
+    from ssl_jax.run import errors, launch
 
     if not args.config and not args.data:
-        raise ValueError('give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).')
+        raise errors.UserError(
+            'give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).'
+        )
     recipe = args.config or f'images_{args.method}'
-    if recipe.startswith('images_') and recipe not in config_lib.recipes():
-        known = [r.removeprefix('images_') for r in config_lib.recipes() if r.startswith('images_')]
-        raise ValueError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
+    if recipe.startswith('images_') and recipe not in config.recipes():
+        known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
+        raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
     fields = [f'data.train={args.data}'] if args.data else []
     launch.initialize_distributed()
-    train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
+    train.command(recipe, fields + args.fields, args.workdir)
 
 
 def finetune(args):
     """`ssl_jax finetune`."""
-    from ssl_jax import config as config_lib
-    from ssl_jax import config_finetune, train
-    from ssl_jax.run import launch
+    from ssl_jax import train
+    from ssl_jax.run import errors, launch
 
-    recipe, fields = config_finetune.command(
-        args.model, args.data, args.test, args.recipe, args.config
-    )
+    if args.recipe and args.config:
+        raise errors.UserError(
+            f'--recipe {args.recipe} and --config {args.config} are both recipes: give one.'
+        )
+    if args.recipe not in FINETUNE:
+        known = ', '.join(name for name in FINETUNE if name)
+        raise errors.UserError(f"--recipe '{args.recipe}' is unknown: use one of {known}.")
+    if not args.data and not args.config and not args.recipe:
+        raise errors.UserError('give --data LABELLED (your images) or --config RECIPE.')
+    # From scratch the lower layers have as much to learn as the upper ones.
+    scratch = args.model == 'none'
+    fields = ['optim.layer_decay=None'] if scratch else [f'init_from={args.model}']
+    if args.data:
+        fields += [f'data.train={args.data}', 'method.num_classes=None']
+    if args.data or args.test:
+        fields.append(f'data.eval_test={args.test}')
     launch.initialize_distributed()
-    train.run(lambda: config_lib.load(recipe, fields + args.fields), args.workdir)
+    train.command(args.config or FINETUNE[args.recipe], fields + args.fields, args.workdir)
 
 
-def evaluate(args):
+def eval_(args):
     """`ssl_jax eval`."""
     from ssl_jax.evals import report
 
@@ -171,49 +201,57 @@ def show(args):
 
 def features(args):
     """`ssl_jax features`."""
-    from ssl_jax import encoder as encoder_lib
+    from ssl_jax.evals import feature_file
 
     log = functools.partial(print, flush=True)  # a pipe sees every line at once
-    encoder_lib.extract(
+    feature_file.extract(
         args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=log
     )
 
 
 def export(args):
     """`ssl_jax export`."""
-    if 'jax' not in sys.modules:  # all of it happens on the host; accelerators may be busy
-        os.environ['JAX_PLATFORMS'] = 'cpu'
-    from ssl_jax.interop import export as export_lib
+    _on_cpu()
+    from etils import epath
 
+    from ssl_jax.evals import report
+    from ssl_jax.interop import export as export_lib
+    from ssl_jax.run import weights
+
+    opened = weights.open_run(args.workdir, args.step)
+    rows, table = epath.Path(args.workdir) / f'eval_{opened.step}.json', []
+    if rows.exists():
+        table = report.table(json.loads(rows.read_text())).splitlines()
     out = export_lib.export(
-        args.workdir, args.to, args.out, step=args.step, what=args.what, dtype=args.dtype
+        opened, args.to, args.out, what=args.what, dtype=args.dtype, evaluation=table
     )
     print(f'written to {out}: {", ".join(sorted(p.name for p in out.iterdir()))}')
 
 
 def import_(args):
     """`ssl_jax import`."""
-    if 'jax' not in sys.modules:
-        os.environ['JAX_PLATFORMS'] = 'cpu'
-    from ssl_jax.interop import load
+    _on_cpu()
+    from ssl_jax.run import errors, weights
 
     hints = {}
     for hint in args.hints:
         name, equals, value = hint.partition('=')
         if not equals:
-            raise ValueError(f"'{hint}' has no '='; write HINT=VALUE, e.g. num_heads=12.")
+            raise errors.UserError(f"'{hint}' has no '='; write HINT=VALUE, e.g. num_heads=12.")
         hints[name] = int(value) if value.isdigit() else value
-    load.import_weights(args.path, args.workdir, **hints)
+    weights.import_weights(args.path, args.workdir, **hints)
 
 
 def plan(args):
     """`ssl_jax plan`."""
-    if 'jax' not in sys.modules:  # a machine with chips plans too, and leaves them alone
-        os.environ['JAX_PLATFORMS'] = 'cpu'
+    _on_cpu()
+    from ssl_jax import plan as plan_lib
+
     plan_lib.run(
-        (args.config, args.fields),
+        args.config,
         args.topology,
-        args.slices,
+        args.fields,
+        slices=args.slices,
         mesh=args.mesh,
         out=args.out,
         search=args.search,
@@ -222,11 +260,10 @@ def plan(args):
 
 def demo(args):
     """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
-    from ssl_jax import config as config_lib
     from ssl_jax import train
     from ssl_jax.evals import report
 
-    train.run(lambda: config_lib.load('scenes_mae'), args.workdir)
+    train.command('scenes_mae', [], args.workdir)
     rows = report.evaluate_run(args.workdir)
     linear = {row['model']: row['top1'] for row in rows if row['eval'] == 'linear'}
     print(
@@ -235,6 +272,12 @@ def demo(args):
         f'{linear["raw_pixels"]:.1f} %'
     )
     print(f'pictures: {os.path.join(args.workdir, "pictures")}')
+
+
+def _on_cpu():
+    """Keeps JAX off accelerators, which may be busy. To call before jax is imported."""
+    if 'jax' not in sys.modules:
+        os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
 if __name__ == '__main__':

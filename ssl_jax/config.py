@@ -1,409 +1,555 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration: one locked `ConfigDict` with every field known, recipes, overrides, units, checks.
+"""Configuration: recipes, overrides, stored configs, inferred fields, checks.
 
-A recipe is a file in `configs/` with `get_config(arg='')` that starts from `default()` and sets
-values. `load` finds it, applies `a.b=value` overrides, fills model sizes, checks and locks it.
+A config is a locked `ConfigDict`; its groups are the dataclasses below, `config.method` is the
+dataclass of its method. A recipe is a file in `configs/` with `get_config(arg='')`, which sets
+values of `default()`. `load` applies `a.b=value` overrides to it, checks and locks it; no weights
+are read.
 
-Durations are written with their unit in the name: `total_epochs=800`, `warmup_steps=1000`,
-`every_examples=1e6`. At most one field of such a group is set; `steps` converts it.
+For durations (`total_epochs`, `warmup_steps`, ...) see `run.clock`.
 """
 
-import ast
-import difflib
+import copy
+import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from ssl_jax import config_finetune, config_infer, config_rules
+from ssl_jax import fields, methods, optim
+from ssl_jax.fields import Range
+from ssl_jax.methods import base
+from ssl_jax.models import vit as vit_lib
+from ssl_jax.run import clock as clock_lib
+from ssl_jax.run import errors, launch
 
-SOURCES = ('data.train', 'data.eval_train', 'data.eval_test')  # free-form: sources own their keys
-
-# Fields that may be None, with the type they have otherwise.
-OPTIONAL = {
-    'batch_size': int,
-    'total_steps': int, 'total_epochs': float, 'total_examples': int,
-    'warmup_steps': int, 'warmup_epochs': float, 'warmup_examples': int,
-    'method.size': str, 'method.embed_dim': int, 'method.depth': int, 'method.num_heads': int,
-    'method.patch_size': int, 'method.img_size': int, 'method.mask_grid': int,
-    'method.decoder_embed_dim': int, 'method.decoder_depth': int, 'method.decoder_num_heads': int,
-    'optim.lr': float, 'optim.clip': float, 'optim.weight_decay_end': float,
-    'optim.layer_decay': float,
-    'optim.warm_freeze_steps': int, 'optim.warm_freeze_epochs': float,
-    'optim.warm_freeze_examples': int,
-    'checkpoint.every_steps': int, 'checkpoint.every_minutes': float, 'checkpoint.keep_every': int,
-    'eval.every_steps': int, 'eval.every_epochs': float, 'eval.every_examples': int,
-    'eval.max_train': int, 'eval.max_test': int, 'eval.size': int,
-    'method.teacher': str, 'method.teacher_size': str, 'method.teacher_embed_dim': int,
-    'method.teacher_depth': int, 'method.teacher_num_heads': int,
-    'method.local_size': int, 'method.dino_out_dim': int, 'method.ibot_out_dim': int,
-    'method.vocab': int, 'method.token_patch_size': int,
-    'method.layer_scale': float, 'method.warmup_teacher_temp_steps': int,
-    'method.warmup_teacher_temp_epochs': float, 'method.warmup_teacher_temp_examples': int,
-    'method.num_classes': int, 'method.ema_decay': float, 'method.rel_pos': str,
-    'method.crop_pct': float,
-    'dtype': str, 'init_from': str, 'resume_from': str,
-}  # fmt: skip
+# Groups with free keys: those of a source or of an evaluation.
+OPEN = ('data.train', 'data.eval_train', 'data.eval_test', 'eval.tasks')
+# FLOP/s of one CPU core in training small models (measured: 77e9 on two cores); seconds of an
+# inferred run on a CPU.
+CPU_FLOPS, CPU_SECONDS = 30e9, 240
 
 
-def default():
-    """Returns an unlocked `ConfigDict` with every field; recipes change it, never add to it.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Fields at the top of a config."""
 
-    Two parts are exceptions: the sources (`data.train`, `data.eval_train`, `data.eval_test`) take
-    the keys of `ssl_jax.data.sources.open_source`, and a recipe of another method replaces `method`
-    by that method's own fields.
-    """
-    c = ml_collections.ConfigDict()
-    c.name = ''  # recipe name, shown in banners and logs
-    c.seed = 0  # all randomness is fold_in(key(seed), step)
-    c.infer = False  # True: `infer` chooses the fields left None from the images and devices
+    name: str = ''  # recipe name, shown in banners and logs
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0  # all randomness is fold_in(key(seed), step)
+    infer: bool = False  # whether `infer` chooses the fields that are None
+    overrides: tuple = ()  # 'a.b=value' as typed by the user
 
-    c.batch_size = 256  # images per optimizer step, over all devices and accumulation steps
-    c.accum_steps = 1  # micro-batches per optimizer step
-    c.total_steps = None  # length of the run: exactly one of total_{steps,epochs,examples};
-    c.total_epochs = None  # an epoch is as many images as data.train has
-    c.total_examples = None
-    c.warmup_steps = None  # linear warm-up: at most one of warmup_{steps,epochs,examples}; none: 0
-    c.warmup_epochs = None
-    c.warmup_examples = None
+    batch_size: int | None = 256  # images per step, over all devices and micro-batches
+    accum_steps: int = 1  # micro-batches per step
+    total_steps: int | None = None  # length of the run: exactly one of total_*
+    total_epochs: float | None = None
+    total_examples: int | None = None
+    warmup_steps: int | None = None  # linear warm-up of the rate: at most one; none: 0
+    warmup_epochs: float | None = None
+    warmup_examples: int | None = None
 
-    c.dtype = 'float32'  # compute type of the networks; parameters and moments are float32
-    c.remat = 'none'  # what backward recomputes: 'none', norms and qkv ('dots'), 'full' blocks
+    dtype: Literal['float32', 'bfloat16'] | None = 'float32'  # the networks' compute type; state
+    # is float32
+    remat: Literal['none', 'dots', 'full'] = 'none'  # what backward recomputes: norms and qkv
+    # ('dots'), 'full' blocks
+    init_from: str | None = None  # start from these weights at step 0: a run, an export, a file
+    resume_from: str | None = None  # continue another run: weights, moments and step
+    compile_cache: bool = True  # keep compiled programs on disk
 
-    c.method = m = ml_collections.ConfigDict()
-    m.name = 'mae'  # module in ssl_jax/methods
-    m.size = 'S'  # key of models.vit.SIZES, fills the next three where they are None
-    m.embed_dim = None  # encoder width, channels
-    m.depth = None  # encoder blocks
-    m.num_heads = None
-    m.patch_size = 16  # pixels
-    m.img_size = 224  # pixels, height and width of a training crop
-    m.num_cls_tokens = 1
-    m.pos_embed = 'sincos'  # fixed table ('sincos', MAE) or parameters ('learned', Pixio)
-    m.decoder_embed_dim = 512
-    m.decoder_depth = 8
-    m.decoder_num_heads = 16
-    m.mlp_ratio = 4.0  # hidden width of the MLP / embed_dim
-    m.mask_ratio = 0.75  # fraction of the tokens that the encoder does not see
-    m.mask_grid = 1  # side in patches of the squares that are masked together
-    m.norm_pix_loss = True  # predict pixels normalised per patch
-    m.drop_path = 0.0  # stochastic depth of the last encoder block; linear from 0 at the first
-    m.crop_scale = (0.2, 1.0)  # RandomResizedCrop: fraction of the image's area
-    m.crop_ratio = (3 / 4, 4 / 3)  # RandomResizedCrop: width / height
-    m.flip = 0.5  # probability of a horizontal flip
 
-    c.data = d = ml_collections.ConfigDict()
-    d.train = ml_collections.ConfigDict(dict(source='scenes'))  # keys of open_source
-    d.eval_train = None  # labelled images that evaluations learn from; None: no such evaluation
-    d.eval_test = None  # labelled images that they are scored on
-    d.num_threads = 16  # decoding threads per process
-    d.num_workers = 0  # decoding processes per process; 0: threads only
-    d.bad_budget = 0.01  # largest fraction of undecodable images before the run stops
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images. `train`, `eval_train` and `eval_test` are arguments of `sources.open_source`."""
 
-    c.optim = o = ml_collections.ConfigDict()
-    o.base_lr = 1.5e-4  # learning rate per `scale_batch` images: lr = base_lr * batch / scale_batch
-    o.lr = None  # peak learning rate as it is; overrides base_lr
-    o.scale_batch = 256  # images
-    o.lr_scaling = 'linear'  # 'linear' as above, or base_lr * 'sqrt'(batch / scale_batch)
-    o.schedule = 'mae'  # warm-up and cosine as 'mae' or as 'dinov2' has them, see ssl_jax.optim
-    o.min_lr = 0.0  # learning rate at the end of the cosine
-    o.b1 = 0.9  # AdamW
-    o.b2 = 0.95
-    o.eps = 1e-8
-    o.weight_decay = 0.05  # decoupled: p <- p (1 - lr wd)
-    o.weight_decay_end = None  # the decay moves there along half a cosine; None: it stays
-    o.no_decay = ()  # regexes on slash paths, exempt from decay besides biases and 1-D parameters
-    o.clip = None  # largest gradient norm ...
-    o.clip_by = 'all'  # ... of 'all' gradients, of each 'network', or of each 'tensor'
-    o.layer_decay = None  # factor per layer below the head, for fine-tuning
-    o.lr_mult = ()  # ((regex, factor), ...): factors of all matching regexes multiply
-    o.freeze = ()  # regexes: no update, no decay, no moments
-    o.warm_freeze = ()  # regexes: rate 0 at the start of the run, for as long as ...
-    o.warm_freeze_steps = None  # ... one of warm_freeze_{steps,epochs,examples} says
-    o.warm_freeze_epochs = None
-    o.warm_freeze_examples = None
-    o.warm_freeze_moments = True  # whether their moments go on meanwhile (DINOv2), or wait too
+    num_threads: Annotated[int, Range(1, 1024)] = 16  # decoding threads per process
+    num_workers: Annotated[int, Range(0, 1024)] = 0  # decoding processes per process; 0: threads
+    bad_budget: fields.Probability = 0.01  # share of undecodable images that stops the run
 
-    c.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices; -1: the rest
 
-    c.checkpoint = k = ml_collections.ConfigDict()
-    k.every_steps = None  # save every so many steps ...
-    k.every_minutes = 15.0  # ... and after so many minutes; the end of a run always saves
-    k.keep = 2  # newest checkpoints kept
-    k.keep_every = None  # steps: multiples of it are kept for good
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Number of devices along each axis; -1: the rest."""
 
-    c.log = ml_collections.ConfigDict(dict(every_steps=50, tensorboard=True, wandb=False))
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
 
-    c.eval = e = ml_collections.ConfigDict()
-    e.every_steps = None  # evaluations and pictures: at most one of every_{steps,epochs,examples};
-    e.every_epochs = None  # none: only at the end
-    e.every_examples = None
-    e.knn = True  # nearest neighbours, where data.eval_train and data.eval_test are given
-    e.knn_k = (10, 20, 100, 200)  # neighbours
-    e.temperature = 0.07  # of the votes: exp(similarity / temperature)
-    e.batch_size = 256  # images
-    e.max_train = None  # images of eval_train used, None: all
-    e.max_test = None
-    e.size = None  # pixels, None: method.img_size
-    e.pictures = True  # reconstructions and curves in the workdir
-    e.num_pictures = 8
 
-    c.nonfinite = ml_collections.ConfigDict(dict(in_a_row=3, total=10))  # skipped steps tolerated
-    c.init_from = None  # start from these weights at step 0: a run, an export, a weights file
-    c.resume_from = None  # continue another run: weights, moments and step
-    c.compile_cache = True  # keep compiled programs on disk
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Checkpoints; the end of a run always saves."""
+
+    every_steps: int | None = None  # save every N steps ...
+    every_minutes: float | None = 15.0  # ... and every N minutes
+    keep: Annotated[int, Range(1, 10**6)] = 2  # newest checkpoints kept
+    keep_every: int | None = None  # keep all checkpoints of multiples of N steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Metrics."""
+
+    every_steps: Annotated[int, Range(1, 10**9)] = 50
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluations in the loop; `tasks` has their names and options, see `evals.base`."""
+
+    every_steps: int | None = None  # at most one of every_*; none: only at the end
+    every_epochs: float | None = None
+    every_examples: int | None = None
+    batch_size: Annotated[int, Range(1, 10**6)] = 256  # images
+    max_train: int | None = None  # images of eval_train used, None: all
+    max_test: int | None = None
+    size: int | None = None  # pixels, None: method.img_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Nonfinite:
+    """Updates that may be skipped because loss or gradients are not finite."""
+
+    in_a_row: Annotated[int, Range(0, 10**9)] = 3
+    total: Annotated[int, Range(0, 10**9)] = 10
+
+
+GROUPS = {
+    'data': Data,
+    'optim': optim.Optim,
+    'mesh': Mesh,
+    'checkpoint': Checkpoint,
+    'log': Log,
+    'eval': Eval,
+    'nonfinite': Nonfinite,
+}
+
+
+def default(method: str = 'mae') -> ConfigDict:
+    """An unlocked config with every field; recipes change values and never add fields."""
+    c = fields.group(Run)
+    for name, cls in GROUPS.items():
+        c[name] = fields.group(cls)
+    c.data.train = ConfigDict(dict(source='scenes'))
+    c.data.eval_train = None  # labelled images that evaluations learn from
+    c.data.eval_test = None  # labelled images that they are scored on
+    c.eval.tasks = ConfigDict(dict(monitors={}, knn={}, accuracy={}, pictures={}))
+    c.method = ConfigDict(dict(name=method))
+    c.method.update(fields.group(methods.get(method)))
     return c
 
 
-def imagenet(root=''):
-    """(train, eval_train, eval_test) sources of ImageNet-1k, for recipes.
-
-    Args:
-        root: folder (local or gs://) with train/ and val/, a subfolder per class in each; without
-          it TFDS' imagenet2012, prepared in TFDS_DATA_DIR.
-    """
-    if root:
-        train = dict(source='folder', path=root, split='train')
-        test = dict(source='folder', path=root, split='val')
-    else:
-        train = dict(source='tfds', name='imagenet2012', split='train')
-        test = dict(source='tfds', name='imagenet2012', split='validation')
-    return tuple(ml_collections.ConfigDict(source) for source in (train, train, test))
+def spec(config: ConfigDict, name: str) -> fields.Spec:
+    """What may be written into the field 'a.b' of a config."""
+    group, _, key = name.rpartition('.')
+    cls = methods.get(config.method.name) if group == 'method' else GROUPS.get(group, Run)
+    if name == 'method.name':
+        return fields.Spec(str, False, (), None, 'mae')
+    return fields.specs(cls)[key]
 
 
-def folder():
+# Recipes.
+
+
+def folder() -> pathlib.Path:
     """Folder of the recipes: `configs/` of a clone, or `ssl_jax/configs` of an installed wheel."""
     package = pathlib.Path(__file__).resolve().parent
     inside = package / 'configs'
     return inside if inside.is_dir() else package.parent / 'configs'
 
 
-def recipes():
+def recipes() -> list[str]:
     """Sorted names that `load` accepts."""
     return sorted(p.stem for p in folder().glob('*.py') if not p.stem.startswith('_'))
 
 
-# Cross-field checks and the choices for an unknown data set have a file of their own.
-validate = config_rules.validate
-infer = config_infer.infer
-
-
-def load(spec, overrides=()):
-    """Makes the config of a run.
+def load(name: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of a run.
 
     Args:
-        spec: 'path.py', 'path.py:arg', or a name of `recipes()` with or without ':arg'.
-        overrides: strings 'a.b=value', applied in order. A value is read by the type of the field;
-            setting one unit of a duration clears its siblings, setting `method.size` the widths.
+      name: 'path.py', 'path.py:arg', or a name of `recipes()` with or without ':arg'.
+      overrides: strings 'a.b=value', applied in order. A value is read by the type of the field;
+        setting one unit of a duration clears its siblings, setting `method.size` the widths.
 
     Returns:
-        A locked `ConfigDict` that passed `validate` (after `infer`, if `config.infer`).
+      A locked config that passed `validate` (after `infer`, if `config.infer`).
 
     Raises:
-        ValueError: unknown recipe, field or value, in one sentence.
+      UserError: unknown recipe, field or value, in one sentence.
     """
-    name, _, arg = str(spec).partition(':')
-    config = recipe(name, arg)
+    path, _, arg = str(name).partition(':')
+    config, overrides = recipe(path, arg), tuple(overrides)
     for override in overrides:
         set_value(config, override)
-    config_infer.fill_size(config.method)
-    if config.init_from and 'classes' in config.method:
-        config_finetune.follow(config, overrides)
+    with config.unlocked():
+        config.overrides = overrides
+        fill_size(config.method)
     if not config.infer:
         validate(config)
     return lock(config)
 
 
-def recipe(name, arg=''):
-    """The unlocked config of a recipe, by name or path; recipes that vary another start with it."""
+def recipe(name: str, arg: str = '') -> ConfigDict:
+    """Unlocked config of a recipe, by name or path; also for recipes that vary another."""
     path = pathlib.Path(name)
     if path.suffix != '.py':
         path = folder() / f'{name}.py'
         if not path.exists():
-            raise ValueError(f"There is no recipe '{name}'{_nearest(name, recipes())}")
+            hint = errors.nearest(name, recipes(), cutoff=0.0)
+            raise errors.UserError(f"There is no recipe '{name}'{hint}")
     if not path.exists():
-        raise ValueError(f"There is no recipe file '{path}': give a path or one of {recipes()}.")
+        raise errors.UserError(
+            f"There is no recipe file '{path}': give a path or one of {recipes()}."
+        )
+    return _module(path).get_config(arg)
+
+
+def shared(name: str):
+    """The module `configs/_{name}.py`, shared by recipes."""
+    return _module(folder() / f'_{name}.py')
+
+
+def _module(path):
     loader = importlib.util.spec_from_file_location(f'ssl_jax_recipe_{path.stem}', path)
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
-    return module.get_config(arg)
+    return module
 
 
-def lock(config):
-    """Locks all but the sources, whose keys belong to them; returns `config`."""
+def lock(config: ConfigDict) -> ConfigDict:
+    """Locks all but the groups in `OPEN`; returns `config`."""
     config.lock()
-    for name in SOURCES:
-        source = config.data[name.split('.')[1]]
-        if isinstance(source, ml_collections.ConfigDict):
-            source.unlock()
+    for name in OPEN:
+        group, key = name.split('.')
+        part = config[group][key]
+        if isinstance(part, ConfigDict):
+            part.unlock()
     return config
 
 
-def set_value(config, override):
+def fill_size(m: ConfigDict) -> None:
+    """Sets embed_dim, depth and num_heads of `config.method` from its size where they are None."""
+    if m.size is None:
+        return
+    if m.size not in vit_lib.SIZES:
+        raise errors.UserError(
+            f"method.size='{m.size}' is unknown: use one of {', '.join(vit_lib.SIZES)}."
+        )
+    for key, value in zip(WIDTHS, vit_lib.SIZES[m.size], strict=True):
+        if m[key] is None:
+            m[key] = value
+
+
+WIDTHS = ('embed_dim', 'depth', 'num_heads')
+
+
+# Overrides.
+
+
+def set_value(config: ConfigDict, override: str) -> None:
     """Applies one 'a.b=value' to `config` in place; see `load`."""
     name, equals, text = override.partition('=')
     name = name.strip().removeprefix('config.')
     if not equals:
-        raise ValueError(f"Override '{override}' has no '=': write a.b=value.")
+        raise errors.UserError(f"Override '{override}' has no '=': write a.b=value.")
     keys = name.split('.')
-    parent = config
     with config.unlocked():
-        if '.'.join(keys[:2]) in SOURCES:
-            _set_source(config, keys, text)
+        if '.'.join(keys[:2]) in OPEN:
+            _set_open(config, keys, text)
             return
+        parent = config
         for key in keys[:-1]:
             parent = parent[key] if _has(parent, key) else None
         if not _has(parent, keys[-1]):
-            raise ValueError(f"There is no field '{name}'{_nearest(name, flatten(config))}")
-        old = parent[keys[-1]]
-        if isinstance(old, ml_collections.ConfigDict):
-            raise ValueError(f"'{name}' is a group; set one of its fields: {sorted(old.keys())}.")
-        new = _parse(name, text, old)
-        for other in _siblings(keys[-1], parent) if new is not None else ():
-            parent[other] = None
-        with parent.ignore_type():
-            parent[keys[-1]] = new
+            hint = errors.nearest(name, flatten(config), cutoff=0.0)
+            raise errors.UserError(f"There is no field '{name}'{hint}")
+        if isinstance(parent[keys[-1]], ConfigDict):
+            raise errors.UserError(
+                f"'{name}' is a group; set one of its fields: {sorted(parent[keys[-1]].keys())}."
+            )
+        if name == 'method.name' and text != config.method.name:
+            raise errors.UserError(
+                f'method.name={text} has other fields: start from a recipe of that method, such as '
+                f'images_{text}.'
+            )
+        new = fields.parse(name, text, spec(config, name))
+        if new is not None:
+            for other in _siblings(keys[-1], parent):
+                parent[other] = None
+        parent[keys[-1]] = new
 
 
-def _set_source(config, keys, text):
-    """data.train=PATH or data.train.key=value, where any key goes."""
+def _set_open(config, keys, text):
+    """Applies an override below `OPEN`: data.train=PATH, eval.tasks.knn.ks=(10,)."""
     with config.ignore_type():
-        if len(keys) == 2:  # a path, whatever it looks like
-            config.data[keys[1]] = None if text.strip().lower() == 'none' else text.strip()
-        else:
-            if not isinstance(config.data[keys[1]], ml_collections.ConfigDict):
-                config.data[keys[1]] = ml_collections.ConfigDict()
-            config.data[keys[1]]['.'.join(keys[2:])] = _literal(text)
+        parent = config[keys[0]]
+        if len(keys) == 2 and keys[0] == 'data':  # a path
+            parent[keys[1]] = None if text.strip().lower() == 'none' else text.strip()
+            return
+        for key in keys[1:-1]:
+            if not isinstance(parent.get(key), ConfigDict):
+                parent[key] = ConfigDict()
+            parent = parent[key]
+        value = {'none': None}.get(text.strip().lower(), fields.literal(text))
+        parent[keys[-1]] = fields.tuples(value)
 
 
 def _has(parent, key):
-    return isinstance(parent, ml_collections.ConfigDict) and key in parent
+    return isinstance(parent, ConfigDict) and key in parent
 
 
 def _siblings(key, parent):
-    """Fields that setting `key` clears: other units of a duration; the widths for a size."""
+    """Fields cleared by setting `key`: other units of a duration, widths of a size."""
     if key == 'size' and 'embed_dim' in parent:
-        return [k for k in ('embed_dim', 'depth', 'num_heads') if k in parent]
+        return WIDTHS
     prefix, _, unit = key.rpartition('_')
-    if unit not in config_rules.UNITS:
-        return []
-    return [f'{prefix}_{u}' for u in config_rules.UNITS if u != unit and f'{prefix}_{u}' in parent]
+    if unit not in clock_lib.UNITS:
+        return ()
+    others = (f'{prefix}_{u}' for u in clock_lib.UNITS if u != unit)
+    return [name for name in others if name in parent]
 
 
-def _nearest(name, names):
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return f": did you mean '{close[0]}'?" if close else '.'
+# Stored configs.
 
 
-def _literal(text):
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        return text.strip()
+def to_json(config: ConfigDict) -> str:
+    """Stable text of a config: keys sorted, two spaces."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
 
 
-def _parse(name, text, old):
-    """Reads `text` as the type of field `name`, whose present value is `old`."""
-    kind = OPTIONAL.get(name, type(old))
-    value = {'true': True, 'false': False, 'none': None}.get(text.strip().lower(), _literal(text))
-    if value is None and (name in OPTIONAL or old is None):
-        return None
-    if kind is str:
-        return text.strip().strip('\'"')
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is float and number:
-        return float(value)
-    if kind is int and number and float(value).is_integer():  # 1e6 is an int too
-        return int(value)
-    if kind is tuple and isinstance(value, (tuple, list)):
-        return _tuples(value)
-    if kind is type(None):
-        return value
-    allowed = f'{kind.__name__} or None' if name in OPTIONAL else kind.__name__
-    example = {bool: 'True', float: '1e-3', int: '100', tuple: '(1, 2)'}.get(kind, '...')
-    raise ValueError(f"'{name}' takes {allowed}, not '{text}': write {name}={example}.")
+def from_dict(stored: dict) -> tuple[ConfigDict, list[str]]:
+    """Reads a stored config of this or an earlier version: (locked config, log lines).
+
+    Missing fields get their defaults, removed fields are dropped. The lines list the former, and
+    the latter if their value is not the one that is now fixed.
+
+    Raises:
+      UserError: a field is unknown, or has a value of another type.
+    """
+    stored = fields.tuples(_upgraded(json.loads(json.dumps(stored))))
+    name = stored.get('method', {}).get('name', 'mae')
+    config, lines = default(name), []
+    if 'method' not in stored:  # imported weights of an encoder
+        del config['method']
+    removed = {f'method.{k}': v for k, v in methods.get(name).removed.items()}
+    known, found = set(flatten(config)), flatten(stored)
+    with config.ignore_type():
+        for key in OPEN:
+            group, part = key.split('.')
+            if part in stored.get(group, {}):
+                value = stored[group].pop(part)
+                config[group][part] = ConfigDict(value) if isinstance(value, dict) else value
+    for key, value in flatten(stored).items():
+        if key in removed:
+            if removed[key] not in (value, ...):
+                lines.append(
+                    f'{key} = {value!r} is no field any more, this version has {removed[key]!r}'
+                )
+            continue
+        if key not in known:
+            hint = errors.nearest(key, known)
+            raise errors.UserError(
+                f'the stored config has {key}={value!r}, which this version does not know{hint}'
+            )
+        parent, (*groups, leaf) = config, key.split('.')
+        for group in groups:
+            parent = parent[group]
+        try:
+            parent[leaf] = value
+        except TypeError as e:
+            raise errors.UserError(f'the stored config has {key}={value!r}: {e}.') from e
+    for key in sorted(known - set(found)):
+        if not key.startswith(OPEN) and key not in ('overrides', 'method.eps'):
+            lines.append(f'{key} = {flatten(config)[key]!r}: not in the stored config, the default')
+    return lock(config), lines
 
 
-def flatten(config, prefix=''):
-    """{'a.b': value} of all fields."""
+def _upgraded(stored):
+    """Renames the fields of earlier versions.
+
+    Distillation was one method with two forms, evaluations were fields of `eval`.
+    """
+    m = stored.get('method', {})
+    if 'form' in m:
+        m['name'] = {'features': 'distill', 'dino': 'dinov2_distill'}[m.pop('form')]
+    e = stored.get('eval', {})
+    if 'knn' in e:
+        knn = {'ks': e.pop('knn_k'), 'temperature': e.pop('temperature')}
+        knn = knn if e.pop('knn') else None
+        pictures = {'num_images': e.pop('num_pictures')}
+        pictures = pictures if e.pop('pictures') else None
+        e['tasks'] = dict(monitors={}, knn=knn, accuracy={}, pictures=pictures)
+    return stored
+
+
+def flatten(config, prefix: str = '') -> dict:
+    """{'a.b': value} of all fields of a config or nested dict."""
     flat = {}
     for key in config:
         value = config[key]
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, (ConfigDict, dict)):
             flat.update(flatten(value, f'{prefix}{key}.'))
         else:
             flat[prefix + key] = value
     return flat
 
 
-def diff(a, b):
-    """{'a.b': (value in a, value in b)} where two configs differ; a missing field is None."""
+def diff(a, b) -> dict:
+    """{'a.b': (value in a, value in b)} of fields that differ; a missing field is None."""
     a, b = flatten(a), flatten(b)
     return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
 
 
-def to_json(config):
-    """Stable text of a config: keys sorted, two spaces; read back by `from_json`."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+# Inferred fields.
 
 
-def from_json(text):
-    """Inverse of `to_json`: a locked config (JSON lists become tuples)."""
-    return lock(ml_collections.ConfigDict(_tuples(json.loads(text))))
+def infer(config, num_images, image_hw, platform, device_count, cores=None):
+    """Chooses every field that is None, for the given images and devices.
 
-
-def _tuples(value):
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def steps(prefix, config, num_examples=None, batch_size=None, default=None):
-    """Converts a duration of any unit to optimizer steps; see `clock` for those of one config.
-
-    Vocabulary: a step is one optimizer update, an example one image seen (`batch_size` per step,
-    all devices and micro-batches together), an epoch `num_examples` examples. Batches run across
-    the borders of epochs, so E epochs are round(E * num_examples / batch_size) steps.
+    A run on a CPU lasts about four minutes. On accelerators it has 400 epochs, up to 1600 for few
+    images.
 
     Args:
-        prefix: 'total', 'warmup', 'every' or 'warm_freeze': the fields `{prefix}_steps`, `_epochs`,
-            `_examples`.
-        config: the `ConfigDict` (or sub-dict, e.g. `config.eval`) that has them.
-        num_examples: images in the training set; needed for epochs only.
-        batch_size: images per step; needed for epochs and examples.
-        default: returned if no unit is set; without one that is an error.
+      config: a config with `infer=True`, one of the recipes `images_*`.
+      num_images: size of the training set.
+      image_hw: (height, width) in pixels of a typical image.
+      platform: 'cpu', 'gpu' or 'tpu'.
+      device_count: devices of all processes.
+      cores: CPU cores of this process, None: those of the system.
 
     Returns:
-        int, at least 1 for a positive duration.
+      (config, decisions): a valid config, and a sentence per decision.
     """
-    unit, value = config_rules.duration(prefix, config)
-    if unit is None:
-        if default is None:
-            names = ', '.join(f'{prefix}_{u}' for u in config_rules.UNITS)
-            raise ValueError(f'None of {names} is set: set one, such as {prefix}_steps=1000.')
-        return default
-    if unit == 'steps':
-        return int(value)
-    if not batch_size:
-        raise ValueError(f'{prefix}_{unit} needs the batch size: set batch_size or {prefix}_steps.')
-    if unit == 'epochs':
-        if not num_examples:
-            raise ValueError(
-                f'{prefix}_epochs needs the number of images, which this source does not tell: '
-                f'set {prefix}_steps or {prefix}_examples.'
-            )
-        value = value * num_examples
-    return max(round(value / batch_size), int(value > 0))
+    config, decisions = copy.deepcopy(config), []
+    cpu, cores = platform == 'cpu', cores or launch.cores()
+    if num_images < 1:
+        raise errors.UserError('The training set has no images: give a folder that holds some.')
+
+    def choose(name, value, why):
+        group, _, key = name.rpartition('.')
+        parent = config[group] if group else config
+        if parent[key] is None:
+            parent[key] = value
+            decisions.append(f'{name} = {value}: {why}.')
+        return parent[key]
+
+    with config.unlocked():
+        config.infer = False
+        choose('dtype', 'float32' if cpu else 'bfloat16', f'the fast type on {platform}')
+        cls = methods.get(config.method.name)
+        limit = 32 if cpu else 128 * device_count
+        batch = 2 ** math.floor(math.log2(max(min(limit, 4096, num_images / 4), 1)))
+        ways = device_count * config.accum_steps
+        batch = max(batch // ways, methods.make(config).min_images) * ways
+        choose('batch_size', batch, f'{num_images:,} images, {device_count} device(s)')
+        facts = base.Facts(
+            num_images=num_images,
+            short_side=min(image_hw),
+            cpu=cpu,
+            per_device=max(config.batch_size // ways, 1),
+        )
+
+        def choose_own(name, value, why):
+            return choose(f'method.{name}', value, why)
+
+        methods.make(config).infer(facts, choose_own)
+        fill_size(config.method)
+        if cls.lr_at_1024:
+            # Square root, as MAE's linear rule is too low for small batches.
+            lr = float(f'{cls.lr_at_1024 * math.sqrt(config.batch_size / 1024):.2g}')
+            why = f'{cls.lr_at_1024:g} at batch 1024, with the root of the batch'
+            choose('optim.lr', lr, why)
+        if clock_lib.duration('total', config)[0] is None:
+            if cpu:
+                examples = CPU_SECONDS * cores * CPU_FLOPS / methods.make(config).flops(1)
+                why = f'about {CPU_SECONDS // 60} minutes on {cores} cores'
+            else:
+                examples = min(max(16e6, 400 * num_images), 1e9)
+                why = 'small sets need many passes, large ones 400'
+            most, reason = cls.max_epochs
+            if examples > most * num_images:
+                examples, why = most * num_images, reason
+            epochs = float(f'{max(examples, config.batch_size) / num_images:.3g}')
+            choose('total_epochs', epochs, why)
+        free = clock_lib.Clock(1, 0, config.batch_size, num_images)
+        total = max(free.steps('total', config), 1)
+        if clock_lib.duration('warmup', config)[0] is None:
+            choose('warmup_steps', total // 20, 'a twentieth of the run')
+        if clock_lib.duration('every', config.eval)[0] is None:
+            choose('eval.every_steps', max(total // 5, 1), 'five rounds of pictures and scores')
+        validate(config)
+    return config, decisions
 
 
-def clock(config, num_examples=None):
-    """`steps` of one config: (prefix, sub-dict or None for the whole, default) -> int."""
+# Checks.
 
-    def durations(prefix, part=None, default=None):
-        part = config if part is None else part
-        return steps(prefix, part, num_examples, config.batch_size, default)
 
-    return durations
+def validate(config: ConfigDict) -> None:
+    """Checks all fields.
+
+    Raises:
+      UserError: a sentence for the first invalid field.
+    """
+    for message in _problems(config):
+        raise errors.UserError(message)
+
+
+def _problems(c) -> Iterator[str]:
+    """Yields a sentence for each invalid field; later checks may rely on earlier ones."""
+    if c.batch_size is None or c.batch_size < 1 or c.accum_steps < 1:
+        yield (
+            f'batch_size={c.batch_size} and accum_steps={c.accum_steps} must be positive integers: '
+            'set batch_size=256.'
+        )
+    if c.batch_size % c.accum_steps:
+        yield (
+            f'batch_size={c.batch_size} is not divisible by accum_steps={c.accum_steps}: '
+            f'use batch_size={base.near_multiple(c.batch_size, c.accum_steps)}.'
+        )
+    yield from fields.problems(Run, c)
+    for name, cls in GROUPS.items():
+        yield from fields.problems(cls, c[name], f'{name}.')
+    if c.dtype is None:
+        yield "dtype is None: set dtype='float32'."
+    if c.init_from and c.resume_from:
+        yield (
+            'init_from (weights only) and resume_from (weights, moments and step) are both set: '
+            'set one of them to None.'
+        )
+    if any(size != -1 and size < 1 for size in c.mesh.values()) or (
+        c.mesh.tensor == -1 and -1 in (c.mesh.data, c.mesh.fsdp)
+    ):
+        yield (
+            f'mesh={c.mesh.to_dict()} must have positive sizes, and -1 (the rest) for one axis or '
+            f'for data and fsdp.'
+        )
+    for prefix, part in (('total', c), ('warmup', c), ('every', c.eval), ('warm_freeze', c.optim)):
+        clock_lib.duration(prefix, part)
+    if clock_lib.duration('total', c) == (None, None):
+        yield 'None of total_steps, total_epochs, total_examples is set: set total_epochs=100.'
+    for unit in clock_lib.UNITS:
+        total, warmup = c[f'total_{unit}'], c[f'warmup_{unit}']
+        if total and warmup and warmup >= total:
+            yield f'warmup_{unit}={warmup} does not end before total_{unit}={total}: lower it.'
+    unit, length = clock_lib.duration('warm_freeze', c.optim)
+    if c.optim.warm_freeze and not length:
+        yield (
+            f'optim.warm_freeze={c.optim.warm_freeze} has no length: set one of '
+            f'optim.warm_freeze_{{steps,epochs,examples}}.'
+        )
+    if length and not c.optim.warm_freeze:
+        yield (
+            f'optim.warm_freeze_{unit}={length} freezes nothing: '
+            "set optim.warm_freeze=('^encoder',)."
+        )
+    if length and c[f'total_{unit}'] and length >= c[f'total_{unit}']:
+        yield (
+            f'optim.warm_freeze_{unit}={length} does not end before total_{unit}='
+            f'{c[f"total_{unit}"]}: lower it, or freeze for good with optim.freeze.'
+        )
+    yield from methods.make(c).check(c)

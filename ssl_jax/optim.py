@@ -1,31 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules and optimizers: AdamW with the official parameter groups, LARS for linear probes.
 
-The learning rate is an argument of every update, a function of the step of the run. The optimizer's
-own count only corrects Adam's bias: it stands still when a non-finite step is skipped, while data
-and schedule move on. Blocks are stacked over depth by scan (`blocks/...`: (depth, ...)): rules that
-look at a parameter's dimensions leave that axis out, layer decay is a vector along it.
+The learning rate is an argument of every update, computed from the step of the run. The optimizer's
+count only corrects Adam's bias: it stands still if a non-finite step is skipped, while data and
+schedule move on. Blocks are stacked over depth by scan (`blocks/...`: (depth, ...)): rules on a
+parameter's dimensions leave that axis out, layer decay is a vector along it.
 """
 
-import collections
+import dataclasses
 import functools
 import math
 import operator
 import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssl_jax import sharding
+from ssl_jax.fields import Range
+from ssl_jax.run import clock as clock_lib
+from ssl_jax.run import errors, trees
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """Fields of `config.optim`."""
+
+    # Learning rate per `scale_batch` images: lr = base_lr * batch / scale_batch.
+    base_lr: Annotated[float, Range(0.0, 100.0)] = 1.5e-4
+    lr: float | None = None  # peak learning rate, not scaled; overrides base_lr
+    scale_batch: int = 256  # images
+    lr_scaling: Literal['linear', 'sqrt'] = 'linear'  # or base_lr * sqrt(batch / scale_batch)
+    schedule: Literal['mae', 'dinov2'] = 'mae'  # forms of warm-up and cosine, see `schedule`
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    b1: Annotated[float, Range(0.0, 0.99999)] = 0.9  # AdamW
+    b2: Annotated[float, Range(0.0, 0.99999)] = 0.95
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Range(0.0, 10.0)] = 0.05  # decoupled: p <- p (1 - lr wd)
+    # The decay moves there along half a cosine; None: it stays.
+    weight_decay_end: Annotated[float | None, Range(0.0, 10.0)] = None
+    no_decay: tuple = ()  # regexes on slash paths, exempt besides biases and 1-D parameters
+    clip: float | None = None  # largest gradient norm, see `clip_by_norm`
+    clip_by: Literal['all', 'network', 'tensor'] = 'all'
+    # Factor per layer below the head, for fine-tuning.
+    layer_decay: Annotated[float | None, Range(0.01, 1.0)] = None
+    lr_mult: tuple = ()  # ((regex, factor), ...): factors of all matching regexes multiply
+    freeze: tuple = ()  # regexes: no update, no decay, no moments
+    warm_freeze: tuple = ()  # regexes: rate 0 at the start of the run, for one of ...
+    warm_freeze_steps: int | None = None
+    warm_freeze_epochs: float | None = None
+    warm_freeze_examples: int | None = None
+    warm_freeze_moments: bool = True  # whether their moments go on meanwhile (DINOv2), or wait too
+
 
 STACKS = ('blocks', 'decoder_blocks')
 # Parameters below the first block: layer 0 of layer decay.
 BOTTOM = ('cls_token', 'pos_embed', 'mask_token', 'register_tokens', 'patch_embed')
 
 
-def lr_schedule(peak, total_steps, warmup_steps=0, min_lr=0.0):
+def lr_schedule(
+    peak: float, total_steps: float, warmup_steps: float = 0, min_lr: float = 0.0
+) -> Callable:
     """MAE's schedule: linear warm-up from 0, then half a cosine to `min_lr`.
 
     lr(s) = peak s / w                                                    for s < w,
@@ -36,30 +74,30 @@ def lr_schedule(peak, total_steps, warmup_steps=0, min_lr=0.0):
 
     Args:
       peak, min_lr: learning rates at the end of the warm-up and of the run.
-      total_steps, warmup_steps: T and w; numbers, need not be whole.
+      total_steps, warmup_steps: T and w, not necessarily integers.
 
     Returns:
-      Function of the step. A numpy or Python number gives float64 (host, logs, tests), a jax array
-      or tracer float32.
+      Function of the step: float64 of a numpy or Python number (host, logs, tests), float32 of a
+      jax array or tracer.
     """
     return _warm_cosine(peak, min_lr, total_steps, warmup_steps, warmup_steps)
 
 
-def cosine(start, end, total_steps, warmup_steps=0):
-    """DINO's schedule: as `lr_schedule`, but the warm-up is s / (w - 1) and reaches the peak.
+def cosine(start: float, end: float, total_steps: float, warmup_steps: float = 0) -> Callable:
+    """DINO's schedule: `lr_schedule` with a warm-up of s / (w - 1).
 
-    Both ends of the warm-up are included: the peak comes at step w - 1, and again at step w; `end`
-    is only reached at step T, after the last. Learning rate, weight decay and teacher momentum of
-    DINO, iBOT and DINOv2 are such schedules (`train/train.py: build_schedulers`).
+    The warm-up includes both ends: the peak is at step w - 1 and again at step w. `end` is at step
+    T, after the last. Learning rate, weight decay and teacher momentum of DINO, iBOT and DINOv2
+    have this schedule (`train/train.py: build_schedulers`).
     """
     return _warm_cosine(start, end, total_steps, warmup_steps, warmup_steps - 1)
 
 
 def _warm_cosine(peak, end, total, warmup, rise):
-    """The cosine is computed as the equal sin^2(pi (T - s) / (2 (T - w))), which keeps its relative
-    precision in float32 near the end, where the other form is rounding noise."""
+    """The cosine is computed as sin^2(pi (T - s) / (2 (T - w))): equal, and precise in float32 near
+    the end, where the form of `lr_schedule` is rounding noise."""
     if not 0 <= warmup < max(total, 1):
-        raise ValueError(
+        raise errors.UserError(
             f'warmup_steps={warmup} does not end before total_steps={total}: lower it.'
         )
 
@@ -72,8 +110,8 @@ def _warm_cosine(peak, end, total, warmup, rise):
     return schedule
 
 
-def linear(start, end, steps):
-    """From `start` at step 0 to `end` at step `steps` - 1, and `end` ever after."""
+def linear(start: float, end: float, steps: float) -> Callable:
+    """From `start` at step 0 to `end` at step `steps` - 1 and later."""
 
     def schedule(step):
         xp, step = _floating(step)
@@ -89,14 +127,11 @@ def _floating(step):
     return np, np.asarray(step, np.float64)
 
 
-def scaled_lr(optim, batch_size):
-    """Peak learning rate from base_lr and the batch by `lr_scaling`, unless lr is given.
+def scaled_lr(optim: Any, batch_size: int) -> tuple[float, str]:
+    """Peak learning rate, and its rule for the log.
 
-    'linear': base_lr * batch / scale_batch (MAE, DINO); 'sqrt': base_lr * sqrt(batch / scale_batch)
-    (DINOv2).
-
-    Returns:
-      (lr, sentence for the log that says which rule gave it)
+    It is `optim.lr` if given, else base_lr * batch / scale_batch ('linear': MAE, DINO) or base_lr *
+    sqrt(batch / scale_batch) ('sqrt': DINOv2).
     """
     if optim.lr is not None:
         return optim.lr, f'lr {optim.lr:g} (optim.lr, not scaled with the batch)'
@@ -108,60 +143,56 @@ def scaled_lr(optim, batch_size):
     return lr, f'lr {lr:g} = base_lr {optim.base_lr:g} x {rule}'
 
 
-def schedule(config, clock):
-    """What changes from step to step, as a function of the step: arguments of the update.
+def schedule(config: Any, clock: clock_lib.Clock) -> Callable[[Any], dict]:
+    """Arguments of the update as functions of the step.
 
     Args:
-      config: a whole config.
-      clock: durations in steps, see `config.clock`.
+      config: of the run.
+      clock: of the run.
 
     Returns:
-      step -> dict of lr, weight_decay and warm (whether `optim.warm_freeze` still holds).
+      step -> dict of lr, weight_decay and warm (whether `optim.warm_freeze` holds).
     """
-    optim, total = config.optim, clock('total')
+    optim, total, warmup = config.optim, clock.total, clock.warmup
     peak, _ = scaled_lr(optim, config.batch_size)
-    warmup, freeze = clock('warmup', default=0), clock('warm_freeze', optim, default=0)
-    shape = {'mae': lr_schedule, 'dinov2': dino_lr}[optim.schedule]
-    lr = shape(peak, total, warmup, optim.min_lr)
+    freeze = clock.steps('warm_freeze', optim, default=0)
+    if optim.schedule == 'mae':
+        lr = lr_schedule(peak, total, warmup, optim.min_lr)
+    else:
+        lr = cosine(peak, optim.min_lr, total, warmup)
     end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
     weight_decay = cosine(optim.weight_decay, end, total)
     return lambda step: dict(lr=lr(step), weight_decay=weight_decay(step), warm=step < freeze)
 
 
-def dino_lr(peak, total_steps, warmup_steps=0, min_lr=0.0):
-    """`cosine` with the arguments of `lr_schedule`."""
-    return cosine(peak, min_lr, total_steps, warmup_steps)
-
-
-def grad_norm(grads):
-    """Global L2 norm in float32 of a tree."""
+def grad_norm(grads: Any) -> jax.Array:
+    """Global L2 norm of a tree, in float32."""
     return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
-def make(optim, params):
+def make(optim: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """AdamW with decoupled decay as torch, p <- p (1 - lr m wd) - lr m mhat / (sqrt(vhat) + eps).
 
     m is the parameter's multiplier (layer decay, `lr_mult`), see `lr_multipliers`; wd is 0 where
-    `decays` says so; frozen parameters are left bitwise as they are, have no moments and do not
-    count for the clipping norm. Moments are float32.
+    `decays` is False. Frozen parameters keep every bit, have no moments and do not count for the
+    clipping norm. Moments are float32.
 
     Parameters of `optim.warm_freeze` have rate 0 while `warm` holds: no update and no decay. With
-    `optim.warm_freeze_moments` theirs go on, as those of DINOv2's last layer do. Without it they
-    are as if absent: moments and their own count for Adam's bias stand still, and they do not count
-    for the clipping norm, so that nothing a fresh decoder sends into a released encoder is ever
-    used, and the first step is that of a fresh AdamW (with the common count it would be
-    (1 - b1) / sqrt(1 - b2) times as long, 3 times for (0.9, 0.999)). `warm` is a comparison with
-    the step inside the one compiled program: nothing is compiled at the switch, and a restart needs
-    nothing but the step. The price is that their moments exist, and their gradients are computed,
-    from the start.
+    `optim.warm_freeze_moments` their moments go on, as in DINOv2's last layer. Without it they are
+    as if absent: moments and a separate count for Adam's bias stand still, and they do not count
+    for the clipping norm. No gradient of a fresh decoder then reaches a released encoder, and the
+    first step is that of a fresh AdamW (with the common count it would be (1 - b1) / sqrt(1 - b2)
+    times as long, 3 times for (0.9, 0.999)). `warm` compares the step inside the compiled program:
+    nothing is compiled at the switch, and a restart needs only the step. Moments and gradients of
+    these parameters cost memory and time from the start.
 
     Args:
       optim: `config.optim`.
       params: parameters, or their shapes (`jax.eval_shape`).
 
     Returns:
-      (tx, table): `tx.init(params)`, `tx.update(grads, state, params, **schedule(step))` ->
-      updates, state, to be added with `optax.apply_updates`; a text with one line per group.
+      (tx, table): `tx.update(grads, state, params, **schedule(step))` gives the updates for
+      `optax.apply_updates` and the state; `table` is a text with one line per group.
     """
     decay = decays(params, optim.no_decay)
     multipliers = lr_multipliers(params, optim.layer_decay, optim.lr_mult)
@@ -182,7 +213,7 @@ def make(optim, params):
         directions, state = tx.update(grads, state, params, warm=warm)
 
         def scale(direction, p, decays, multiplier, trains, late):
-            nothing = jnp.full_like(p, -0.0)  # p + -0 is p to the bit, p + 0 is not for p = -0
+            nothing = jnp.full_like(p, -0.0)  # p + -0 keeps every bit, p + 0 does not for p = -0
             if not trains:
                 return nothing
             if decays:
@@ -196,11 +227,11 @@ def make(optim, params):
     return optax.GradientTransformationExtraArgs(tx.init, update), table
 
 
-def scale_by_adam(b1, b2, eps):
-    """`optax.scale_by_adam` with float32 moments and an exact correction of their bias.
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with float32 moments and an exact bias correction.
 
-    optax computes 1 - b2^t in float32, which for b2 = 0.999 and the first t is off by 1e-5 of its
-    value; -expm1(t log b2) is not. That alone decides the tolerance of the golden trajectories.
+    optax computes 1 - b2^t in float32, with a relative error of 1e-5 for b2 = 0.999 and small t;
+    -expm1(t log b2) has none. This alone decides the tolerance of the golden trajectories.
     """
     logs = [math.log(b) if b else -math.inf for b in (b1, b2)]
 
@@ -219,11 +250,13 @@ def scale_by_adam(b1, b2, eps):
 
 
 def _late(params, regexes, train):
-    """Tree of bools: True where the slash path matches a regex of `warm_freeze` and trains."""
+    """Tree of bools: whether a trained parameter matches a regex of `warm_freeze`."""
     tree = jax.tree.map(operator.and_, matching(regexes, params), train)
-    found = {late for late, trains in zip(*map(jax.tree.leaves, (tree, train))) if trains}
+    found = {
+        late for late, trains in zip(*map(jax.tree.leaves, (tree, train)), strict=True) if trains
+    }
     if regexes and found != {True, False}:
-        raise ValueError(
+        raise errors.UserError(
             f'optim.warm_freeze={regexes} matches {"every" if True in found else "no"} parameter '
             f'that trains; their paths begin with {", ".join(sorted(params))}.'
         )
@@ -231,7 +264,7 @@ def _late(params, regexes, train):
 
 
 def _waiting(tx):
-    """`tx` whose state stands still while `warm` holds; its updates are not for use then."""
+    """`tx` with a state that stands still while `warm` holds; its updates are invalid then."""
 
     def update(updates, state, params=None, *, warm, **_):
         updates, new = tx.update(updates, state, params)
@@ -240,37 +273,40 @@ def _waiting(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def decays(params, no_decay=()):
+def decays(params: Any, no_decay: Sequence[str] = ()) -> Any:
     """Tree of bools: whether weight decay applies, by MAE's and Pixio's rule.
 
-    Exempt are parameters of at most one dimension (besides the stack axis), those named bias, and
-    those whose slash path matches a regex of `no_decay`. Class, mask and position tokens have three
-    dimensions in the official codes and do decay (fine-tuning exempts them by `no_decay`); so do
-    BEiT's tables of relative positions.
+    Exempt are biases, parameters of at most one dimension (besides the stack axis) and slash paths
+    that match a regex of `no_decay`. Class, mask and position tokens have three dimensions in the
+    official codes and do decay (fine-tuning exempts them by `no_decay`); so do BEiT's tables of
+    relative positions.
     """
 
     def rule(path, p):
-        path = sharding.path_str(path)
         ndim = len(p.shape) - _stacked(path)
         return ndim > 1 and path.split('/')[-1] != 'bias' and not _matches(no_decay, path)
 
-    return jax.tree_util.tree_map_with_path(rule, params)
+    return trees.map_named(rule, params)
 
 
-def lr_multipliers(params, layer_decay=None, lr_mult=()):
+def lr_multipliers(
+    params: Any, layer_decay: float | None = None, lr_mult: Sequence[tuple[str, float]] = ()
+) -> Any:
     """Tree of factors on the learning rate: numpy scalars, or (depth, 1, ...) for stacked blocks.
 
-    layer_decay^(depth + 1 - id) with id 0 for the tokens, positions and patch embedding, k + 1 for
+    layer_decay^(depth + 1 - id) with id 0 for tokens, positions and patch embedding, k + 1 for
     block k of `blocks`, depth + 1 for all else (heads, norms, decoders), times the factor of every
     `lr_mult` regex that matches the path.
     """
-    leaves = {sharding.path_str(k): p for k, p in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = trees.named(params)
     depth = max((p.shape[0] for k, p in leaves.items() if 'blocks' in k.split('/')), default=0)
     if layer_decay is not None and not depth:
-        raise ValueError('optim.layer_decay needs stacked blocks, this model has none: set None.')
+        raise errors.UserError(
+            'optim.layer_decay needs stacked blocks, this model has none: set None.'
+        )
 
     def rule(path, p):
-        parts, path = sharding.path_str(path).split('/'), sharding.path_str(path)
+        parts = path.split('/')
         factor = np.float64(math.prod(f for regex, f in lr_mult if re.search(regex, path)))
         if layer_decay is not None and 'decoder' not in parts:
             if 'blocks' in parts:
@@ -280,31 +316,33 @@ def lr_multipliers(params, layer_decay=None, lr_mult=()):
                 factor = factor * layer_decay ** (depth + 1)
         return np.asarray(factor, np.float32)
 
-    return jax.tree_util.tree_map_with_path(rule, params)
+    return trees.map_named(rule, params)
 
 
-def trainable(params, freeze=()):
+def trainable(params: Any, freeze: Sequence[str]) -> Any:
     """Tree of bools: False where the slash path matches a regex of `freeze`."""
     tree = jax.tree.map(operator.not_, matching(freeze, params))
     if not any(jax.tree.leaves(tree)):
-        raise ValueError(f'optim.freeze={freeze} freezes every parameter: narrow the regexes.')
+        raise errors.UserError(
+            f'optim.freeze={freeze} freezes every parameter: narrow the regexes.'
+        )
     return tree
 
 
-def describe(params, decay, multipliers, train, late, weight_decay):
+def describe(params, decay, multipliers, train, late, weight_decay) -> str:
     """Text table of the parameter groups: lr factor, weight decay, arrays, parameters, example.
 
-    The factor of a group that is frozen at first says so: '0.25 later'.
+    The factor of a group that is frozen at first is marked: '0.25 later'.
     """
-    groups = collections.OrderedDict()
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    rows = zip(leaves, *map(jax.tree.leaves, (decay, multipliers, train, late)))
+    groups = {}
+    leaves = trees.named(params).items()
+    rows = zip(leaves, *map(jax.tree.leaves, (decay, multipliers, train, late)), strict=True)
     for (path, p), d, m, t, waits in rows:
         low, high = float(np.min(m)), float(np.max(m))
         lr = f'{low:.4g}' if low == high else f'{low:.4g}..{high:.4g}'
         lr += ' later' if waits else ''
         key = (lr, f'{weight_decay:g}' if d else '0') if t else ('frozen', '-')
-        groups.setdefault(key, []).append((sharding.path_str(path), math.prod(p.shape)))
+        groups.setdefault(key, []).append((path, math.prod(p.shape)))
     width = max(16, *(len(lr) for lr, _ in groups))
     lines = [f'{"lr factor":>{width}} {"decay":>6} {"arrays":>7} {"parameters":>14}  for example']
     for (lr, wd), members in groups.items():
@@ -313,11 +351,13 @@ def describe(params, decay, multipliers, train, late, weight_decay):
     return '\n'.join(lines)
 
 
-def clip_by_norm(limit, by='all'):
-    """Scales gradients by min(1, limit / (norm + 1e-6)), torch's `clip_grad_norm_`.
+def clip_by_norm(limit: float, by: str = 'all') -> optax.GradientTransformation:
+    """Scales gradients by min(1, limit / (norm + 1e-6)), as torch's `clip_grad_norm_`.
 
-    by: the norm of what: 'all' gradients; each 'network' on the first level of the tree (DINOv2:
-    backbone and heads apart); each 'tensor' (DINO, iBOT), of stacked blocks each block's.
+    Args:
+      limit: largest norm.
+      by: one norm for 'all' gradients, one per 'network' on the first level of the tree (DINOv2:
+        backbone and heads), or one per 'tensor' (DINO, iBOT), in stacked blocks one per block.
     """
 
     def clipped(tree):
@@ -325,11 +365,11 @@ def clip_by_norm(limit, by='all'):
         return jax.tree.map(lambda g: g * scale, tree)
 
     def tensor(path, g):
-        return (jax.vmap(clipped) if _stacked(sharding.path_str(path)) else clipped)(g)
+        return (jax.vmap(clipped) if _stacked(path) else clipped)(g)
 
     def update(grads, state, params=None):
         if by == 'tensor':
-            return jax.tree_util.tree_map_with_path(tensor, grads), state
+            return trees.map_named(tensor, grads), state
         if by == 'network':
             return {name: clipped(tree) for name, tree in grads.items()}, state
         return clipped(grads), state
@@ -337,47 +377,36 @@ def clip_by_norm(limit, by='all'):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def lars(lr, momentum=0.9, trust=0.001, weight_decay=0.0):
+def lars(
+    lr: float | Callable, momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
     """LARS as in MAE's `util/lars.py`, for linear probes.
 
-    Where a parameter has over one dimension: g <- g + wd p, then g <- g trust |p| / |g| (factor
-    1 if either norm is 0). For all: mu <- momentum mu + g, p <- p - lr mu.
+    For parameters of more than one dimension: g <- g + wd p, then g <- g trust |p| / |g| (factor 1
+    if either norm is 0). For all: mu <- momentum mu + g, p <- p - lr mu.
 
     Args:
-      lr: number, or function of the number of updates done.
+      lr: number, or function of the number of past updates.
     """
 
-    def init(params):
-        return jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params)
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    def update(grads, state, params):
-        count, velocity = state
-
-        def scale(g, p):
-            if p.ndim <= 1:
-                return g
-            g = g + weight_decay * p
-            p_norm, g_norm = jnp.linalg.norm(p), jnp.linalg.norm(g)
-            usable = (p_norm > 0) & (g_norm > 0)
-            return g * jnp.where(usable, trust * p_norm / jnp.where(usable, g_norm, 1.0), 1.0)
-
-        scaled = jax.tree.map(scale, grads, params)
-        velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, scaled)
-        rate = lr(count) if callable(lr) else lr
-        return jax.tree.map(lambda v: -rate * v, velocity), (count + 1, velocity)
-
-    return optax.GradientTransformation(init, update)
+    return optax.chain(
+        optax.masked(optax.add_decayed_weights(weight_decay), matrices),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), matrices),
+        optax.trace(decay=momentum),
+        optax.scale_by_learning_rate(lr),
+    )
 
 
 def _stacked(path):
     return bool(set(path.split('/')) & set(STACKS))
 
 
-def matching(regexes, tree):
+def matching(regexes: Sequence[str], tree: Any) -> Any:
     """Tree of bools: whether the slash path matches one of `regexes`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: _matches(regexes, sharding.path_str(path)), tree
-    )
+    return trees.map_named(lambda path, _: _matches(regexes, path), tree)
 
 
 def _matches(regexes, path):

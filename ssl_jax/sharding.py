@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh (data, fsdp, tensor) and where every array lives on it.
+"""Device mesh (data, fsdp, tensor) and the sharding of every array.
 
 Programs are written for the global batch; XLA inserts the collectives from these shardings.
 """
 
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from ssl_jax.run import errors, trees
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(('data', 'fsdp'))
 
 # (regex on the parameter path, dimension counted from the end that the tensor axis splits).
 TENSOR_RULES = (
-    (r'(qkv|fc1|w12)/(kernel|bias)$', -1),  # columns: each device owns some heads or hidden units
+    (r'(qkv|fc1|w12)/(kernel|bias)$', -1),  # columns: each device has some heads or hidden units
     (r'(attn/proj|fc2|w3)/kernel$', -2),  # rows: partial sums are added up
-    (r'last_layer/weight_[vg]$', -1),  # each device owns some prototypes
+    (r'last_layer/weight_[vg]$', -1),  # each device has some prototypes
 )
-MAX_FSDP = 16  # of 1,280 channels over 128 chips 10 rows are left, and XLA gathers by all-reduce
+MAX_FSDP = 16  # with 128, shards of 1,280 channels have 10 rows, and XLA gathers by all-reduce
 # Paths whose leading axis is the scan over blocks; splitting it would gather every iteration.
 STACKED = re.compile(r'(^|/)\w*blocks/')
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None
+) -> Mesh:
     """A mesh over all devices (of all processes); for -1 see `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(d, 'slice_index', 0) for d in devices})
+    slices = num_slices(devices)
     sizes = mesh_sizes(data, fsdp, tensor, len(devices), slices)
     if slices > 1:  # the network between them is slow: only gradients cross it, once per step
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -39,30 +45,35 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
             devices,
             allow_split_physical_axes=True,
         )
-    else:  # not jax.make_mesh, which knows no place for 16 of 4 x 8 chips
+    else:  # jax.make_mesh cannot place 16 of 4 x 8 chips
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Said explicitly: the default axis type is Explicit, under which a patchify reshape raises.
-    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    # The default axis type is Explicit, under which the reshape of patchify raises.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def mesh_sizes(data, fsdp, tensor, count, slices=1):
+def num_slices(devices: Sequence) -> int:
+    return len({getattr(d, 'slice_index', 0) for d in devices})
+
+
+def mesh_sizes(
+    data: int, fsdp: int, tensor: int, count: int, slices: int = 1
+) -> tuple[int, int, int]:
     """(data, fsdp, tensor) for `count` devices in `slices`; an axis of -1 takes what is left.
 
-    Where both data and fsdp are -1, fsdp takes the largest divisor up to MAX_FSDP (within a slice)
-    and data the rest: copies of a state that is split far enough to be small, with shards that
-    still fill the tiles of a TPU.
+    If data and fsdp are both -1, fsdp is the largest divisor up to MAX_FSDP (within a slice) and
+    data the rest: the state is split far enough to be small, and shards still fill TPU tiles.
     """
     sizes = [data, fsdp, tensor]
     known = math.prod(s for s in sizes if s != -1)
     shape = f'data={data},fsdp={fsdp},tensor={tensor}'
     if tensor == -1 and -1 in (data, fsdp) or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(
+        raise errors.UserError(
             f'mesh {shape}: sizes are positive, and -1 (the rest) is for one axis or for data and '
             f'fsdp.'
         )
     if -1 in sizes:
         if count % known:
-            raise ValueError(
+            raise errors.UserError(
                 f'mesh {shape} does not divide {count} devices; '
                 f'choose sizes whose product divides it.'
             )
@@ -75,53 +86,55 @@ def mesh_sizes(data, fsdp, tensor, count, slices=1):
             rest //= sizes[1]
         sizes[sizes.index(-1)] = rest
     if math.prod(sizes) != count:
-        raise ValueError(
+        raise errors.UserError(
             f'mesh {shape} needs {math.prod(sizes)} devices, there are {count}; '
             f'set one axis to -1 to use them all.'
         )
     if sizes[0] % slices:
-        raise ValueError(
+        raise errors.UserError(
             f'mesh {shape} on {slices} slices: fsdp and tensor stay within a slice, so data is '
             f'a multiple of {slices}; set mesh.data={slices}.'
         )
     return tuple(sizes)
 
 
-def constrain(x, spec=BATCH, multiple=1):
-    """Constrains an activation to `spec` on the current mesh.
+def constrain(x: jax.Array, multiple: int = 1) -> jax.Array:
+    """Splits the rows of an activation over the batch axes of the current mesh.
 
-    Nothing happens where there is no mesh, or where the leading dimension, in multiples of so many
-    rows, does not divide (the single dummy image that parameters are initialised with).
+    Without a mesh, or if the rows in units of `multiple` do not divide (the dummy image that
+    initializes parameters), x is returned as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % (mesh.shape['data'] * mesh.shape['fsdp'] * multiple):
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def whole(x):
-    """Constrains a small array to be whole on every device of the current mesh."""
+def whole(x: jax.Array) -> jax.Array:
+    """Replicates a small array on every device of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P())
 
 
-def num_devices():
-    """Of the current mesh; 1 where there is none."""
+def num_devices() -> int:
+    """Devices of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
 
 
-def only_rows(count):
-    """Whether the current mesh splits `count` rows evenly and nothing else: no tensor axis."""
+def only_rows(count: int) -> bool:
+    """Whether the current mesh splits `count` rows evenly and has no tensor axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.shape['tensor'] == 1 and count % mesh.size == 0
 
 
-def per_device(fn, split, whole=0):
-    """fn, run on each device for its own part of the batch: for kernels, which XLA cannot split.
+def per_device(fn: Callable, split: int, whole: int = 0) -> Callable:
+    """`fn`, run per device on its part of the batch: for kernels, which XLA cannot split.
 
-    The first `split` arguments are split over the batch (`only_rows`), and all results; `whole`
-    more arguments are the same everywhere.
+    Args:
+      fn: function of arrays.
+      split: number of leading arguments that are split over the batch, as all results are.
+      whole: number of further arguments, replicated.
     """
     if num_devices() == 1:
         return fn
@@ -129,16 +142,11 @@ def per_device(fn, split, whole=0):
     return jax.shard_map(fn, in_specs=specs, out_specs=BATCH, check_vma=False)
 
 
-def path_str(path):
-    """A tree path as 'encoder/blocks/attn/qkv/kernel'."""
-    return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+def spec_for(path: str, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
+    """PartitionSpec of an array, from its path and shape only.
 
-
-def spec_for(path, shape, mesh_shape):
-    """The PartitionSpec of one array: a function of its path and shape only.
-
-    The tensor axis by TENSOR_RULES; then the largest remaining dimension that `fsdp` divides goes
-    to fsdp.  Arrays of one dimension (biases, norms, scalars) stay whole: their bytes do not count.
+    TENSOR_RULES place the tensor axis; fsdp then splits the largest remaining dimension that it
+    divides. Arrays of one dimension (biases, norms, scalars) stay whole: they are small.
     """
     spec = [None] * len(shape)
     first = 1 if STACKED.search(path) else 0
@@ -148,55 +156,57 @@ def spec_for(path, shape, mesh_shape):
             if re.search(pattern, path) and shape and shape[dim] % tensor == 0:
                 spec[dim] = 'tensor'
     if fsdp > 1 and len(shape) - first >= 2:
-        free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
-        free = [d for d in free if shape[d] > 1]
+        dims = range(first, len(shape))
+        free = [d for d in dims if not spec[d] and shape[d] > 1 and shape[d] % fsdp == 0]
         if free:
             spec[max(free, key=lambda d: shape[d])] = 'fsdp'
     return P(*spec)
 
 
-def infer(tree, mesh):
+def infer(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of arrays or ShapeDtypeStructs (parameters, moments, EMA alike)."""
     shape = dict(mesh.shape)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, spec_for(path_str(path), x.shape, shape)), tree
+    return trees.map_named(
+        lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, shape)), tree
     )
 
 
-def replicated_fraction(tree, shardings, mesh):
-    """Share of the bytes of `tree` that no axis splits although fsdp could, 0..1."""
+def replicated_fraction(tree: Any, shardings: Any, mesh: Mesh) -> float:
+    """Share of the bytes of `tree` that no axis splits, in [0, 1]; 0 on a mesh of data only."""
     if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
         return 0.0
     whole = total = 0
-    for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings)):
+    for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
         size = math.prod(x.shape) * np.dtype(x.dtype).itemsize if x.shape else 0
         total += size
         whole += size if s.is_fully_replicated else 0
     return whole / max(total, 1)
 
 
-def check_replication(tree, shardings, mesh, limit=0.05, min_bytes=2**26):
-    """Raises where more than `limit` of a large state stays whole on every device."""
+def check_replication(
+    tree: Any, shardings: Any, mesh: Mesh, limit: float = 0.05, min_bytes: int = 2**26
+) -> None:
+    """Raises UserError if more than `limit` of a large state is replicated."""
     total = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
     fraction = replicated_fraction(tree, shardings, mesh)
     if total > min_bytes and fraction > limit:
-        raise ValueError(
+        raise errors.UserError(
             f'{fraction:.0%} of the training state ({total / 2**30:.2f} GiB) stays replicated on '
             f'mesh {dict(mesh.shape)}; choose an fsdp size that divides the widths.'
         )
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def compiler_options(mesh):
-    """XLA's options for a step on `mesh`, for `jax.jit`; None for its defaults.
+def compiler_options(mesh: Mesh) -> dict | None:
+    """Options of XLA for a step on `mesh`, for `jax.jit`; None for its defaults.
 
-    On TPU a product may use 24 MiB of vector memory instead of 16, so its windows are larger. XLA
-    would overlap the gathers of fsdp by cutting each product into parts and passing the weights
-    around (1,362 collective-permutes in a step of MAE-L on four v5e chips), which its own estimate
-    finds slower than no fsdp at all; plain gathers it finds faster (experiments/tpu).
+    On TPU a product may use 24 MiB of vector memory instead of 16, for larger windows. XLA would
+    overlap the gathers of fsdp by cutting each product into parts and passing the weights around
+    (1,362 collective-permutes in a step of MAE-L on four v5e chips). By its own estimate this is
+    slower than no fsdp at all, and plain gathers are faster (experiments/tpu).
     """
     if mesh.devices.flat[0].platform != 'tpu':
         return None
@@ -206,50 +216,33 @@ def compiler_options(mesh):
     return options
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def check_batch(batch_size, accum_steps, mesh):
-    """The global batch must split evenly over micro-batches and over the batch axes."""
+def check_batch(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
+    """Raises UserError if the batch does not split over micro-batches and batch axes."""
     ways = mesh.shape['data'] * mesh.shape['fsdp'] * accum_steps
     if batch_size % ways:
-        raise ValueError(
+        raise errors.UserError(
             f'batch_size={batch_size} does not split over data x fsdp x accum_steps = '
             f'{mesh.shape["data"]} x {mesh.shape["fsdp"]} x {accum_steps}; '
             f'use a multiple of {ways}.'
         )
 
 
-def uneven_groups(method, batch_size, mesh):
-    """A sentence where groups of samples do not divide among the devices, else None.
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Sorted rows of the global batch that the devices of this process hold.
 
-    A group (DINOv2) is computed as one row of tokens. Rows that do not divide are exchanged
-    between devices in every block: correct, and many times slower.
-    """
-    ways = mesh.shape['data'] * mesh.shape['fsdp']
-    if not hasattr(method, 'groups') or method.groups(batch_size) % ways == 0:
-        return None
-    groups, own = method.groups(batch_size), batch_size // ways
-    size = next(n for n in range(min(own, batch_size // groups), 0, -1) if own % n == 0)
-    return (
-        f'slow: groups of {batch_size // groups} images, {groups} in a batch, do not divide among '
-        f'{ways} devices, which then exchange all activations: use method.group_size={size}.'
-    )
-
-
-def process_rows(mesh, batch_size):
-    """Sorted rows of the global batch that this process's devices hold.
-
-    Taken from the sharding itself: `rows[process::n]` would be wrong as soon as the tensor axis
-    spans hosts, when several processes hold the same rows.
+    Read from the sharding: `rows[process::n]` is wrong if the tensor axis spans hosts, since
+    several processes then hold the same rows.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = [np.arange(batch_size)[index] for index in indices.values()]
     return np.unique(np.concatenate(rows))
 
 
-def to_global(batch, mesh, rows, batch_size):
+def to_global(batch: Any, mesh: Mesh, rows: np.ndarray, batch_size: int) -> Any:
     """Host arrays holding `rows` of the global batch -> global jax.Arrays split over the mesh."""
     sharding = batch_sharding(mesh)
 

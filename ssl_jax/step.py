@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training state and the one pure step that advances it."""
+"""Train state, the pure step that updates it, and the compiled program of both."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax import optim
+from ssl_jax import optim, sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint holds.
+    """Content of a checkpoint.
 
     Attributes:
-      step: int32 scalar, number of steps done, skipped ones included: data, keys and learning
+      step: int32 scalar, number of finished steps, skipped ones included; data, keys and learning
         rate are functions of it.
-      params: float32 parameters.  opt_state: optax state.  extra: teacher, centres; {} if none.
+      params: float32 parameters.
+      opt_state: optax state.
+      extra: teacher, centres, ...; {} if none.
       skipped: int32 (2,), updates skipped as non-finite: (in a row, in total).
     """
 
@@ -31,15 +34,15 @@ class TrainState:
 
     @classmethod
     def create(cls, params, extra, tx):
-        """A fresh state around `params`."""
+        """The state of step 0."""
         zero = jnp.zeros((), jnp.int32)
         return cls(zero, params, tx.init(params), extra, jnp.zeros((2,), jnp.int32))
 
 
 def init(method, tx, seed):
-    """A function () -> TrainState for `jax.jit(..., out_shardings=...)` or `jax.eval_shape`.
+    """Returns () -> TrainState, for `jax.jit(..., out_shardings=...)` or `jax.eval_shape`.
 
-    Weights depend on the seed alone: not on the mesh, the devices or the processes.
+    Weights depend on the seed only, not on mesh, devices or processes.
     """
 
     def create():
@@ -50,7 +53,7 @@ def init(method, tx, seed):
 
 
 def _microbatches(batch, accum_steps):
-    """(B, ...) -> (A, B/A, ...); row r goes to micro-batch r % A, so no device sends its rows."""
+    """(B, ...) -> (A, B/A, ...); row r is in micro-batch r % A, so rows stay on their device."""
 
     def split(x):
         x = x.reshape(x.shape[0] // accum_steps, accum_steps, *x.shape[1:])
@@ -60,21 +63,22 @@ def _microbatches(batch, accum_steps):
 
 
 def make_step(method, tx, schedule, *, seed, accum_steps=1):
-    """Builds step(state, batch) -> (state, metrics), to be jitted with the state donated.
+    """Returns step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    All randomness is fold_in(key(seed), step), then per sample by its row in the global batch.
-    A non-finite loss or gradient leaves parameters, moments and extra untouched, bit by bit; only
-    the step and the counters move.
+    Random keys are fold_in(key(seed), step), then per sample by its row in the global batch. If
+    the loss or a gradient is not finite, parameters, moments and extra keep their bits; only step
+    and counters change.
 
     Args:
       method: see `ssl_jax.methods`.
-      tx: optax transformation that takes what `schedule` gives, see `optim.make`.
-      schedule: step -> dict of learning rate and the like, see `optim.schedule`.
+      tx: optax transformation with the values of `schedule` as extra arguments, see `optim.make`.
+      schedule: step -> dict of learning rate and others, see `optim.schedule`.
+      seed: of the run.
       accum_steps: micro-batches per step; gradients are averaged over them.
     """
 
     def step(state, batch):
-        # +1 keeps the keys of the steps apart from the key that made the weights.
+        # +1: the key of step 0 differs from that of the initial weights.
         rng = jax.random.fold_in(jax.random.key(seed), state.step + 1)
         rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
         batch = {**batch, 'row': rows}
@@ -100,7 +104,7 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
             grads = jax.tree.map(lambda g: g / accum_steps, grads)
             loss, metrics = jax.tree.map(lambda x: x.mean(axis=0), (loss, metrics))
 
-        with jax.named_scope('optimizer'):  # so that plans and profiles can tell it apart
+        with jax.named_scope('optimizer'):  # a name for plans and profiles
             grad_norm = optim.grad_norm(grads)
             now = schedule(state.step)
             updates, opt_state = tx.update(grads, state.opt_state, state.params, **now)
@@ -126,3 +130,70 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
         return TrainState(state.step + 1, params, opt_state, extra, skipped), metrics
 
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled parts of a run; used by training, tests and plans.
+
+    Attributes:
+      mesh: devices.
+      abstract: TrainState of `jax.ShapeDtypeStruct`s with shardings.
+      batch: abstract batch with shardings.
+      init: () -> TrainState, jitted.
+      step: (state, batch) -> (state, metrics), jitted, state donated.
+      groups: table of the parameter groups of the optimizer.
+    """
+
+    mesh: jax.sharding.Mesh
+    abstract: TrainState
+    batch: dict
+    init: Callable
+    step: Callable
+    groups: str
+
+
+def make_program(config, method, mesh=None) -> Program:
+    """Builds mesh, shardings, and the jitted init and step of `config`.
+
+    Args:
+      config: of the run.
+      method: with a clock.
+      mesh: replaces that of the config.
+    """
+    mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
+    sharding.check_batch(config.batch_size, config.accum_steps, mesh)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0))
+    tx, groups = optim.make(config.optim, params)
+    schedule = optim.schedule(config, method.clock)
+    fresh = init(method, tx, config.seed)
+    abstract = jax.eval_shape(fresh)
+    shardings = sharding.infer(abstract, mesh)
+    sharding.check_replication(abstract, shardings, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    rows = sharding.batch_sharding(mesh)
+    batch = {'label': jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows)}
+    batch = batch if method.labels else {}
+    batch |= {
+        v.name: jax.ShapeDtypeStruct(
+            (config.batch_size, v.count, v.size, v.size, 3), jnp.uint8, sharding=rows
+        )
+        for v in method.views()
+    }
+    step = make_step(method, tx, schedule, seed=config.seed, accum_steps=config.accum_steps)
+    return Program(
+        mesh=mesh,
+        abstract=abstract,
+        batch=batch,
+        init=jax.jit(fresh, out_shardings=shardings),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            compiler_options=sharding.compiler_options(mesh),
+        ),
+        groups=groups,
+    )

@@ -65,7 +65,7 @@ def programs_of_a_module_go_with_it():
 
 @pytest.fixture
 def tpu_kernels_on(monkeypatch):
-    """Programs for TPU have the kernels of `models/tpu_*.py`, as outside the tests."""
+    """Programs for TPU have the kernels of `kernels/tpu/`, as outside the tests."""
     monkeypatch.delenv('SSL_JAX_TPU_KERNELS')
 
 

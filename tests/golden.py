@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the golden files: numbers of the official PyTorch code, with their tolerances.
 
-SSL_JAX_GOLDEN names the folder; else the shared folder beside the repository, else the few small
-files in tests/golden/.  Every shape and hyper-parameter comes from a file's `meta`.
+SSL_JAX_GOLDEN names the folder; the default is tests/golden/. Every shape and hyper-parameter comes
+from a file's `meta`.
 """
 
 import functools
@@ -12,16 +12,14 @@ import os
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-def folders():
-    if 'SSL_JAX_GOLDEN' in os.environ:
-        return [pathlib.Path(os.environ['SSL_JAX_GOLDEN'])]
-    return [HERE.parent.parent / 'shared' / 'golden', HERE / 'golden']
+FOLDER = pathlib.Path(os.environ.get('SSL_JAX_GOLDEN', HERE / 'golden'))
 
 
 def _round_up(x):
@@ -97,7 +95,12 @@ class File:
 @functools.lru_cache
 def load(stem):
     """File `stem`.npz of the golden folder; skips the test where there is none."""
-    for folder in folders():
-        if (folder / f'{stem}.npz').exists():
-            return File(folder / f'{stem}.npz')
-    pytest.skip(f'{stem}.npz is in none of {[str(f) for f in folders()]}')
+    path = FOLDER / f'{stem}.npz'
+    if not path.exists():
+        pytest.skip(f'{path} is not there')
+    return File(path)
+
+
+def ibot_weights(mask):
+    """1 / (number of masked patches of the image) where masked, else 0; (..., N) float32."""
+    return mask / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(jnp.float32)

@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs are complete, typed and checked, and recipes change only where a review sees it."""
 
+import functools
 import json
 import os
 import pathlib
 
-import ml_collections
+import jax
 import pytest
 
-from ssl_jax import (
-    config,
-    config_dinov2,
-    config_distill,
-    config_finetune,
-    config_splitmask,
-    methods,
-)
+from ssl_jax import config, methods
+from ssl_jax.run import clock, trees
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden_configs'
+RECORDED = pathlib.Path(__file__).parent / 'recipes.json'
+UPDATE = 'if that is meant, run SSL_JAX_UPDATE_GOLDEN=1 pytest tests/test_config.py and commit it'
 
 
 def plain(**changes):
     """A valid config with `changes` (dots as __)."""
     c = config.default()
     c.total_steps = 100
-    config.config_infer.fill_size(c.method)
+    config.fill_size(c.method)
     with c.ignore_type():
         for name, value in changes.items():
             *groups, key = name.split('__')
@@ -42,42 +38,64 @@ def changed(*overrides, recipe='mae_vitb16'):
 # Recipes
 
 
-@pytest.mark.parametrize('name', config.recipes())
-def test_recipe_equals_its_golden_json(name, monkeypatch):
-    monkeypatch.delenv('SSL_JAX_DATA', raising=False)
-    text, path = config.to_json(config.load(name)), GOLDEN / f'{name}.json'
+def entries():
+    """{name: {field: value}}: what each recipe changes of its method's default, then the defaults.
+
+    Of the default of a method its own fields alone: the others are those of `default()`.
+    """
+    found = {}
+    for name in config.recipes():
+        c = config.load(name)
+        default = trees.dotted(config.default(c.method.name))
+        fields = {k: v for k, v in trees.dotted(c).items() if v != default.get(k, ...)}
+        found[name] = {**fields, 'method.name': c.method.name}
+    default = trees.dotted(config.default())
+    found['default()'] = {k: v for k, v in default.items() if not k.startswith('method.')}
+    for name in methods.names():
+        own = trees.dotted({'method': config.default(name).method})
+        found[f"default('{name}')"] = own
+    return {name: dict(sorted(fields.items())) for name, fields in found.items()}
+
+
+ENTRIES = [*config.recipes(), 'default()', *(f"default('{name}')" for name in methods.names())]
+
+
+@pytest.fixture(scope='module')
+def now():
+    """`entries` as JSON has them, also written to RECORDED where that is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv('SSL_JAX_DATA', raising=False)
+        found = entries()
     if os.environ.get('SSL_JAX_UPDATE_GOLDEN'):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    how = 'SSL_JAX_UPDATE_GOLDEN=1 pytest tests/test_config.py'
-    assert path.exists(), f'{name} has no {path.name}: run {how} and commit it'
-    difference = config.diff(config.from_json(path.read_text()), config.from_json(text))
-    assert not difference, (
-        f'{path.name} and {name} differ in {difference}: if that is meant, run {how} and commit it'
-    )
-    assert text == path.read_text()
+        RECORDED.write_text(json.dumps(found, indent=1, default=dict) + '\n')
+    return json.loads(json.dumps(found, default=dict))
 
 
-def test_every_golden_json_has_its_recipe():
-    assert sorted(path.stem for path in GOLDEN.glob('*.json')) == config.recipes()
+@functools.cache
+def recorded():
+    return json.loads(RECORDED.read_text())
+
+
+@pytest.mark.parametrize('name', ENTRIES)
+def test_a_recipe_or_default_is_as_recorded(name, now):
+    def written(fields):  # 1 and 1.0 differ
+        return {k: json.dumps(v) for k, v in fields.items()}
+
+    assert written(now[name]) == written(recorded().get(name, {})), UPDATE
+
+
+def test_nothing_is_recorded_that_is_not_there(now):
+    assert list(recorded()) == ENTRIES, UPDATE
 
 
 @pytest.mark.parametrize('name', config.recipes())
-def test_recipe_knows_no_field_that_default_does_not_know(name):
+def test_a_recipe_takes_away_no_field_of_its_method_and_adds_none(name):
     def fields(c):
-        return {k for k in config.flatten(c) if not k.startswith(config.SOURCES)}
+        return {k for k in config.flatten(c) if not k.startswith(config.OPEN)}
 
-    known = config.default()
     recipe = config.load(name)
-    known.method = {
-        'mae': lambda: known.method,
-        'dinov2': config_dinov2.method,
-        'distill': lambda: getattr(config_distill, recipe.method.form)(),
-        'splitmask': config_splitmask.splitmask,
-        'beit': config_splitmask.beit,
-        'classifier': config_finetune.classifier,
-    }[recipe.method.name]()
-    assert fields(recipe) == fields(known)
+    assert fields(recipe) == fields(config.default(recipe.method.name))
+    assert list(recipe.eval.tasks) == list(config.default().eval.tasks)  # None turns one off
 
 
 @pytest.mark.parametrize('name', config.recipes())
@@ -94,9 +112,7 @@ def test_recipe_is_named_after_its_file_and_says_how_to_run_it(name):
      ('pixio_vith16', 733.08), ('pixio_vit1b16', 1463.71), ('pixio_vit5b16', 5543.92)],
 )  # fmt: skip
 def test_recipe_has_the_parameters_of_the_official_model(name, millions):
-    import jax
-
-    method = methods.from_config(config.load(name))
+    method = methods.make(config.load(name))
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params)) / 1e6
     assert count == pytest.approx(millions, abs=0.01)
@@ -149,8 +165,8 @@ def test_missing_recipe_file_names_the_path():
         ('log.wandb=False', False),
         ('dtype=float32', 'float32'),
         ('name=7', '7'),
-        ('eval.knn_k=(1, 5)', (1, 5)),
-        ('eval.knn_k=[1]', (1,)),
+        ('eval.tasks.knn.ks=(1, 5)', (1, 5)),
+        ('eval.tasks.knn.ks=[1]', (1,)),
         ('method.crop_scale=0.5,1.0', (0.5, 1.0)),
         ("optim.lr_mult=(('patch_embed', 0.2),)", (('patch_embed', 0.2),)),
         ('init_from=gs://bucket/run', 'gs://bucket/run'),
@@ -174,8 +190,9 @@ def test_override_is_read_by_the_type_of_its_field(override, value):
         ('seed=True', "'seed' takes int, not 'True'"),
         ('optim.b2=True', "'optim.b2' takes float, not 'True'"),
         ('log.wandb=1', "'log.wandb' takes bool, not '1': write log.wandb=True."),
-        ('eval.knn_k=10', "'eval.knn_k' takes tuple, not '10'"),
+        ('method.crop_scale=10', "'method.crop_scale' takes tuple, not '10': write "),
         ('optim=adam', "'optim' is a group; set one of its fields"),
+        ('method.name=dinov2', 'start from a recipe of that method, such as images_dinov2.'),
         ('batch_size', "Override 'batch_size' has no '=': write a.b=value."),
         ('batchsize=1', "no field 'batchsize': did you mean 'batch_size'?"),
         ('optim.basel_r=1', "no field 'optim.basel_r': did you mean 'optim.base_lr'?"),
@@ -225,16 +242,28 @@ def test_sources_take_any_key_and_a_bare_path():
     assert c.data.eval_train.to_dict() == {'path': '/y'}
 
 
-def test_loaded_config_is_locked_but_for_its_sources():
+def test_evaluations_take_any_option_and_none():
+    c = changed('eval.tasks.pictures=None', 'eval.tasks.knn.ks=[5]', 'eval.tasks.mine.share=0.5')
+    tasks = c.eval.tasks.to_dict()
+    assert tasks == dict(
+        accuracy={}, knn=dict(ks=(5,)), mine=dict(share=0.5), monitors={}, pictures=None
+    )
+
+
+def test_loaded_config_is_locked_but_for_its_sources_and_evaluations():
     c = changed()
     with pytest.raises((KeyError, AttributeError)):
         c.optim.momentum = 0.9
+    with pytest.raises((KeyError, AttributeError)):
+        c.eval.share = 0.5
     c.data.train.note = 'free'
+    c.eval.tasks.knn.share = 0.5
 
 
 def test_json_keeps_every_value_and_type():
     c = changed("optim.lr_mult=(('patch_embed', 0.2),)")
-    again = config.from_json(config.to_json(c))
+    again, lines = config.from_dict(json.loads(config.to_json(c)))
+    assert lines == []
     assert config.diff(c, again) == {}
     assert again.optim.lr_mult == (('patch_embed', 0.2),)
     assert again.is_locked
@@ -246,47 +275,108 @@ def test_json_is_plain_and_sorted():
 
 
 def test_diff_lists_what_differs():
-    assert config.diff(changed(), changed('seed=1')) == {'seed': (0, 1)}
+    found = config.diff(changed(), changed('seed=1'))
+    assert found == {'overrides': ((), ('seed=1',)), 'seed': (0, 1)}
 
 
-# Units
+# Configs of earlier versions
+
+
+def stored(recipe='mae_vitb16', **changes):
+    """A config as JSON has it, with `changes` (dots as __); a change to ... takes a field away."""
+    values = json.loads(config.to_json(config.load(recipe)))
+    for name, value in changes.items():
+        *groups, key = name.split('__')
+        parent = values
+        for group in groups:
+            parent = parent[group]
+        parent.pop(key, None)
+        if value is not ...:
+            parent[key] = value
+    return values
+
+
+def test_fields_that_a_stored_config_lacks_get_their_defaults_and_are_listed():
+    c, lines = config.from_dict(stored(seed=..., method__flip=..., checkpoint__keep=5))
+    assert (c.seed, c.method.flip, c.checkpoint.keep) == (0, 0.5, 5)
+    assert c.is_locked
+    assert lines == [
+        'method.flip = 0.5: not in the stored config, the default',
+        'seed = 0: not in the stored config, the default',
+    ]
+
+
+def test_a_whole_group_may_be_missing():
+    c, lines = config.from_dict(stored(nonfinite=...))
+    assert c.nonfinite.to_dict() == dict(in_a_row=3, total=10)
+    assert [line.partition(' ')[0] for line in lines] == ['nonfinite.in_a_row', 'nonfinite.total']
+
+
+def test_a_field_that_is_gone_is_dropped_where_its_value_is_that_of_the_code():
+    c, lines = config.from_dict(stored(method__crop_ratio=[3 / 4, 4 / 3]))
+    assert 'crop_ratio' not in c.method and lines == []
+    assert config.diff(c, config.load('mae_vitb16')) == {}
+
+
+def test_a_field_that_is_gone_with_another_value_is_a_line():
+    _, lines = config.from_dict(stored(method__crop_ratio=[1.0, 1.0]))
+    assert lines == [
+        f'method.crop_ratio = (1.0, 1.0) is no field any more, this version has ({3 / 4}, {4 / 3})'
+    ]
+
+
+def test_a_stored_value_of_another_type_is_one_sentence():
+    with pytest.raises(ValueError, match="the stored config has batch_size='big'"):
+        config.from_dict(stored(batch_size='big'))
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(method__mask_ration=0.5), "'method.mask_ratio'?"),
+    (dict(batchsize=3), "'batch_size'?"),
+    (dict(optim__base_rate=1e-3), "'optim.base_lr'?"),
+])  # fmt: skip
+def test_an_unknown_field_of_a_stored_config_is_one_sentence_with_the_nearest(changes, message):
+    with pytest.raises(ValueError) as error:
+        config.from_dict(stored(**changes))
+    (field,) = changes
+    assert f'the stored config has {field.replace("__", ".")}=' in str(error.value)
+    assert f'which this version does not know: did you mean {message}' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_every_field_that_is_gone_has_a_value_that_is_dropped():
+    for name in methods.names():
+        for field, value in methods.get(name).removed.items():
+            values = config.default(name).to_dict()
+            values['method'][field] = 1 if value is ... else value
+            assert config.from_dict(values)[1] == [], (name, field)
+
+
+def test_evaluations_that_were_fields_of_eval_become_tasks():
+    old = dict(knn=True, knn_k=[5], temperature=0.1, pictures=False, num_pictures=4)
+    values = stored()
+    del values['eval']['tasks']
+    values['eval'].update(old)
+    c, lines = config.from_dict(values)
+    assert c.eval.tasks.to_dict() == dict(
+        accuracy={}, knn=dict(ks=(5,), temperature=0.1), monitors={}, pictures=None
+    )
+    assert lines == []
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'steps'),
-    [('total_steps', 7, 7), ('total_epochs', 2.0, 20), ('total_examples', 95, 10),
-     ('total_epochs', 0.001, 1), ('total_epochs', 0.0, 0)],
-)  # fmt: skip
-def test_steps_converts_every_unit(field, value, steps):
-    c = ml_collections.ConfigDict({field: value})
-    assert config.steps('total', c, num_examples=100, batch_size=10) == steps
+    'recipe, form', [('scenes_distill', 'features'), ('dinov2_vitb14_distill', 'dino')]
+)
+def test_the_two_forms_of_distillation_became_two_methods(recipe, form):
+    values = stored(recipe, method__name='distill', method__form=form)
+    c, lines = config.from_dict(values)
+    assert config.diff(c, config.load(recipe)) == {} and lines == []
 
 
-def test_steps_of_the_imagenet_recipe_are_those_of_800_passes():
-    c = changed()
-    steps = config.steps('total', c, num_examples=1_281_167, batch_size=c.batch_size)
-    assert steps == round(800 * 1_281_167 / 4096) == 250_228
-
-
-def test_steps_without_a_unit_is_the_default_or_an_error():
-    c = config.default()
-    assert config.steps('warmup', c, default=0) == 0
-    with pytest.raises(ValueError, match='None of total_steps, total_epochs, total_examples'):
-        config.steps('total', c)
-
-
-def test_steps_of_two_units_is_an_error():
-    c = ml_collections.ConfigDict(dict(total_steps=1, total_epochs=2.0))
-    with pytest.raises(ValueError, match='total_steps=1 and total_epochs=2.0 contradict'):
-        config.steps('total', c, num_examples=100, batch_size=10)
-
-
-def test_steps_in_epochs_of_an_endless_source_is_an_error():
-    c = ml_collections.ConfigDict(dict(total_epochs=2.0))
-    with pytest.raises(ValueError, match='total_epochs needs the number of images'):
-        config.steps('total', c, batch_size=10)
-    with pytest.raises(ValueError, match='total_epochs needs the batch size'):
-        config.steps('total', c, num_examples=10)
+def test_a_stored_config_of_an_encoder_alone_has_no_method():
+    values = stored(method=...)
+    c, lines = config.from_dict(values)
+    assert 'method' not in c and lines == []
 
 
 # Checks
@@ -313,8 +403,15 @@ def test_default_with_a_length_is_valid():
         (dict(method__mask_ratio=1.0), 'method.mask_ratio=1.0 is out of range'),
         (dict(method__drop_path=-0.1), 'method.drop_path=-0.1 is out of range'),
         (dict(method__flip=2.0), 'method.flip=2.0 is out of range: use a value from 0.0 to 1.0'),
-        (dict(method__crop_scale=(1.0, 0.2)), 'must be (low, high) with 0 < low <= high'),
-        (dict(method__crop_scale=(0.2, 2.0)), 'are fractions of the area'),
+        (
+            dict(method__crop_scale=(1.0, 0.2)),
+            'must be fractions of the area, 0 < low <= high <= 1',
+        ),
+        (
+            dict(method__crop_scale=(0.2, 2.0)),
+            'must be fractions of the area, 0 < low <= high <= 1',
+        ),
+        (dict(method__crop_scale=(0.2,)), 'must be fractions of the area, 0 < low <= high <= 1'),
         (dict(init_from='a', resume_from='b'), 'init_from (weights only) and resume_from'),
         (dict(dtype='float16'), "dtype='float16' is unknown: use one of float32, bfloat16."),
         (dict(remat='some'), "remat='some' is unknown: use one of none, dots, full."),
@@ -324,15 +421,17 @@ def test_default_with_a_length_is_valid():
         (dict(total_steps=None), 'None of total_steps, total_epochs, total_examples is set'),
         (dict(total_steps=-5), 'total_steps=-5 is negative'),
         (dict(warmup_steps=100), 'warmup_steps=100 does not end before total_steps=100'),
-        (dict(eval__knn_k=10), 'eval.knn_k=10 must be a tuple, with a comma: (10,).'),
-        (dict(optim__freeze='head'), "optim.freeze='head' must be a tuple"),
+        (
+            dict(optim__freeze='head'),
+            "optim.freeze='head' must be a tuple, with a comma: ('head',).",
+        ),
         (dict(optim__warm_freeze=('^encoder',)), "warm_freeze=('^encoder',) has no length: set"),
         (dict(optim__warm_freeze_steps=5), "freezes nothing: set optim.warm_freeze=('^encoder',)."),
         (
             dict(optim__warm_freeze=('^encoder',), optim__warm_freeze_steps=100),
             'optim.warm_freeze_steps=100 does not end before total_steps=100',
         ),
-        (dict(eval__temperature=0.0), 'eval.temperature=0.0 is out of range'),
+        (dict(eval__batch_size=0), 'eval.batch_size=0 is out of range: use a value from 1 to'),
         (dict(optim__b2=1.0), 'optim.b2=1.0 is out of range'),
         (dict(optim__layer_decay=1.5), 'optim.layer_decay=1.5 is out of range'),
     ],
@@ -370,22 +469,22 @@ def test_inferred_config_is_complete_and_valid_everywhere(recipe, place):
     num_images, hw, platform, devices, cores = PLACES[place]
     c, decisions = config.infer(config.load(recipe), *PLACES[place][:4], cores=cores)
     config.validate(c)
-    methods.from_config(c)
+    methods.make(c)
     assert c.is_locked and not c.infer
     assert c.batch_size % devices == 0
     if 'group_size' in c.method:  # each device has whole groups
         assert c.batch_size // devices % c.method.group_size == 0
     assert c.method.img_size <= max(min(hw), 2 * c.method.patch_size)
-    assert config.steps('total', c, num_images, c.batch_size) > 0
+    assert clock.Clock.of(c, num_images).total > 0
     assert len(decisions) > 8
 
 
 @pytest.mark.parametrize('recipe', INFERRED)
 def test_inferred_run_on_a_cpu_lasts_minutes(recipe):
     c, _ = config.infer(config.load(recipe), *PLACES['street scenes on two cores'])
-    steps = config.steps('total', c, 367, c.batch_size)
-    flops = steps * methods.from_config(c).flops(c.batch_size)
-    assert 60 < flops / (2 * config.config_infer.CPU_FLOPS) < 600
+    steps = clock.Clock.of(c, 367).total
+    flops = steps * methods.make(c).flops(c.batch_size)
+    assert 60 < flops / (2 * config.CPU_FLOPS) < 600
     assert steps > 50
 
 

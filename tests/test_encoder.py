@@ -14,9 +14,11 @@ import ssl_jax
 import tiny
 from ssl_jax import cli, encoder
 from ssl_jax.augment import photometry
+from ssl_jax.data import folder as folder_lib
 from ssl_jax.data import host, scenes, sources
+from ssl_jax.evals import feature_file
 from ssl_jax.evals import features as features_lib
-from ssl_jax.run import runs
+from ssl_jax.run import weights
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +66,7 @@ def test_importing_the_package_imports_no_jax():
 
 
 def test_a_loaded_model_answers_as_the_backbone_of_the_run(run, model):
-    vit, params = runs.open_run(run).backbone()
+    vit, params = weights.open_run(run).networks()['encoder']
     want = vit.apply({'params': params}, photometry.normalize(pixels()), capture=(1,))
     got = model(pixels(), blocks=(-1,))
     assert (model.vit, model.size) == (vit, 32)
@@ -80,7 +82,7 @@ def test_a_loaded_model_answers_as_the_backbone_of_the_run(run, model):
 
 
 def test_its_named_features_are_those_of_the_evaluations(model):
-    want = features_lib.make_forward(model.vit, model.params)(pixels())
+    want = encoder.make_forward(model.vit, model.params)(pixels())
     got = model(pixels())
     for name in set(want) - {'grid4'}:  # for evaluations only
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
@@ -134,7 +136,7 @@ def test_a_block_that_is_not_there_is_one_sentence(model):
 def unbroken(model, folder, tmp_path_factory):
     """The file of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp('unbroken') / 'f.parquet'
-    encoder.extract(model, str(folder), out, batch_size=8, log=None)
+    feature_file.extract(model, str(folder), out, batch_size=8, log=None)
     return out
 
 
@@ -145,7 +147,7 @@ def test_rows_keep_their_file_names_labels_and_order(unbroken, model, folder):
     assert got['name'] == even + odd
     assert got['label'] == [0] * 20 + [1] * 19
     source = sources.open_source(str(folder))
-    assert [encoder.name_of(source, i) for i in got['id']] == got['name']
+    assert [feature_file.name_of(source, i) for i in got['id']] == got['name']
     ends = [host.decode((folder / got['name'][i]).read_bytes(), 32) for i in (0, -1)]
     want = model(np.stack([host.resize_center_crop(x, 32) for x in ends]))
     for name in ('cls', 'patch'):
@@ -180,10 +182,10 @@ def killed(monkeypatch, model, folder, out, batches):
         return real(tree)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, 'PART_SECONDS', 0)
+        patch.setattr(feature_file, 'PART_SECONDS', 0)
         patch.setattr(features_lib, '_fetch', dying)
         with pytest.raises(Killed):
-            encoder.extract(model, str(folder), out, batch_size=8, log=None)
+            feature_file.extract(model, str(folder), out, batch_size=8, log=None)
 
 
 @pytest.mark.parametrize('batches', [0, 1, 4])
@@ -194,9 +196,9 @@ def test_a_killed_extraction_continues_to_the_file_of_an_unbroken_one(
     killed(monkeypatch, model, folder, out, batches)
     assert not out.exists()
     read = []
-    real = sources.Folder.__getitem__
-    monkeypatch.setattr(sources.Folder, '__getitem__', lambda s, i: read.append(i) or real(s, i))
-    encoder.extract(model, str(folder), out, batch_size=8, log=lines.append)
+    real = folder_lib.Folder.__getitem__
+    monkeypatch.setattr(folder_lib.Folder, '__getitem__', lambda s, i: read.append(i) or real(s, i))
+    feature_file.extract(model, str(folder), out, batch_size=8, log=lines.append)
     assert min(read) == 8 * batches, 'what was done is done again, or not all'
     assert out.read_bytes() == unbroken.read_bytes()
     bad = [tmp_path / 'f.parquet.bad.jsonl', unbroken.parent / 'f.parquet.bad.jsonl']
@@ -213,19 +215,19 @@ def test_a_kill_while_the_parts_are_joined_costs_nothing(
 
     out = tmp_path / 'f.parquet'
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(encoder, '_join', die)
-        encoder.extract(model, str(folder), out, batch_size=8, log=None)
-    encoder.extract(model, str(folder), out, batch_size=8, log=None)
+        patch.setattr(feature_file, '_join', die)
+        feature_file.extract(model, str(folder), out, batch_size=8, log=None)
+    feature_file.extract(model, str(folder), out, batch_size=8, log=None)
     assert out.read_bytes() == unbroken.read_bytes()
 
 
 def test_row_groups_do_not_depend_on_the_parts(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, 'ROW_GROUP', 7)
+    monkeypatch.setattr(feature_file, 'ROW_GROUP', 7)
     files = []
     for seconds in (0, 1e9):
-        monkeypatch.setattr(encoder, 'PART_SECONDS', seconds)
+        monkeypatch.setattr(feature_file, 'PART_SECONDS', seconds)
         files.append(tmp_path / f'{seconds}.parquet')
-        assert encoder.extract(model, str(folder), files[-1], batch_size=8, log=None) == 39
+        assert feature_file.extract(model, str(folder), files[-1], batch_size=8, log=None) == 39
     assert files[0].read_bytes() == files[1].read_bytes()
     meta = pq.ParquetFile(files[0]).metadata
     assert [meta.row_group(i).num_rows for i in range(meta.num_row_groups)] == [7] * 5 + [4]
@@ -242,29 +244,29 @@ def test_parts_of_another_model_data_or_size_are_refused(run, model, folder, tmp
         (model, folder, dict(size=64), 'made with size 32, not 64: give another --out, or delete'),
     ):
         with pytest.raises(ValueError, match=says):
-            encoder.extract(model_, str(data), out, **{'batch_size': 8, 'log': None, **more})
+            feature_file.extract(model_, str(data), out, **{'batch_size': 8, 'log': None, **more})
     assert sorted(p.name for p in (tmp_path / 'f.parquet.parts').iterdir()) == before
 
 
 def test_a_finished_file_is_left_alone_and_another_one_refused(unbroken, model, folder):
     before, lines = unbroken.read_bytes(), []
-    assert encoder.extract(model, str(folder), unbroken, batch_size=8, log=lines.append) == 39
+    assert feature_file.extract(model, str(folder), unbroken, batch_size=8, log=lines.append) == 39
     assert lines == [f'{unbroken} is complete: 39 rows']
     with pytest.raises(ValueError, match='was made with size 32, not 16'):
-        encoder.extract(model, str(folder), unbroken, batch_size=8, size=16, log=None)
+        feature_file.extract(model, str(folder), unbroken, batch_size=8, size=16, log=None)
     assert unbroken.read_bytes() == before
 
 
 def test_a_file_of_something_else_is_not_overwritten(model, folder, tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(ValueError, match='is no file of features: give another --out'):
-        encoder.extract(model, str(folder), tmp_path / 'notes.txt', log=None)
+        feature_file.extract(model, str(folder), tmp_path / 'notes.txt', log=None)
     assert (tmp_path / 'notes.txt').read_text() == 'mine'
 
 
 def test_a_source_without_labels_and_files_has_neither(model, tmp_path):
     source = sources.Arrays(pixels(5))
-    assert encoder.extract(model, source, tmp_path / 'f.parquet', log=None) == 5
+    assert feature_file.extract(model, source, tmp_path / 'f.parquet', log=None) == 5
     got = table(tmp_path / 'f.parquet')
     assert list(got) == ['id', 'name', 'cls', 'patch']
     assert got['name'] == [f'array {i}' for i in range(5)]
@@ -273,14 +275,14 @@ def test_a_source_without_labels_and_files_has_neither(model, tmp_path):
 def test_images_of_which_none_decodes_are_one_sentence(model, tmp_path):
     source = sources.Arrays([b'broken', b''])
     with pytest.raises(ValueError, match='None of the 2 images decodes, see .*bad.jsonl'):
-        encoder.extract(model, source, tmp_path / 'f.parquet', log=None)
+        feature_file.extract(model, source, tmp_path / 'f.parquet', log=None)
     assert not (tmp_path / 'f.parquet').exists()
 
 
 def test_progress_says_how_much_is_left(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, 'PROGRESS_SECONDS', 0)
+    monkeypatch.setattr(feature_file, 'PROGRESS_SECONDS', 0)
     lines, source = [], sources.Arrays(pixels(32))
-    encoder.extract(model, source, tmp_path / 'f.parquet', batch_size=8, log=lines.append)
+    feature_file.extract(model, source, tmp_path / 'f.parquet', batch_size=8, log=lines.append)
     assert lines[1].startswith('16 of 32 images, ') and lines[1].endswith(' left')
     assert lines[-1] == f'{tmp_path}/f.parquet: 32 rows'
 

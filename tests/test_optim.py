@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from ssl_jax import config, optim
+from ssl_jax.run import clock as clock_lib
 
 DEPTH, WIDTH = 3, 8
 
@@ -54,7 +55,7 @@ def run(c, params, grads, lrs):
     state = tx.init(params)
     wd = c.weight_decay
     update = jax.jit(lambda g, s, p, lr: tx.update(g, s, p, lr=lr, weight_decay=wd))
-    for grad, lr in zip(grads, lrs):
+    for grad, lr in zip(grads, lrs, strict=True):
         updates, state = update(grad, state, params, jnp.float32(lr))
         params = optax.apply_updates(params, updates)
     return params, state
@@ -207,7 +208,7 @@ def test_adamw_equals_torch_with_the_same_groups():
         for k, t in tensors.items()
     ]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(c.b1, c.b2), eps=c.eps)
-    for grad, lr in zip(grads, lrs):
+    for grad, lr in zip(grads, lrs, strict=True):
         for k, g in flat(grad).items():
             tensors[k].grad = torch.tensor(np.array(g))
         for group in adamw.param_groups:
@@ -235,7 +236,7 @@ def test_clipping_equals_torch():
 def test_clipping_leaves_small_gradients_as_they_are():
     grads = tree(3)
     same, _ = optim.clip_by_norm(1e6).update(grads, optax.EmptyState())
-    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(grads)):
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(grads), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -321,7 +322,9 @@ def test_moments_of_warm_frozen_parameters_go_on_as_in_dinov2():
 
 
 def assert_same(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
@@ -358,7 +361,7 @@ def test_weight_decay_moves_along_half_a_cosine():
     c = config.default()
     c.update(total_steps=100, warmup_steps=10)
     c.optim.update(weight_decay=0.04, weight_decay_end=0.4)
-    values = optim.schedule(c, config.clock(c))
+    values = optim.schedule(c, clock_lib.Clock.of(c))
     np.testing.assert_allclose(
         [values(s)['weight_decay'] for s in (0, 50, 100)], [0.04, 0.22, 0.4], rtol=1e-9
     )
@@ -411,7 +414,7 @@ def test_warm_freeze_and_freeze_go_together(warm):
 
 def test_a_step_with_rate_zero_moves_moments_but_not_parameters():
     params, state = run(settings(), tree(), [tree(1)], [0.0])
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(tree())):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(tree()), strict=True):
         np.testing.assert_array_equal(a, b)
     adam = state.inner_state[1]
     assert int(adam.count) == 1

@@ -80,7 +80,7 @@ def test_a_large_state_that_stays_replicated_is_refused():
 
 
 def test_every_pod_has_the_mesh_of_the_recipes():
-    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[plan]'")
     for name in chips.names():
         if math.prod(chips.parse(name)[1]) <= 256:  # 16 of 4 x 8 chips are no rectangle
             mesh = sharding.make_mesh(-1, -1, devices=chips.devices(name))
@@ -89,8 +89,11 @@ def test_every_pod_has_the_mesh_of_the_recipes():
 
 @pytest.mark.parametrize('group_size, use', [(12, 8), (8, None), (4, None), (3, 2), (6, 4)])
 def test_groups_that_do_not_divide_among_devices_are_named_with_the_size_to_use(group_size, use):
-    config = tiny.dinov2(method__group_size=group_size)
-    mesh = sharding.make_mesh(data=3, fsdp=2, devices=jax.devices()[:6])
-    said = sharding.uneven_groups(methods.from_config(config), 48, mesh)
-    assert (said is None) if use is None else said.endswith(f'use method.group_size={use}.')
-    assert sharding.uneven_groups(methods.from_config(tiny.config()), 48, mesh) is None
+    method = methods.make(tiny.dinov2(method__group_size=group_size))
+    said = list(method.warnings(batch_size=48, ways=6))
+    assert len(said) == (use is not None)
+    assert all(line.endswith(f'use method.group_size={use}.') for line in said)
+
+
+def test_a_method_without_groups_has_no_warning():
+    assert list(methods.make(tiny.config()).warnings(batch_size=48, ways=6)) == []

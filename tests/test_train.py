@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import config as config_lib
 from ssl_jax import methods, optim, sharding, train
 from ssl_jax import step as step_lib
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
+from ssl_jax.evals import base as evals
 from ssl_jax.run import checkpoint, metrics
+from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 
 
 def final_state(workdir, config):
     """The last checkpoint of a run as numpy."""
-    program = train.make_program(config, methods.from_config(config), config_lib.clock(config))
+    method = methods.make(config, clock_lib.Clock.of(config))
+    program = step_lib.make_program(config, method)
     saved = checkpoint.Checkpointer(workdir / 'checkpoints')
     state, _ = saved.restore(program.abstract)
     saved.close()
@@ -33,7 +35,9 @@ def rows(workdir):
 
 
 def assert_same_bits(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
@@ -78,6 +82,23 @@ def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
     assert rows(tmp_path) == rows(want)
 
 
+def test_a_kill_between_a_save_and_its_evaluation_costs_neither(tmp_path, monkeypatch):
+    config = tiny.config(checkpoint__every_steps=4, eval__every_steps=4)
+    train.train(config, tmp_path / 'unbroken')
+
+    def dying(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evals, 'run', dying)
+        with pytest.raises(Killed):
+            train.train(config, tmp_path / 'killed')
+    assert checkpoint.steps(tmp_path / 'killed' / 'checkpoints') == [4]
+    assert not metrics.has_evaluation(tmp_path / 'killed', 4)
+    train.train(config, tmp_path / 'killed')
+    assert rows(tmp_path / 'killed') == rows(tmp_path / 'unbroken')
+
+
 def test_the_same_config_gives_the_same_bits(unbroken, tmp_path):
     config, want = unbroken
     train.train(config, tmp_path)
@@ -99,18 +120,16 @@ def test_other_loader_threads_and_seeds(unbroken, tmp_path):
     assert rows(tmp_path / 'seed') != rows(want)
 
 
-LENGTHS = {'total': 100, 'warmup': 10}
-
-
+CLOCK = clock_lib.Clock(total=100, warmup=10, batch_size=16, num_examples=64)
 RATES = dict(lr=1e-3, weight_decay=0.05)
 
 
 def losses_on(devices, steps, accum_steps=1, **mesh):
     """Losses and initial weights of the tiny run on a mesh."""
     config = tiny.config(total_steps=steps, accum_steps=accum_steps)
-    method = methods.from_config(config)
+    method = methods.make(config, CLOCK)
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
-    program = train.make_program(config, method, lambda name, *_, **__: LENGTHS.get(name, 0), mesh)
+    program = step_lib.make_program(config, method, mesh)
     rows = sharding.process_rows(mesh, config.batch_size)
     found = []
     with jax.set_mesh(mesh):
@@ -183,32 +202,55 @@ def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
     assert len(set(counts[2:8])) == 1, counts
 
 
-def poisoned(method, at):
-    """The method, with a loss that is NaN at the steps `at`."""
+def poisoned(method, at, what='both'):
+    """The method, with a NaN in loss, gradient or both at the steps `at`; counts in extra."""
+
+    def loss_alone(loss):
+        return loss + jnp.nan
+
+    def gradient_alone(loss):
+        return loss + jnp.sqrt(loss - jax.lax.stop_gradient(loss)) * 0
+
+    def both(loss):
+        return loss * jnp.nan
+
+    poison = {'loss': loss_alone, 'gradient': gradient_alone, 'both': both}[what]
 
     @dataclasses.dataclass(frozen=True)
     class Poisoned(type(method)):
+        def init(self, rng):
+            return super().init(rng)[0], {'sum': jnp.zeros(()), 'updates': jnp.zeros(())}
+
         def loss(self, params, extra, batch, rng, step):
-            loss, aux = super().loss(params, extra, batch, rng, step)
-            bad = jnp.isin(step, jnp.asarray(at))
-            return loss * jnp.where(bad, jnp.nan, 1.0), aux
+            loss, (extra, metrics) = super().loss(params, extra, batch, rng, step)
+            bad = jnp.isin(step, jnp.asarray(list(at)))
+            extra = {**extra, 'sum': extra['sum'] + 1}
+            return jax.lax.cond(bad, poison, lambda loss: loss, loss), (extra, metrics)
+
+        def after_update(self, params, extra, step):
+            return {**extra, 'updates': extra['updates'] + 1}
 
     return Poisoned(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
-def test_a_non_finite_loss_leaves_weights_and_moments_bit_for_bit():
+@pytest.mark.parametrize('what', ['loss', 'gradient', 'both'])
+def test_a_non_finite_loss_or_gradient_leaves_weights_moments_and_extra_bit_for_bit(what):
     config = tiny.config()
-    method = poisoned(methods.from_config(config), at=[1])
+    method = poisoned(methods.make(config), at=[1], what=what)
     params, extra = method.init(jax.random.key(0))
     tx, _ = optim.make(config.optim, params)
     step = jax.jit(step_lib.make_step(method, tx, lambda s: RATES, seed=0))
     batch = {'image': np.full((16, 1, 32, 32, 3), 7, np.uint8) * np.arange(1, 4, dtype=np.uint8)}
     first, _ = step(step_lib.TrainState.create(params, extra, tx), batch)
     second, m = step(first, batch)
-    assert_same_bits((first.params, first.opt_state), (second.params, second.opt_state))
+    kept = (first.params, first.opt_state, first.extra)
+    assert_same_bits(kept, (second.params, second.opt_state, second.extra))
+    assert np.isfinite(m['loss']) == (what == 'gradient')
+    assert np.isfinite(m['grad_norm']) == (what == 'loss')
     assert (int(second.step), m['skipped_in_a_row'], m['skipped_total']) == (2, 1, 1)
     third, m = step(second, batch)
     assert (m['skipped_in_a_row'], m['skipped_total']) == (0, 1)
+    assert third.extra == {'sum': 2, 'updates': 2}
     assert not np.array_equal(
         third.params['decoder']['decoder_pred']['bias'],
         second.params['decoder']['decoder_pred']['bias'],
@@ -217,8 +259,8 @@ def test_a_non_finite_loss_leaves_weights_and_moments_bit_for_bit():
 
 def test_a_run_of_non_finite_steps_ends_with_a_sentence(tmp_path, monkeypatch):
     config = tiny.config(total_steps=20, nonfinite__in_a_row=2)
-    method = poisoned(methods.from_config(config), at=list(range(3, 20)))
-    monkeypatch.setattr(methods, 'from_config', lambda *_: method)
+    real = methods.make
+    monkeypatch.setattr(methods, 'make', lambda *args: poisoned(real(*args), at=range(3, 20)))
     with pytest.raises(metrics.NonFiniteError, match='3 steps in a row'):
         train.train(config, tmp_path)
     assert np.isfinite(final_state(tmp_path, config).params['encoder']['cls_token']).all()

@@ -5,38 +5,39 @@ import jax
 import ml_collections
 
 from ssl_jax import config as config_lib
-from ssl_jax import config_dinov2, methods, optim
+from ssl_jax import methods, optim
 from ssl_jax import step as step_lib
 from ssl_jax.run import checkpoint
 
 
 def config(**fields):
     """A locked config of a two-block MAE on 64 rendered scenes; fields as a__b=value."""
-    c = config_lib.default()
+    c = base('mae')
+    c.method.update(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, drop_path=0.2)
+    return changed(c, fields)
+
+
+def base(method):
+    """An unlocked config of a two-block encoder on 64 rendered scenes, the defaults otherwise."""
+    c = config_lib.default(method)
     c.name = 'tiny'
     c.batch_size = 16
     c.total_steps = 8
     c.warmup_steps = 2
-    c.method.update(
-        size=None,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        patch_size=8,
-        img_size=32,
-        decoder_embed_dim=16,
-        decoder_depth=1,
-        decoder_num_heads=2,
-        drop_path=0.2,
-    )
+    c.method.update(size=None, embed_dim=32, depth=2, num_heads=4, patch_size=8, img_size=32)
     c.optim.lr = 2e-3
     c.data.train = ml_collections.ConfigDict(dict(source='scenes', n=64, size=32, split='train'))
     c.data.num_threads = 2
-    c.eval.pictures = False
-    c.eval.knn = False
+    c.eval.tasks.pictures = None
+    c.eval.tasks.knn = None
     c.log.every_steps = 1
     c.log.tensorboard = False
     c.compile_cache = False
+    return c
+
+
+def changed(c, fields):
+    """`c` locked, with fields given as a__b=value."""
     for name, value in fields.items():
         *groups, key = name.split('__')
         node = c
@@ -47,17 +48,13 @@ def config(**fields):
     return config_lib.lock(c)
 
 
-def dinov2(**fields):
+def dinov2(method='dinov2', **fields):
     """The same for DINOv2, with masks and dropped images; no photometry, it compiles for long."""
-    m = config_dinov2.method()
-    config_dinov2.small(m)
-    m.update(
-        size=None,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        patch_size=8,
-        img_size=32,
+    c = base(method)
+    shared = config_lib.shared('dinov2')
+    shared.small(c.method)
+    shared.optim(c.optim)
+    c.method.update(
         local_size=16,
         n_local_crops=2,
         group_size=8,
@@ -75,16 +72,14 @@ def dinov2(**fields):
         blur='none',
         solarize=(0.0, 0.0, 0.0),
     )
-    c = config_lib.default()
-    config_dinov2.optim(c.optim)
-    optim = {f'optim__{k}': v for k, v in c.optim.items()}
-    optim.update(optim__warm_freeze_steps=3, optim__lr=1e-3)
-    return config(**{'method': m, **optim, **fields})
+    c.optim.warm_freeze_steps = 3
+    c.optim.lr = 1e-3
+    return changed(c, fields)
 
 
 def save(config, workdir, seed=0, step=0, change=lambda params: params):
     """Saves the (changed) fresh state of a run as that of `step`; returns its parameters."""
-    method = methods.from_config(config)
+    method = methods.make(config)
     params, extra = jax.jit(method.init)(jax.random.key(seed))
     params = change(params)
     tx, _ = optim.make(config.optim, params)

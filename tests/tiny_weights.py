@@ -6,7 +6,7 @@ import zlib
 import jax
 import numpy as np
 
-from ssl_jax.interop import layouts
+from ssl_jax.interop import families, layouts
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.models.heads import DINOHead
@@ -51,7 +51,8 @@ def weights(name, layout, what='backbone'):
     """`layouts.Weights` of one of ENCODERS, 'full' with the decoder or the heads of that name."""
     vit, decoder = vit_lib.ViT(**ENCODERS[name]), None
     if what == 'full' and name in HEADS:
-        heads = dict(zip(('dino_head', 'ibot_head'), (DINOHead(**h) for h in HEADS[name])))
+        names = ('dino_head', 'ibot_head')[: len(HEADS[name])]
+        heads = {k: DINOHead(**fields) for k, fields in zip(names, HEADS[name], strict=True)}
         return layouts.Weights('dinov2', layout, what, vit, prefix='backbone.', **heads)
     if what == 'full':
         decoder = Decoder(
@@ -60,7 +61,7 @@ def weights(name, layout, what='backbone'):
             out_dim=3 * vit.patch_size**2,
             **DECODERS[name],
         )
-    return layouts.Weights(layouts.family_of(vit), layout, what, vit, decoder)
+    return layouts.Weights(families.of(vit), layout, what, vit, decoder)
 
 
 def params(w, seed=0):

@@ -3,12 +3,13 @@
 
 Both sides do the same work: uint8 images in, normalisation, Pixio masking (8 class tokens, 75 % of
 the 4 x 4 blocks hidden: 8 + 64 encoder and 8 + 256 decoder tokens), forward, backward and AdamW, in
-float32. The JAX side is the program of a training run (`train.make_program`), with its gradient
-norm and its guard against non-finite updates; the twin is what one would write in PyTorch, with
+float32. The JAX side is the program of a training run (`step.make_program`), with its gradient
+norm and its guard against non-finite updates; the twin is idiomatic PyTorch, with
 `scaled_dot_product_attention` and the fused AdamW. How both are timed: see pairs.py.
 
 Command:
-  PYTHONPATH=. python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
+  GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONPATH=. \\
+    python experiments/bench/cpu_step.py [--pairs 15] [--threads 2] [--only jax|torch]
 """
 
 import sys
@@ -29,7 +30,9 @@ def jax_side(args):
     import numpy as np
 
     from ssl_jax import config as config_lib
-    from ssl_jax import methods, train
+    from ssl_jax import methods
+    from ssl_jax import step as step_lib
+    from ssl_jax.run import clock as clock_lib
 
     config = config_lib.default()
     config.batch_size = args.batch
@@ -41,8 +44,8 @@ def jax_side(args):
     m.img_size, m.patch_size, m.num_cls_tokens, m.mask_grid = 256, 16, 8, 4
     m.pos_embed, m.flip = 'learned', 0.0
     config.optim.lr = 1e-4
-    method = methods.from_config(config)
-    program = train.make_program(config, method, config_lib.clock(config))
+    method = methods.make(config, clock_lib.Clock.of(config))
+    program = step_lib.make_program(config, method)
     jax.set_mesh(program.mesh)
     state, batch = program.init(), {'image': images(args)[:, None]}
 
@@ -55,7 +58,7 @@ def jax_side(args):
 
 
 def torch_side(args):
-    """The same step in PyTorch, written as its users write it."""
+    """The same step in idiomatic PyTorch; (function that does a step, versions)."""
     import torch
     from torch import nn
     from torch.nn import functional as F

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Global and local crops in one pass against a pass for each size: time and memory of a step.
 
-    PYTHONPATH=. python experiments/bench/crops.py [--rounds 7]
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONPATH=. \\
+      python experiments/bench/crops.py [--rounds 7]
 
 DINOv2's student on 16 samples of 2 global crops of 96 px and 8 local crops of 48 px, patches of 8,
 encoder 384 x 6 x 6: forward and backward of a mean over class and patch tokens. Both programs are
@@ -11,6 +12,7 @@ temporaries.
 
 import argparse
 import functools
+import os
 import statistics
 import time
 
@@ -18,11 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import hugepages
 
 
 def main():
-    hugepages.restart()  # as the command line of the project does
     parser = argparse.ArgumentParser()
     parser.add_argument('--rounds', type=int, default=7)
     rounds = parser.parse_args().rounds
@@ -51,6 +51,7 @@ def main():
         name: jax.jit(jax.value_and_grad(fn)).lower(params).compile()
         for name, fn in (('one pass', together), ('two passes', apart))
     }
+    print(os.environ.get('GLIBC_TUNABLES') or 'default malloc')
     times = {name: [] for name in programs}
     values = {}
     for _ in range(rounds + 1):
@@ -66,7 +67,7 @@ def main():
             f'best {min(seconds) * 1e3:7.1f} ms  temporaries {memory:7.1f} MiB  '
             f'value {values[name]:.6f}'
         )
-    ratios = [a / b for a, b in zip(times['one pass'][1:], times['two passes'][1:])]
+    ratios = [a / b for a, b in zip(times['one pass'][1:], times['two passes'][1:], strict=True)]
     print(f'one pass / two passes: median of the rounds {statistics.median(ratios):.3f}')
 
 

@@ -7,14 +7,15 @@ Both sides do the same work in float32: uint8 crops in, normalisation, masks, th
 global crops, the student on all, DINO, iBOT and KoLeo under Sinkhorn-Knopp, backward, clipping per
 network, AdamW and the teacher's average.
 
-The JAX side is the program of a training run (`train.make_program`), with its monitors and its
-guard against non-finite updates, without photometry and stochastic depth. The twin is what one
-would write in PyTorch: `scaled_dot_product_attention`, crops of one resolution in one batch, as
-many patches through the head as are masked (the JAX side pads them to a fixed number), fused AdamW,
-`_foreach` averages. How both are timed: see pairs.py.
+The JAX side is the program of a training run (`step.make_program`), with its monitors and its
+guard against non-finite updates, without photometry and stochastic depth. The twin is
+idiomatic PyTorch: `scaled_dot_product_attention`, crops of one resolution in one batch, only masked
+patches through the head (the JAX side pads them to a fixed number), fused AdamW, `_foreach`
+averages. How both are timed: see pairs.py.
 
 Command:
-  PYTHONPATH=. python experiments/bench/dinov2_step.py [--pairs 15] [--only jax|torch]
+  GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONPATH=. \\
+    python experiments/bench/dinov2_step.py [--pairs 15] [--only jax|torch]
 """
 
 import sys
@@ -43,13 +44,15 @@ def jax_side(args):
     import numpy as np
 
     from ssl_jax import config as config_lib
-    from ssl_jax import config_dinov2, methods, train
+    from ssl_jax import methods
+    from ssl_jax import step as step_lib
+    from ssl_jax.run import clock as clock_lib
 
-    config = config_lib.default()
+    config = config_lib.default('dinov2')
     config.batch_size = args.batch
     config.total_steps = 1000
     config.mesh.data = 1
-    config.method = m = config_dinov2.method()
+    m = config.method
     m.size, m.embed_dim, m.depth, m.num_heads = None, WIDTH, DEPTH, HEADS
     m.patch_size, m.img_size, m.local_size = PATCH, SIDES['global'][1], SIDES['local'][1]
     m.n_local_crops = SIDES['local'][0]
@@ -58,10 +61,10 @@ def jax_side(args):
     m.dino_out_dim = m.ibot_out_dim = PROTOTYPES
     m.flip = m.jitter_prob = m.grey_prob = 0.0
     m.blur, m.solarize = 'none', (0.0, 0.0, 0.0)
-    config_dinov2.optim(config.optim)
+    config_lib.shared('dinov2').optim(config.optim)
     config.optim.lr, config.optim.warm_freeze_steps = 1e-4, 0
-    method = methods.from_config(config, config_lib.clock(config))
-    program = train.make_program(config, method, config_lib.clock(config))
+    method = methods.make(config, clock_lib.Clock.of(config))
+    program = step_lib.make_program(config, method)
     jax.set_mesh(program.mesh)
     state, batch = program.init(), crops(args)
 
@@ -74,7 +77,7 @@ def jax_side(args):
 
 
 def torch_side(args):
-    """The same step in PyTorch, written as its users write it."""
+    """The same step in idiomatic PyTorch; (function that does a step, versions)."""
     import copy
 
     import torch
@@ -149,10 +152,10 @@ def torch_side(args):
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.999), fused=True)
 
     def random_masks(count):
-        """Half of the images with 10 to 50 % of their patches hidden, spread evenly as ours are."""
+        """Half of the images have 10 to 50 % of their patches hidden, spread evenly."""
         masks = torch.zeros(count, grid**2, dtype=torch.bool)
         shares = torch.linspace(0.1, 0.5, count // 2 + 1)
-        for i, share in zip(torch.randperm(count)[: count // 2].tolist(), shares[1:]):
+        for i, share in zip(torch.randperm(count)[: count // 2].tolist(), shares[1:], strict=True):
             masks[i, torch.randperm(grid**2)[: int(share * grid**2)]] = True
         return masks
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of this project and of a PyTorch twin in turn, and the ratio of their times.
 
-Each side has a process of its own, for two pools of threads in one process disturb each other;
-they take turns, so that both meet the same neighbours on a shared machine, and the ratio is the
-median over pairs of turns. A turn is two steps, of which the second is timed, for training is one
-step after the other: the first one of a turn also pays for the pause (0.7 s per step of XLA,
-0.3 s of PyTorch, where this was written), perhaps because a virtual machine hands memory that a
-step has freed to its host meanwhile. Busy cores make the ratio
-meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer.
+Each side has a separate process, because two thread pools in one process disturb each other. They
+take turns, so that both have the same neighbours on a shared machine; the ratio is the median over
+pairs of turns. A turn is two steps, of which the second is timed: training has no pauses, and the
+first step of a turn pays for one (0.7 s with XLA, 0.3 s with PyTorch on the machine of the recorded
+numbers), perhaps because a virtual machine returns freed memory to its host meanwhile. Busy cores
+make the ratio meaningless, in favour of JAX: PyTorch's threads then wait for each other far longer.
+
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front of the command, as in the recorded numbers, gives
+both sides pages of 2 MiB; the report says what was set.
 """
 
 import argparse
@@ -17,8 +19,6 @@ import platform
 import statistics
 import time
 
-from ssl_jax.run import hugepages
-
 
 def main(doc, sides, batch):
     """Runs the comparison with flags from the command line.
@@ -26,10 +26,9 @@ def main(doc, sides, batch):
     Args:
       doc: docstring of the script.
       sides: {'jax': f, 'torch': f}, each (args) -> (function of no arguments that does a step,
-        versions); called in a process of its own, so functions of a module.
+        versions); called in a separate process, so functions of a module.
       batch: default images per step.
     """
-    hugepages.restart()  # as the command line of the project does; both sides run with it
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument('--pairs', type=int, default=15, help='timed pairs of turns, at least 2')
     parser.add_argument('--threads', type=int, default=2, help='cores, the same for both sides')
@@ -47,11 +46,11 @@ def main(doc, sides, batch):
     context = multiprocessing.get_context('spawn')
     pipes, versions, processes = {}, [], []
     for name in [args.only] if args.only else sides:
-        pipes[name], theirs = context.Pipe()
-        given = (sides[name], args, theirs)
-        processes.append(context.Process(target=serve, args=given, daemon=True))
+        pipes[name], far_end = context.Pipe()
+        words = (sides[name], args, far_end)
+        processes.append(context.Process(target=serve, args=words, daemon=True))
         processes[-1].start()
-        theirs.close()  # so that a side that fails ends the wait with EOFError
+        far_end.close()  # so that a side that fails ends the wait with EOFError
         versions.append(pipes[name].recv())
     times = {name: [] for name in pipes}
     for i in range(args.pairs):
@@ -66,7 +65,7 @@ def main(doc, sides, batch):
 
 
 def serve(side, args, pipe):
-    """The process of one side: says hello, then takes a turn whenever it is asked to."""
+    """Process of one side: sends its versions, then takes a turn per request."""
     step, versions = side(args)
     step(), step()  # compilation and first touches
     pipe.send(versions)
@@ -78,13 +77,13 @@ def serve(side, args, pipe):
 
 
 def report(args, versions, times):
-    malloc = os.environ.get(hugepages.VARIABLE) or 'default malloc'
+    malloc = os.environ.get('GLIBC_TUNABLES') or 'default malloc'
     print(
         f'{args.threads} threads, {malloc}, python {platform.python_version()}, '
         f'{", ".join(versions)}'
     )
     for name, pairs in times.items():
-        wall, cpu = zip(*pairs)
+        wall, cpu = zip(*pairs, strict=True)
         middle, used = statistics.median(wall), statistics.median(cpu)
         print(
             f'{name:>6}: median {1e3 * middle:6.0f} ms, min {1e3 * min(wall):6.0f} ms, '
@@ -93,7 +92,9 @@ def report(args, versions, times):
     if len(times) == 2:
         for k, what in enumerate(('wall', 'CPU time')):
             jax, torch = ([t[k] for t in times[name]] for name in ('jax', 'torch'))
-            low, mid, high = statistics.quantiles([j / t for j, t in zip(jax, torch)], n=4)
+            low, mid, high = statistics.quantiles(
+                [j / t for j, t in zip(jax, torch, strict=True)], n=4
+            )
             print(
                 f' ratio: jax/torch {mid:.3f} of {what} (quartiles {low:.3f}..{high:.3f}, '
                 f'{args.pairs} pairs; of the minima {min(jax) / min(torch):.3f})'

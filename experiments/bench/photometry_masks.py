@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the random parts of a DINOv2 step cost on one CPU core: photometry and block masks.
+"""Cost of the random parts of a DINOv2 step on one CPU core: photometry and block masks.
 
 Times are CPU time, so that other work on the machine counts less: the least of `--repeats`.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the colours of an image alone tell: what a collapsed encoder is to be held against.
+"""Probes of the colours of an image alone: the baseline for a collapsed encoder.
 
     SSL_JAX_DATA=/data python experiments/splitmask/colours.py
 

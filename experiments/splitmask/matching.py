@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SplitMask's matching goes by: how often a half finds its other half among 64 images.
+"""Cues of SplitMask's matching: how often a half finds its other half among 64 images.
 
     SSL_JAX_DATA=/data python experiments/splitmask/matching.py RUN [RUN ...]
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from ssl_jax.augment import photometry
 from ssl_jax.data import sources
-from ssl_jax.evals import online
+from ssl_jax.evals import pictures
 from ssl_jax.methods import splitmask
 from ssl_jax.objectives import losses
-from ssl_jax.run import runs
+from ssl_jax.run import weights
 
 CIFAR = pathlib.Path(os.environ.get('SSL_JAX_DATA', '../shared/data')) / 'cifar10'
 BATCH, IMAGES = 64, 1024
@@ -45,14 +45,14 @@ def matches(method, params, images, key):
         'mask alone': described(jnp.roll(images, 1, axis=0), other),
         'image alone': described(images, unrelated),
     }
-    return {how: losses.info_nce(first, x, method.temperature)[1] for how, x in others.items()}
+    return {how: losses.info_nce(first, x)[1] for how, x in others.items()}
 
 
 def main(workdirs):
     source = sources.open_source(CIFAR / 'test.parquet')
     for workdir in workdirs:
-        run = runs.open_run(workdir)
-        images = online.spread_images(source, run.method.vit.img_size, IMAGES)
+        run = weights.open_run(workdir)
+        images = pictures.spread_images(source, run.method.vit.img_size, IMAGES)
         fn = jax.jit(lambda *args, method=run.method: matches(method, *args))
         found = [
             fn(run.params, images[i : i + BATCH], jax.random.key(i))

@@ -6,15 +6,16 @@
     SSL_JAX_DATA=/data python experiments/splitmask/run.py target   [--out DIR] [--seeds 0 1 2]
     SSL_JAX_DATA=/data python experiments/splitmask/run.py rates    [--out DIR] [--seeds 0 1 2]
 
-`controls`: SplitMask whole, without matching, matching alone, MAE and BEiT on CIFAR-10; the same
-encoder, images and number of updates; linear probe, kNN and fine-tuning.  `scenes`: the first three
-of them on rendered scenes, `scenes_splitmask`, where colours tell nothing of the classes.
+`controls`: SplitMask, without matching, matching alone, MAE and BEiT on CIFAR-10; the same
+encoder, images and number of updates; linear probe, kNN and fine-tuning.
+`scenes`: the first three on rendered scenes (`scenes_splitmask`), where colours tell nothing of the
+classes.
 `target`: 5,000 images of CIFAR-10 are all there is: SplitMask on them, then fine-tuning on them,
-against training from scratch for the total CPU time.  `rates`: the whole loss and matching alone at
-higher and higher learning rates, on CIFAR-10.
+against training from scratch for the total CPU time. `rates`: the whole loss and matching alone at
+increasing learning rates, on CIFAR-10.
 
-Every run is a command of `ssl_jax`, printed before it starts; finished ones are not repeated, so a
-stopped experiment continues; another number of updates, or depth, wants another folder.
+Every run is a command of `ssl_jax`, printed before it starts. Finished runs are not repeated, so a
+stopped experiment continues; use another folder for another number of updates or depth.
 DIR/controls.md, scenes.md, target.md and rates.md are the tables.
 """
 
@@ -58,7 +59,7 @@ def run(*words):
 
 
 def subset(out):
-    """The first 5,000 training images as a file of their own."""
+    """File of the first 5,000 training images."""
     path = out / f'train_{IMAGES}.parquet'
     if not path.exists():
         pq.write_table(pq.read_table(CIFAR / 'train.parquet').slice(0, IMAGES), path)
@@ -67,26 +68,26 @@ def subset(out):
 
 
 def cifar(data, args):
-    """Words of a command that pretrains a small encoder on these images of CIFAR-10."""
+    """Arguments that pretrain a small encoder on these images of CIFAR-10."""
     return ['--data', data, f'batch_size={BATCH}', *args.small]
 
 
 def pretrain(recipe, words, workdir, seed, updates):
-    """Seconds of CPU time that the run took (kept beside it)."""
+    """Seconds of CPU time of the run, stored in its folder."""
     taken = workdir / 'seconds.json'
     if not taken.exists():
         seconds = run(
             'pretrain', '--config', recipe, '--workdir', workdir, *words, f'seed={seed}',
             f'total_steps={updates}', f'warmup_steps={updates // 10}', 'total_epochs=None',
             'warmup_epochs=None', 'eval.every_steps=None', 'eval.every_epochs=None',
-            'eval.knn=False',
+            'eval.tasks.knn=None',
         )  # fmt: skip
         taken.write_text(json.dumps(seconds))
     return json.loads(taken.read_text())
 
 
 def probe(workdir, *words):
-    """Top-1 of linear probe and kNN, each of its best feature; RankMe.  `words` name the data."""
+    """Top-1 of linear probe and kNN, each of its best feature; RankMe. `words` name the data."""
     path = workdir / 'probe.json'
     if not path.exists():
         run('eval', '--workdir', workdir, '--out', path, *words)
@@ -115,7 +116,7 @@ def finetune(model, workdir, seed, epochs, data, fields=()):
 
 
 def last(workdir, name):
-    """The last value that a run logged under this name; None if there is none."""
+    """The last logged value of a metric, None without one."""
     rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
     return ([None] + [row[name] for row in rows if name in row])[-1]
 
@@ -125,7 +126,7 @@ def named(seeds):
 
 
 def spread(values, digits=1):
-    """Mean and, of several values, their sample standard deviation."""
+    """Mean and, for several values, their sample standard deviation."""
     std = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
     return f'{np.mean(values):.{digits}f}{std}'
 
@@ -200,15 +201,16 @@ def target(args):
         folder = args.out / f'target_{seed}_short'
         short.append(finetune('none', folder, seed, EPOCHS, data, args.small)[0])
         seconds.append((before + after, taken, epochs))
-    ours, theirs, epochs = np.mean(seconds, axis=0)
-    ours_was = f'SplitMask {args.updates} updates, then {EPOCHS} epochs'
+    pretrained_cpu, scratch_cpu, epochs = np.mean(seconds, axis=0)
+    name = f'SplitMask {args.updates} updates, then {EPOCHS} epochs'
     return [
         f'{IMAGES} images of CIFAR-10, {named(args.seeds)}; top-1 in % on 10,000.',
         '',
         '| training | CPU seconds | top-1 |',
         '|---|---|---|',
-        f'| {ours_was} | {ours:.0f} | {spread(pretrained)} |',
-        f'| from scratch, {epochs:.0f} epochs: the same CPU time | {theirs:.0f} | {spread(long)} |',
+        f'| {name} | {pretrained_cpu:.0f} | {spread(pretrained)} |',
+        f'| from scratch, {epochs:.0f} epochs: the same CPU time | {scratch_cpu:.0f} '
+        f'| {spread(long)} |',
         f'| from scratch, {EPOCHS} epochs: the same labels seen | | {spread(short)} |',
     ]
 
@@ -229,8 +231,8 @@ def rates(args):
             found = []
             for seed in args.seeds:
                 workdir = args.out / f'rate{lr:g}_{name.split()[0][:5]}_{seed}'
-                own = [*words, *fields, f'optim.lr={lr}']
-                pretrain(recipe, own, workdir, seed, args.updates)
+                more = [*words, *fields, f'optim.lr={lr}']
+                pretrain(recipe, more, workdir, seed, args.updates)
                 found.append({**probe(workdir, *PROBE), 'nce': last(workdir, 'nce')})
             columns = [[f[k] for f in found] for k in ('rankme', 'trained linear', 'trained knn')]
             nce = spread([f['nce'] for f in found], 2)

@@ -3,7 +3,7 @@
 
     python experiments/tpu/blocks.py encoder decoder --remat dots --ops 12
 
-compiles in about a minute what takes minutes inside a whole step.  libtpu, no TPU.
+A block compiles in about a minute, a whole step takes several. Needs libtpu, no TPU.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 
     python experiments/tpu/kernels.py encoder decoder large
 
-The bound is that of the matrix unit for heads as they lie in tiles of 128 lanes: it sums over 128
-channels and makes 128, whatever part of them is a head's. libtpu, no TPU.
+The bound is that of the matrix unit with heads in tiles of 128 lanes: it sums over 128 channels and
+returns 128, however few belong to a head. Needs libtpu, no TPU.
 """
 
 import argparse

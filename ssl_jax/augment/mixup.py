@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixup and CutMix of a batch with itself in reverse order, and their soft targets.
+"""Mixup and CutMix of a batch with its reverse, and their soft targets.
 
-Row r of a batch of B is mixed with row B - 1 - r; one draw holds for the whole batch.  The batch is
-the global one, so neither mesh nor hosts change what is mixed; with gradient accumulation it is the
-micro-batch, which draws for itself.
+Row r of a batch of B is mixed with row B - 1 - r, with one draw per batch. This is the global
+batch, so the result depends neither on the mesh nor on hosts; with gradient accumulation it is the
+micro-batch, with one draw each.
 
-Reference: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm `data/mixup.py`
-(mode 'batch').
+References:
+  Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm `data/mixup.py` (mode 'batch')
 """
 
 from typing import NamedTuple
@@ -18,11 +18,12 @@ import scipy.special
 
 
 class Mix(NamedTuple):
-    """One draw.
+    """One draw of mixup or CutMix.
 
-    lam: () float32, share of a row's own image and label; 1 mixes nothing.
-    cut: () bool, whether a box is pasted instead of all pixels blended.
-    box: (4,) int32, y0, y1, x0, x1 of the pasted box, ends excluded.
+    Attributes:
+      lam: () float32, weight of a row's original image and label; 1 mixes nothing.
+      cut: () bool, whether a box is pasted (CutMix) instead of blending all pixels (mixup).
+      box: (4,) int32, y0, y1, x0, x1 of the pasted box, ends excluded.
     """
 
     lam: jax.Array
@@ -30,26 +31,25 @@ class Mix(NamedTuple):
     box: jax.Array
 
 
-def draw(key, size, mixup=0.8, cutmix=1.0, prob=1.0, switch_prob=0.5):
-    """A `Mix` for images of `size` = (height, width).
+def draw(key: jax.Array, size: tuple[int, int], mixup: float = 0.8, cutmix: float = 1.0) -> Mix:
+    """Draws a `Mix`.
 
-    lam ~ Beta(alpha, alpha).  The box of CutMix has sides int(side sqrt(1 - lam)) and a uniform
-    centre, is cut off at the image's border, and lam becomes 1 - box area / image area.
+    lam ~ Beta(alpha, alpha). The box of CutMix has sides int(side sqrt(1 - lam)) and a uniform
+    centre, and is clipped to the image; lam becomes 1 - box area / image area.
 
     Args:
       key: one key.
-      mixup, cutmix: alpha of either; 0 turns it off.
-      prob: probability that anything is mixed.
-      switch_prob: probability of CutMix where both are on.
+      size: (height, width) of the images.
+      mixup: alpha of mixup; 0 turns it off.
+      cutmix: alpha of CutMix; 0 turns it off. If both are on, each has probability 1/2.
     """
-    coin, which, beta, centre = jax.random.split(key, 4)
+    _, which, beta, centre = jax.random.split(key, 4)
     if mixup and cutmix:
-        cut = jax.random.bernoulli(which, switch_prob)
+        cut = jax.random.bernoulli(which, 0.5)
     else:
         cut = jnp.asarray(bool(cutmix))
     u = jax.random.uniform(beta)
-    lam = jnp.where(cut, _beta(u, cutmix), _beta(u, mixup))
-    lam = jnp.where(jax.random.bernoulli(coin, prob), lam, 1.0).astype(jnp.float32)
+    lam = jnp.where(cut, _beta(u, cutmix), _beta(u, mixup)).astype(jnp.float32)
     sides = jnp.asarray(size)
     half = (sides * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
     middle = jax.random.randint(centre, (2,), 0, sides)
@@ -60,9 +60,9 @@ def draw(key, size, mixup=0.8, cutmix=1.0, prob=1.0, switch_prob=0.5):
 
 
 def _beta(u, alpha):
-    """The quantile u of Beta(alpha, alpha), between 4096 exact ones.
+    """The quantile u of Beta(alpha, alpha), interpolated in a table of 4097 exact quantiles.
 
-    `jax.random.beta` rejects in loops, which take longer to compile than a small model.
+    `jax.random.beta` has rejection loops that take longer to compile than a small model.
     """
     if not alpha:
         return jnp.ones(())
@@ -71,21 +71,29 @@ def _beta(u, alpha):
     return jnp.interp(u, jnp.asarray(grid, jnp.float32), jnp.asarray(table, jnp.float32))
 
 
-def images(x, mix):
-    """(B, H, W, 3) mixed with the same in reverse order."""
+def images(x: jax.Array, mix: Mix) -> jax.Array:
+    """Mixes images (B, H, W, 3) with the batch in reverse order."""
     other = x[::-1]
-    y, x_ = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
+    row, column = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
     y0, y1, x0, x1 = mix.box
-    inside = ((y >= y0) & (y < y1) & (x_ >= x0) & (x_ < x1))[..., None]  # (H, W, 1)
+    inside = ((row >= y0) & (row < y1) & (column >= x0) & (column < x1))[..., None]  # (H, W, 1)
     blended = mix.lam * x + (1 - mix.lam) * other
     return jnp.where(mix.cut, jnp.where(inside, other, x), blended)
 
 
-def targets(labels, num_classes, mix, smoothing=0.1):
-    """Soft targets (B, K) float32 of labels (B,); rows sum to 1.
+def targets(labels: jax.Array, num_classes: int, mix: Mix, smoothing: float = 0.1) -> jax.Array:
+    """Soft targets of a mixed batch: lam s(y) + (1 - lam) s(y reversed).
 
-    lam s(y) + (1 - lam) s(y reversed), where s(y) is 1 - e + e / K at y and e / K elsewhere, e the
-    label smoothing.
+    s(y) is 1 - e + e / K at y and e / K elsewhere, with label smoothing e.
+
+    Args:
+      labels: int (B,).
+      num_classes: K.
+      mix: the draw that mixed the images.
+      smoothing: e.
+
+    Returns:
+      (B, K) float32, rows sum to 1.
     """
     off = smoothing / num_classes
     one_hot = jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + off

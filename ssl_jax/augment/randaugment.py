@@ -1,31 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment and random erasing on the device: batched, jitted, one key per sample.
 
-The operations are timm's 'increasing' set (`rand-m9-mstd0.5-inc1`), those of Pillow on uint8
-images: values are whole numbers in [0, 255] after each.  With l the level in [0, 1] and s a random
-sign:
+The operations are timm's 'increasing' set (`rand-m9-mstd0.5-inc1`), as Pillow computes them on
+uint8 images: each returns integers in [0, 255]. With l the level in [0, 1] and s a random sign:
 
-  auto_contrast  each channel stretched to 0..255
-  equalize       each channel's histogram made flat
-  invert         255 - x
-  rotate         by 30 l s degrees about the centre
-  posterize      4 - int(4 l) highest bits kept
-  solarize       255 - x from 256 - int(256 l) on
-  solarize_add   int(110 l) added to values below 128
-  color          blend of the grey image and x with factor 1 + 0.9 l s
-  contrast       of its mean grey and x
-  brightness     of black and x
-  sharpness      of x smoothed and x
-  shear_x, _y    by 0.3 l s, from the upper left corner
+  auto_contrast    stretches each channel to 0..255
+  equalize         flattens the histogram of each channel
+  invert           255 - x
+  rotate           by 30 l s degrees about the centre
+  posterize        keeps the 4 - int(4 l) highest bits
+  solarize         255 - x for values of at least 256 - int(256 l)
+  solarize_add     adds int(110 l) to values below 128
+  color            blends the grey image and x with factor 1 + 0.9 l s
+  contrast         blends the mean grey and x with this factor
+  brightness       blends black and x with this factor
+  sharpness        blends a smoothed x and x with this factor
+  shear_x, _y      by 0.3 l s, from the upper left corner
   translate_x, _y  by 0.45 l s of the side
 
-What shows from outside the image is the mean colour.  Geometry is bilinear, where MAE's and BEiT's
-recipes ask Pillow for bicubic.
+Pixels from outside the image have the mean colour. Geometry is bilinear; the recipes of MAE and
+BEiT use Pillow's bicubic.
 
-Reference: Cubuk et al., arXiv 1909.13719; timm `data/auto_augment.py`, `data/random_erasing.py`;
-Zhong et al., arXiv 1708.04896.
+References:
+  Cubuk et al., arXiv 1909.13719; timm `data/auto_augment.py`, `data/random_erasing.py`;
+  Zhong et al., arXiv 1708.04896
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,33 +40,53 @@ OPS = (
     *('brightness', 'contrast', 'color', 'sharpness'),
     *('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y'),
 )
-TABLES, BLENDS = OPS[:8], OPS[8:10]  # what is a table of 256 values; what needs other pixels
-# Pillow's weights of red, green and blue in grey, of 65536.
+TABLES, BLENDS = OPS[:8], OPS[8:10]  # tables of 256 values; blends with other pixels
+# Pillow's weights of red, green and blue in grey, in units of 1 / 65536.
 _GREY = (19595, 38470, 7471)
 
 
 class Draws(NamedTuple):
-    """What each sample gets; L operations in a row."""
+    """Draws of `rand_augment`, L operations per sample.
 
-    op: jax.Array  # (B, L) int32, index in OPS
-    level: jax.Array  # (B, L) in [0, 1]
-    sign: jax.Array  # (B, L) -1 or 1
-    on: jax.Array  # (B, L) bool, whether it is done at all
+    Attributes:
+      op: (B, L) int32, index in OPS.
+      level: (B, L) in [0, 1].
+      sign: (B, L), -1 or 1.
+      on: (B, L) bool, whether the operation is applied.
+    """
+
+    op: jax.Array
+    level: jax.Array
+    sign: jax.Array
+    on: jax.Array
 
 
-def rand_augment(keys, images, *, layers=2, magnitude=9.0, std=0.5, prob=0.5, mean=photometry.MEAN):
-    """`layers` random operations one after the other, each with probability `prob`.
+def rand_augment(
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    layers: int = 2,
+    magnitude: float = 9.0,
+    std: float = 0.5,
+    prob: float = 0.5,
+    mean: Sequence[float] = photometry.MEAN,
+) -> jax.Array:
+    """Applies `layers` random operations one after the other, each with probability `prob`.
 
-    Operations are drawn uniformly and with repetition; the level is N(magnitude, std) / 10, cut to
+    Operations are drawn uniformly, with repetition. The level is N(magnitude, std) / 10, clipped to
     [0, 1].
 
     Args:
-      keys: (B,); what a sample gets depends on its key alone.
-      images: (B, H, W, 3), uint8 or whole numbers as float.
-      mean: colour in [0, 1] of what is outside the image.
+      keys: (B,); the draws of a sample depend only on its key.
+      images: (B, H, W, 3), uint8 or integers as float.
+      layers: L, number of operations.
+      magnitude: mean of the level, times 10.
+      std: standard deviation of the level, times 10.
+      prob: probability of each operation.
+      mean: colour in [0, 1] of pixels from outside the image.
 
     Returns:
-      float32 (B, H, W, 3), whole numbers in [0, 255].
+      float32 (B, H, W, 3), integers in [0, 255].
     """
     shape = (layers,)
 
@@ -82,15 +103,15 @@ def rand_augment(keys, images, *, layers=2, magnitude=9.0, std=0.5, prob=0.5, me
     return apply(images, jax.vmap(draw)(keys), mean)
 
 
-def apply(images, draws, mean=photometry.MEAN):
+def apply(images: jax.Array, draws: Draws, mean: Sequence[float] = photometry.MEAN) -> jax.Array:
     """`rand_augment` with given draws."""
     fill = np.minimum(np.round(255 * np.asarray(mean)), 255).astype(np.float32)
 
     def one(image, draw):
         def layer(x, step):
             op, level, sign, on = step
-            done = jax.lax.cond(on, lambda x: _apply(x, op, level, sign, fill), lambda x: x, x)
-            return done, None
+            x = jax.lax.cond(on, lambda x: _apply(x, op, level, sign, fill), lambda x: x, x)
+            return x, None
 
         return jax.lax.scan(layer, image.astype(jnp.float32), draw)[0]
 
@@ -98,7 +119,7 @@ def apply(images, draws, mean=photometry.MEAN):
 
 
 def _apply(x, op, level, sign, fill):
-    """Operation number `op` on one image (H, W, 3)."""
+    """Applies operation OPS[op] to one image (H, W, 3)."""
     kind = jnp.where(op < len(TABLES), 0, jnp.where(op < len(TABLES) + len(BLENDS), 1, 2))
     branches = (
         lambda: look_up(x, table(x, op, level, sign)),
@@ -108,8 +129,8 @@ def _apply(x, op, level, sign, fill):
     return jax.lax.switch(kind, branches)
 
 
-def table(x, op, level, sign):
-    """(256, 3): what the first operations of OPS make of every value of every channel."""
+def table(x: jax.Array, op: jax.Array, level: jax.Array, sign: jax.Array) -> jax.Array:
+    """Table (256, 3) of an operation in TABLES: the result for each value of each channel."""
     values = jnp.arange(256.0)[:, None]
     factor = 1 + 0.9 * level * sign
     bits = 4 - jnp.floor(4 * level)
@@ -132,27 +153,27 @@ def table(x, op, level, sign):
     return jax.lax.switch(jnp.minimum(op, len(TABLES) - 1), branches)
 
 
-def look_up(x, values):
-    """values[x, channel] for an image (H, W, 3) of whole numbers and a table (256, 3)."""
+def look_up(x: jax.Array, values: jax.Array) -> jax.Array:
+    """values[x, channel] for an image (H, W, 3) of integers and a table (256, 3)."""
     index = x.astype(jnp.int32)
     return jnp.stack([values[:, c][index[..., c]] for c in range(3)], axis=-1)
 
 
-def auto_contrast(x):
-    """The table that moves each channel's darkest value to 0 and its brightest to 255."""
+def auto_contrast(x: jax.Array) -> jax.Array:
+    """Table (256, 3) that maps the darkest value of a channel to 0 and the brightest to 255."""
     values = jnp.arange(256)[:, None]
     low, high = (f(x.astype(jnp.int32), axis=(0, 1)) for f in (jnp.min, jnp.max))
     stretched = jnp.clip((values - low) * 255 // jnp.maximum(high - low, 1), 0, 255)
     return jnp.where(high > low, stretched, values).astype(jnp.float32)
 
 
-def equalize(x):
-    """The table that makes each channel's histogram flat, as Pillow's `ImageOps.equalize`.
+def equalize(x: jax.Array) -> jax.Array:
+    """Table (256, 3) that flattens the histogram of a channel, as Pillow's `ImageOps.equalize`.
 
-    y(v) = (s // 2 + number of pixels below v) // s, s = (pixels - those of the brightest value) //
-    255; the identity where s is 0.
+    y(v) = (s // 2 + number of pixels below v) // s with s = (pixels - pixels of the brightest
+    value) // 255; the identity if s is 0.
     """
-    # Comparisons, sixteen levels at a time: scattering is slow on TPUs and memory is short.
+    # Comparisons, because a scatter is slow on TPUs; sixteen levels at a time, to save memory.
     pixels, levels = x.reshape(-1, 3), jnp.arange(256.0).reshape(16, 16)
     below = jax.lax.map(lambda v: (pixels[:, None] < v[:, None]).sum(axis=0), levels)
     below = below.reshape(256, 3)
@@ -162,29 +183,32 @@ def equalize(x):
     return jnp.where(step > 0, flat, jnp.arange(256)[:, None]).astype(jnp.float32)
 
 
-def grey(x):
-    """Pillow's conversion to 'L', rounded: (H, W, 1)."""
+def grey(x: jax.Array) -> jax.Array:
+    """Pillow's conversion to 'L', rounded: (H, W, 3) -> (H, W, 1)."""
     total = sum(w * x[..., c].astype(jnp.int32) for c, w in enumerate(_GREY))
     return ((total + 32768) // 65536).astype(jnp.float32)[..., None]
 
 
-def smooth(x):
-    """Pillow's SMOOTH, a mean of 3x3 pixels with weight 5 of 13 for the middle; not at the edge."""
+def smooth(x: jax.Array) -> jax.Array:
+    """Pillow's SMOOTH, a mean of 3x3 pixels with weight 5/13 in the middle; edges are unchanged."""
     h, w = x.shape[:2]
     around = sum(x[i : h - 2 + i, j : w - 2 + j] for i in range(3) for j in range(3))
     inner = jnp.floor((around + 4 * x[1:-1, 1:-1]) / 13 + 0.5)
     return x.at[1:-1, 1:-1].set(inner)
 
 
-def blend(other, x, factor):
-    """other + factor (x - other), cut to [0, 255] and rounded down."""
+def blend(other: jax.Array | float, x: jax.Array, factor: jax.Array) -> jax.Array:
+    """other + factor (x - other), clipped to [0, 255] and rounded down."""
     return jnp.floor(jnp.clip(other + factor * (x - other), 0.0, 255.0))
 
 
-def matrix(op, amount, size):
-    """(2, 3) of the map from output to input coordinates (x, y, 1), for the last five of OPS.
+def matrix(op: jax.Array, amount: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Matrix (2, 3) from output coordinates (x, y, 1) to input (x, y), for the last five OPS.
 
-    amount: level times sign, in [-1, 1].
+    Args:
+      op: index in OPS.
+      amount: level times sign, in [-1, 1].
+      size: (height, width).
     """
     height, width = size
     angle = jnp.deg2rad(30 * amount)
@@ -197,15 +221,21 @@ def matrix(op, amount, size):
         ((1, 0, 0.45 * amount * width), (0, 1, 0)),
         ((1, 0, 0), (0, 1, 0.45 * amount * height)),
     )
-    every = jnp.stack([jnp.asarray(pair, jnp.float32) for pair in rows])
-    return every[jnp.maximum(op - (len(OPS) - len(rows)), 0)]
+    matrices = jnp.stack([jnp.asarray(pair, jnp.float32) for pair in rows])
+    return matrices[jnp.maximum(op - (len(OPS) - len(rows)), 0)]
 
 
-def affine(x, m, fill):
-    """Bilinear sample of an image (H, W, 3) at m (x, y, 1) of each output pixel's centre."""
+def affine(x: jax.Array, m: jax.Array, fill: np.ndarray) -> jax.Array:
+    """Samples an image (H, W, 3) bilinearly at m (x, y, 1) for each output pixel centre.
+
+    Args:
+      x: (H, W, 3).
+      m: (2, 3), see `matrix`.
+      fill: (3,), colour outside the image.
+    """
     h, w = x.shape[:2]
     column, row = jnp.arange(w) + 0.5, jnp.arange(h)[:, None] + 0.5
-    # No matrix product: accelerators would round the coordinates to bfloat16.
+    # Not a matrix product: accelerators would round the coordinates to bfloat16.
     u, v = (a * column + b * row + c for a, b, c in m)  # (H, W) each
     inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
     u, v = u - 0.5, v - 0.5
@@ -213,25 +243,36 @@ def affine(x, m, fill):
     du, dv = (u - left)[..., None], (v - top)[..., None]
     pixels = x.reshape(-1, 3)
 
-    def at(row, column):
+    def pixel(row, column):
         row = jnp.clip(row.astype(jnp.int32), 0, h - 1)
         return pixels[row * w + jnp.clip(column.astype(jnp.int32), 0, w - 1)]
 
-    upper = at(top, left) * (1 - du) + at(top, left + 1) * du
-    lower = at(top + 1, left) * (1 - du) + at(top + 1, left + 1) * du
-    found = jnp.floor(upper * (1 - dv) + lower * dv + 1e-3)
-    return jnp.where(inside[..., None], found, fill)
+    upper = pixel(top, left) * (1 - du) + pixel(top, left + 1) * du
+    lower = pixel(top + 1, left) * (1 - du) + pixel(top + 1, left + 1) * du
+    sampled = jnp.floor(upper * (1 - dv) + lower * dv + 1e-3)
+    return jnp.where(inside[..., None], sampled, fill)
 
 
-def erase(keys, images, prob=0.25, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3), tries=10):
+def erase(
+    keys: jax.Array,
+    images: jax.Array,
+    prob: float = 0.25,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    tries: int = 10,
+) -> jax.Array:
     """Fills a random rectangle with N(0, 1) per value with probability `prob` (mode 'pixel').
 
-    Its area is a uniform share of the image's, height / width is log-uniform, its place uniform.
-    The first of `tries` rectangles that is smaller than the image on both sides is taken.
+    The first of `tries` rectangles is taken that is smaller than the image on both sides. Its
+    position is uniform.
 
     Args:
       keys: (B,).
       images: (B, H, W, 3), normalised.
+      prob: probability per image.
+      area: range of the area as a share of the image's, drawn uniformly.
+      aspect: range of height / width, drawn log-uniformly.
+      tries: number of rectangles drawn.
     """
     h, w = images.shape[1:3]
 

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in Parquet, as Hugging Face lays them out.
+"""Images in Parquet files in Hugging Face layout.
 
-Parquet has no fast access to one row: a row group must be read and decompressed whole.  So the
+Parquet has no fast access to one row: a row group must be read and decompressed whole. So the
 *encoded* image bytes are held as Arrow: in memory if they are small, else in an Arrow file that is
-written once and memory-mapped.  Decoded images are never kept.
+written once and memory-mapped. Decoded images are never kept.
 """
 
 import bisect
 import json
 import os
-import tempfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssl_jax.data import sources
+from ssl_jax.data import files
+from ssl_jax.run import errors, hashing, storage
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
 MEMORY_BYTES = 2 << 30
 
-_OPENED = ('_chunks', '_bytes', '_chunk_ends')
 _IMAGE_NAMES = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'pixel_values')
 _LABEL_NAMES = ('label', 'labels', 'fine_label', 'target', 'class', 'cls')
 
@@ -29,9 +28,9 @@ class Parquet:
     """One Parquet file, a glob, or a folder of shards.
 
     The image column is struct(bytes, path) or raw bytes; where `bytes` is null, `path` is read,
-    relative to the Parquet file.  Class names come from the Hugging Face metadata, else from
-    `classes.txt` beside the file, else they are the numbers; a label column of strings gives
-    its own.  A data set whose labels are all -1 (a hidden test set) counts as unlabelled.
+    relative to the Parquet file. Class names come from the Hugging Face metadata, else from
+    `classes.txt` beside the file, else they are the numbers; a column of strings has its own.
+    A data set whose labels are all -1 (a hidden test set) counts as unlabelled.
 
     Args:
       path: file, glob, or folder (searched recursively).
@@ -41,8 +40,15 @@ class Parquet:
       cache_dir: where the Arrow file of a large data set goes; default ~/.cache/ssl_jax.
     """
 
-    def __init__(self, path, split=None, image_column=None, label_column=None, cache_dir=None):
-        self.files = sources.expand(path, split, '.parquet')
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        cache_dir: str | None = None,
+    ):
+        self.files = files.expand(path, split, '.parquet')
         metadata = [_metadata(f) for f in self.files]
         schema = metadata[0].schema.to_arrow_schema()
         features = _features(schema)
@@ -50,27 +56,26 @@ class Parquet:
         self._label = label_column or _label_column(schema, features)
         for column in filter(None, (self._image, self._label)):
             if column not in schema.names:
-                hint = sources.nearest(column, schema.names)
+                hint = errors.nearest(column, schema.names)
                 raise ValueError(f'There is no column {column!r} in {self.files[0]}{hint}')
         if self._label == self._image:
             self._label = None
         self._ends = np.cumsum([m.num_rows for m in metadata]).tolist()
         if not self._ends[-1]:
             raise ValueError(f'{self.files[0]} has no rows: give a file with images.')
-        sizes = [os.path.getsize(f) for f in self.files]
-        names = [os.path.basename(f) for f in self.files]
-        self.fingerprint = sources.fingerprint('parquet', *names, *sizes, *self._ends)
+        names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
+        self.fingerprint = hashing.digest('parquet', *names, *sizes, *self._ends)
         self._labels, self.classes = self._read_labels(features)
         self._cache = None
-        if _image_bytes(metadata, self._image) > MEMORY_BYTES:
+        if sum(_image_bytes(m, self._image) for m in metadata) > MEMORY_BYTES:
             cache_dir = cache_dir or os.path.expanduser('~/.cache/ssl_jax')
             self._cache = os.path.join(cache_dir, f'{self.fingerprint}-{self._image}.arrow')
         self._load()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         i = range(len(self))[i]
         chunk = bisect.bisect_right(self._chunk_ends, i)
         row = i - (self._chunk_ends[chunk - 1] if chunk else 0)
@@ -87,16 +92,17 @@ class Parquet:
         if not path:
             return b''
         file = self.files[bisect.bisect_right(self._ends, i)]
-        return sources.read_bytes(os.path.join(os.path.dirname(file), path))
+        return files.read_bytes(os.path.join(os.path.dirname(file), path))
 
-    def describe(self, i):
+    def describe(self, i: int) -> str:
         file = bisect.bisect_right(self._ends, i)
         row = i - (self._ends[file - 1] if file else 0)
-        return f'{sources.printable(self.files[file])} row {row}'
+        return f'{files.printable(self.files[file])} row {row}'
 
     def __getstate__(self):
         # A worker process opens the files again: nothing large is sent to it.
-        return {k: v for k, v in self.__dict__.items() if k not in _OPENED}
+        opened = ('_chunks', '_bytes', '_chunk_ends')
+        return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -119,21 +125,17 @@ class Parquet:
         self._chunk_ends = np.cumsum([len(c) for c in self._chunks]).tolist()
 
     def _write_cache(self):
-        folder = os.path.dirname(self._cache)
-        os.makedirs(folder, exist_ok=True)
         print(f'Writing {self._cache}, once, for random access to {self.files[0]} ...', flush=True)
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        try:
-            field = pq.read_schema(self.files[0]).field(self._image)
-            with pa.OSFile(temporary, 'wb') as sink, pa.ipc.new_file(sink, pa.schema([field])) as w:
-                for file in self.files:
-                    for batch in pq.ParquetFile(file).iter_batches(64, columns=[self._image]):
-                        w.write_batch(pa.RecordBatch.from_arrays([batch.column(0)], [self._image]))
-            os.replace(temporary, self._cache)  # Atomic: two processes may both do this.
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        os.makedirs(os.path.dirname(self._cache), exist_ok=True)
+        schema = pa.schema([pq.read_schema(self.files[0]).field(self._image)])
+        with (
+            storage.atomic_file(self._cache) as temporary,  # two processes may both write
+            pa.OSFile(temporary, 'wb') as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
+            for file in self.files:
+                for batch in pq.ParquetFile(file).iter_batches(64, columns=[self._image]):
+                    writer.write_batch(pa.RecordBatch.from_arrays([batch.column(0)], [self._image]))
 
     def _read_labels(self, features):
         if self._label is None:
@@ -145,13 +147,13 @@ class Parquet:
             names, labels = np.unique(values.astype(str), return_inverse=True)
             return labels.astype(np.int32), tuple(names.tolist())
         if not pa.types.is_integer(labels.type):
-            return None, None  # Boxes, captions, regression targets: not classes.
+            return None, None  # boxes, captions, regression targets: not classes
         labels = labels.fill_null(-1).to_numpy().astype(np.int32)
         if (labels < 0).all():
             return None, None
         names = features.get(self._label, {}).get('names')
-        names = names or sources.read_class_names(self.files[0])
-        return labels, sources.class_names(labels, names)
+        names = names or files.read_class_names(self.files[0])
+        return labels, files.class_names(labels, names)
 
 
 def _metadata(file):
@@ -199,13 +201,8 @@ def _label_column(schema, features):
 
 
 def _image_bytes(metadata, column):
-    """Uncompressed size of the image column."""
-    total = 0
-    for m in metadata:
-        for g in range(m.num_row_groups):
-            group = m.row_group(g)
-            for c in range(group.num_columns):
-                chunk = group.column(c)
-                if chunk.path_in_schema.split('.')[0] == column:
-                    total += chunk.total_uncompressed_size
-    return total
+    """Uncompressed size of the image column in one file."""
+    groups = [metadata.row_group(g).to_dict() for g in range(metadata.num_row_groups)]
+    chunks = [chunk for group in groups for chunk in group['columns']]
+    images = [c for c in chunks if c['path_in_schema'].split('.')[0] == column]
+    return sum(c['total_uncompressed_size'] for c in images)

@@ -2,19 +2,21 @@
 """Images in ArrayRecord files, read directly or through TFDS (which needs no TensorFlow for it)."""
 
 import os
+from collections.abc import Sequence
 
 import msgpack
 import numpy as np
 
-from ssl_jax.data import sources
+from ssl_jax.data import files
+from ssl_jax.run import errors, hashing
 
 
 class ArrayRecord:
     """ArrayRecord files whose records are images.
 
     A record is either an encoded image (the bytes of a JPEG, PNG, ... file) or a msgpack map
-    {'image': such bytes, 'label': int}, as `write_array_record` makes it.  Labels need names, from
-    `classes` or from `classes.txt` beside the first file; without names they are not read.
+    {'image': such bytes, 'label': int}. Labels need names, from `classes` or from `classes.txt`
+    beside the first file; without names they are not read.
 
     Args:
       path: file, glob, or folder (searched recursively).
@@ -22,10 +24,11 @@ class ArrayRecord:
       classes: names in label order.
     """
 
-    def __init__(self, path, split=None, classes=None):
-        import grain
+    def __init__(self, path: str, split: str | None = None, classes: Sequence | None = None):
+        import grain  # slow: it imports jax
 
-        self.files = sources.expand(path, split, '.array_record')
+        errors.extra('array_record', 'arrayrecord')
+        self.files = files.expand(path, split, '.array_record')
         folder = os.path.dirname(self.files[0])
         if os.path.exists(os.path.join(folder, 'features.json')):
             raise ValueError(
@@ -35,50 +38,24 @@ class ArrayRecord:
         self._records = grain.sources.ArrayRecordDataSource(self.files)
         if not len(self._records):
             raise ValueError(f'{self.files[0]} has no records: give a file with images.')
-        names = classes or sources.read_class_names(self.files[0])
+        names = classes or files.read_class_names(self.files[0])
         labelled = names and 'label' in _unpack(self._records[0])
         self.classes = tuple(str(n) for n in names) if labelled else None
-        sizes = [os.path.getsize(f) for f in self.files]
-        names = [os.path.basename(f) for f in self.files]
-        self.fingerprint = sources.fingerprint('array_record', *names, *sizes, len(self))
+        names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
+        self.fingerprint = hashing.digest('array_record', *names, *sizes, len(self))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         item = _unpack(self._records[i])
         if self.classes is None:
             item.pop('label', None)
         return item
 
-    def describe(self, i):
+    def describe(self, i: int) -> str:
         more = ' ...' if len(self.files) > 1 else ''
-        return f'{sources.printable(self.files[0])}{more} record {i}'
-
-
-def write_array_record(source, path):
-    """Writes a source of encoded images to one ArrayRecord file, and its classes beside it.
-
-    Args:
-      source: see `sources`; its images must be bytes, since pixels would have to be encoded anew.
-      path: of the file, e.g. '/data/train.array_record'; `classes.txt` goes into the same folder.
-    """
-    from array_record.python import array_record_module
-
-    # One record per chunk: random access then decompresses nothing but what it reads.
-    writer = array_record_module.ArrayRecordWriter(os.fspath(path), 'group_size:1')
-    try:
-        for i in range(len(source)):
-            item = source[i]
-            if not isinstance(item['image'], bytes):
-                raise ValueError(f'{source.describe(i)} is pixels, not a file: encode it first.')
-            writer.write(msgpack.packb({k: item[k] for k in ('image', 'label') if k in item}))
-    finally:
-        writer.close()
-    if source.classes:
-        classes = os.path.join(os.path.dirname(os.path.abspath(path)), 'classes.txt')
-        with open(classes, 'w', encoding='utf-8') as f:
-            f.write('\n'.join(source.classes) + '\n')
+        return f'{files.printable(self.files[0])}{more} record {i}'
 
 
 def _unpack(record):
@@ -98,14 +75,13 @@ class Tfds:
       split: e.g. 'train', 'train[:10%]'.
     """
 
-    def __init__(self, name, path=None, split='train'):
-        import tensorflow_datasets as tfds
-
+    def __init__(self, name: str, path: str | None = None, split: str = 'train'):
+        tfds = errors.extra('tensorflow_datasets', 'tfds')
         where = f'in {path or "~/tensorflow_datasets"}'
         try:
             builder = tfds.builder(name, data_dir=path)
         except tfds.core.DatasetNotFoundError:
-            hint = sources.nearest(name, _prepared(path) or tfds.list_builders())
+            hint = errors.nearest(name, _prepared(path) or tfds.list_builders())
             raise ValueError(f'TFDS has no data set {name!r} {where}{hint}') from None
         if not builder.data_path.exists():
             raise FileNotFoundError(
@@ -121,7 +97,7 @@ class Tfds:
         self._image, self._label = images[0], labels[0] if labels else None
         base = split.split('[')[0]
         if base not in builder.info.splits and '+' not in base:
-            hint = sources.nearest(base, builder.info.splits)
+            hint = errors.nearest(base, builder.info.splits)
             raise ValueError(f'The TFDS data set {name!r} has no split {base!r}{hint}')
         try:
             self._records = builder.as_data_source(
@@ -134,19 +110,19 @@ class Tfds:
             ) from None
         self.classes = tuple(features[self._label].names) if labels else None
         self._name = f'{builder.info.full_name} {split}'
-        self.fingerprint = sources.fingerprint('tfds', self._name, len(self))
+        self.fingerprint = hashing.digest('tfds', self._name, len(self))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         record = self._records[i]
         item = {'image': record[self._image]}
         if self._label is not None:
             item['label'] = int(np.asarray(record[self._label]))
         return item
 
-    def describe(self, i):
+    def describe(self, i: int) -> str:
         return f'{self._name} record {i}'
 
 

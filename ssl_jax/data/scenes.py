@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rendered scenes: textured solids before a textured wall and floor; images that need no files.
+"""Rendered scenes: textured solids before a textured wall and floor, without files.
 
-Scene i is a pure function of (seed, split, i).  Ten shapes are the classes, each with a surface
-pattern of its own.  Colour, light, pose, place, the other shapes and the background are drawn
-independently of the class, so that it is in outline and pattern and never in the colours; a class
-map and a depth map come with every image.
+Scene i is a pure function of (seed, split, i). The classes are ten shapes, each with its own
+surface pattern. Colour, light, pose, position, the other shapes and the background are independent
+of the class, so outline and pattern show the class and colours do not. Every image has a class map
+and a depth map.
 """
 
 import functools
@@ -13,71 +13,96 @@ import zlib
 
 import numpy as np
 
-CLASSES = (
-    *('disc', 'ring', 'square', 'triangle', 'star'),
-    *('cross', 'crescent', 'heart', 'bar', 'flower'),
-)
-# The pattern of each class: (kind of `_texture`, range of its frequency per radius).
-_COARSE, _FINE = (0.7, 1.1), (2.2, 3.2)
-_PATTERNS = (
-    *(('stripes', _COARSE), ('checks', _COARSE), ('dots', _COARSE), ('noise', _COARSE)),
-    *(('plain', _COARSE), ('stripes', _FINE), ('checks', _FINE), ('dots', _FINE)),
-    *(('noise', _FINE), ('lattice', _COARSE)),
-)
-_FAINT = (0.05, 0.35)  # contrast of the backgrounds, which are there to be told apart from
-_KINDS = ('stripes', 'checks', 'dots', 'noise', 'plain', 'lattice')
-SEGMENTATION_CLASSES = ('background', *CLASSES)
-
 _CACHE_BYTES = 512 << 20
+_KINDS = ('stripes', 'checks', 'dots', 'noise', 'plain', 'lattice')  # of `_texture`
+_COARSE, _FINE = (0.7, 1.1), (2.2, 3.2)  # ranges of a texture's frequency per radius
+_FAINT = (0.05, 0.35)  # contrast of backgrounds; shapes stand out
+
+
+def _star(u, v, r):
+    """Five points, inner radius 0.42."""
+    sector = math.pi / 5
+    angle = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
+    ex, ey = 0.42 * math.cos(sector) - 1, 0.42 * math.sin(sector)
+    return ((r * np.cos(angle) - 1) * ey - r * np.sin(angle) * ex) / math.hypot(ex, ey)
+
+
+def _cross(u, v, r):
+    a, b = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(a - 0.95, b - 0.3), np.maximum(b - 0.95, a - 0.3))
+
+
+def _heart(u, v, r):
+    p, q = (u + v) * 0.7071 - 0.12, (v - u) * 0.7071 - 0.12
+    box = np.maximum(np.abs(p), np.abs(q)) - 0.56
+    left = np.sqrt((p + 0.56) ** 2 + q * q) - 0.56
+    right = np.sqrt(p * p + (q + 0.56) ** 2) - 0.56
+    return np.minimum(box, np.minimum(left, right))
+
+
+# Approximate signed distance to the outline of each class, negative inside. u right, v down, r =
+# |(u, v)|, in radii.
+_OUTLINES = {
+    'disc': lambda u, v, r: r - 0.92,
+    'ring': lambda u, v, r: np.abs(r - 0.68) - 0.25,
+    'square': lambda u, v, r: np.maximum(np.abs(u), np.abs(v)) - 0.78,
+    'triangle': lambda u, v, r: np.maximum(0.866 * np.abs(u) - 0.5 * v, v) - 0.55,
+    'star': _star,
+    'cross': _cross,
+    'crescent': lambda u, v, r: np.maximum(r - 0.95, 0.72 - np.sqrt((u - 0.45) ** 2 + v * v)),
+    'heart': _heart,
+    'bar': lambda u, v, r: np.sqrt(np.maximum(np.abs(u) - 0.72, 0) ** 2 + v * v) - 0.3,
+    'flower': lambda u, v, r: (r - 0.66 - 0.26 * np.cos(6 * np.arctan2(v, u))) * 0.6,
+}
+CLASSES = tuple(_OUTLINES)
+_PATTERNS = (  # texture of each class
+    *[(kind, _COARSE) for kind in ('stripes', 'checks', 'dots', 'noise', 'plain')],
+    *[(kind, _FINE) for kind in ('stripes', 'checks', 'dots', 'noise')],
+    ('lattice', _COARSE),
+)
 
 
 class Scenes:
     """A source of `n` rendered scenes.
 
-    Items have `image` uint8 (size, size, 3); `label`, the shape of the main object, which is the
-    largest and never covered in its middle; `segmentation` uint8 (size, size), 0 for the background
-    and 1 + label for a shape; `depth` float32 (size, size), distance from the camera, 0.9 to 9.
-    Rendered scenes are kept if all of them fit in 512 MB, so that later epochs cost nothing.
+    Items have `image` uint8 (size, size, 3); `label`, the shape of the main object, the largest,
+    whose middle is never covered; `segmentation` uint8 (size, size), 0 for the background and 1 +
+    label for a shape; `depth` float32 (size, size), distance from the camera, 0.9 to 9. Rendered
+    scenes are kept if all fit in 512 MB, so later epochs cost nothing.
 
     Args:
       n: number of scenes; the labels are balanced.
       size: side in pixels.
-      seed, split: scenes of different splits differ in everything.
+      seed, split: each pair has its own scenes.
     """
 
     classes = CLASSES
 
-    def __init__(self, n=4096, size=96, seed=0, split='train'):
+    def __init__(self, n: int = 4096, size: int = 96, seed: int = 0, split: str = 'train'):
         if n < 1 or size < 16:
             raise ValueError(f'Scenes need n >= 1 and size >= 16, not n={n} and size={size}.')
-        self._n = n
-        self._size = size
-        self._seed = seed
-        self._split = split
-        self._keep = n * size * size * 8 <= _CACHE_BYTES
+        self._n, self._size, self._seed, self._split = n, size, seed, split
         self._cache = {}
         self.fingerprint = f'scenes-2-{n}-{size}-{seed}-{split}'
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._n
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         i = range(self._n)[i]
-        item = self._cache.get(i)
-        if item is None:
-            item = render(i, self._size, self._seed, self._split)
-            if self._keep:
-                self._cache[i] = item
+        item = self._cache.get(i) or render(i, self._size, self._seed, self._split)
+        if self._n * self._size**2 * 8 <= _CACHE_BYTES:
+            self._cache[i] = item
         return dict(item)
 
-    def describe(self, i):
+    def describe(self, i: int) -> str:
         return f'scene {i} of split {self._split!r}, seed {self._seed}'
 
     def __getstate__(self):
         return {**self.__dict__, '_cache': {}}
 
 
-def render(i, size, seed=0, split='train'):
+def render(i: int, size: int, seed: int = 0, split: str = 'train') -> dict:
     """Scene `i` as dict(image, label, segmentation, depth); see `Scenes`."""
     key = [zlib.crc32(f'{seed}/{split}'.encode()) << 32 | size, i]
     rng = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
@@ -86,7 +111,7 @@ def render(i, size, seed=0, split='train'):
     light = (light / np.linalg.norm(light)).tolist()
     image, depth = _background(rng, size)
     segmentation = np.zeros((size, size), np.uint8)
-    for shape in sorted(_objects(rng, label), key=lambda o: -o['depth']):  # Far ones first.
+    for shape in sorted(_objects(rng, label), key=lambda o: -o['depth']):  # far ones first
         _paint(rng, shape, light, image, segmentation, depth)
     tint = rng.uniform(0.9, 1.1, 3)
     gain = rng.uniform(0.9, 1.35)
@@ -105,7 +130,7 @@ def _objects(rng, label):
     for _ in range(rng.integers(0, 4)):
         kind = int(rng.integers(len(CLASSES)))
         other = dict(kind=kind, radius=rng.uniform(0.09, 0.17), depth=rng.uniform(1.0, 4.0))
-        # Around the main object, not on its middle: its outline stays readable.
+        # Around the main object, not on its middle: its outline stays visible.
         angle = rng.uniform(0, 2 * math.pi)
         distance = radius * rng.uniform(0.95, 1.1) + other['radius'] * rng.uniform(0.3, 1.2)
         other['x'] = main['x'] + distance * math.cos(angle)
@@ -115,13 +140,13 @@ def _objects(rng, label):
 
 
 def _background(rng, size):
-    """A wall above, a floor in perspective below.  float32 (size, size, 3), (size, size)."""
+    """A wall above, a floor in perspective below. float32 (size, size, 3), (size, size)."""
     v, u = _grid(size)
     horizon, far = rng.uniform(0.05, 0.6), rng.uniform(6, 9)
     # A floor at height -h is seen in row v at depth h / (v - horizon), up to where the wall stands.
     # It is nearest in the last row, at 4.2: behind every object.
     height = 4.2 * (1 - horizon)
-    rows = int((horizon + height / far) * size)  # Rows of the wall.
+    rows = int((horizon + height / far) * size)  # of the wall
     depth = np.full((size, size), far, np.float32)
     depth[rows:] = height / (v[rows:] - horizon)
     image = np.empty((size, size, 3), np.float32)
@@ -136,7 +161,7 @@ def _background(rng, size):
 
 
 def _paint(rng, shape, light, image, segmentation, depth):
-    """Draws one object over what is there: shadow, then surface with texture and shading."""
+    """Draws an object over the image: shadow, then surface with texture and shading."""
     size = image.shape[0]
     turn = rng.uniform(-0.5, 0.5)
     stretch = math.exp(rng.uniform(-0.16, 0.16))
@@ -152,12 +177,9 @@ def _paint(rng, shape, light, image, segmentation, depth):
     c, s = math.cos(turn), math.sin(turn)
 
     def distance(u, v):
-        """Signed distance to the outline, in radii; negative inside."""
-        return _outline(
-            shape['kind'],
-            (c * u + s * v) * (stretch / shape['radius']),
-            (c * v - s * u) * (1 / (stretch * shape['radius'])),
-        )
+        p = (c * u + s * v) * (stretch / shape['radius'])
+        q = (c * v - s * u) * (1 / (stretch * shape['radius']))
+        return _OUTLINES[CLASSES[shape['kind']]](p, q, np.sqrt(p * p + q * q))
 
     d = distance(u, v)
     pixel = 1 / (size * shape['radius'])
@@ -182,46 +204,8 @@ def _paint(rng, shape, light, image, segmentation, depth):
     depth[y0:y1, x0:x1][inside] = shape['depth'] - 0.3 * height[inside]
 
 
-def _outline(kind, u, v):
-    """Distance (roughly) to the outline of class `kind`; u right, v down, in radii."""
-    name = CLASSES[kind]
-    r = np.sqrt(u * u + v * v)
-    if name == 'disc':
-        return r - 0.92
-    if name == 'ring':
-        return np.abs(r - 0.68) - 0.25
-    if name == 'square':
-        return np.maximum(np.abs(u), np.abs(v)) - 0.78
-    if name == 'triangle':
-        return np.maximum(0.866 * np.abs(u) - 0.5 * v, v) - 0.55
-    if name == 'star':
-        return _star(u, v, r, points=5, inner=0.42)
-    if name == 'cross':
-        a, b = np.abs(u), np.abs(v)
-        return np.minimum(np.maximum(a - 0.95, b - 0.3), np.maximum(b - 0.95, a - 0.3))
-    if name == 'crescent':
-        return np.maximum(r - 0.95, 0.72 - np.sqrt((u - 0.45) ** 2 + v * v))
-    if name == 'heart':
-        p, q = (u + v) * 0.7071 - 0.12, (v - u) * 0.7071 - 0.12
-        box = np.maximum(np.abs(p), np.abs(q)) - 0.56
-        left = np.sqrt((p + 0.56) ** 2 + q * q) - 0.56
-        right = np.sqrt(p * p + (q + 0.56) ** 2) - 0.56
-        return np.minimum(box, np.minimum(left, right))
-    if name == 'bar':
-        return np.sqrt(np.maximum(np.abs(u) - 0.72, 0) ** 2 + v * v) - 0.3
-    return (r - 0.66 - 0.26 * np.cos(6 * np.arctan2(v, u))) * 0.6  # flower
-
-
-def _star(u, v, r, points, inner):
-    sector = math.pi / points
-    angle = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
-    ex, ey = inner * math.cos(sector) - 1, inner * math.sin(sector)
-    length = math.hypot(ex, ey)
-    return ((r * np.cos(angle) - 1) * ey - r * np.sin(angle) * ex) / length
-
-
 def _texture(rng, u, v, size, kind=None, band=(0.8, 1.8), contrast=(0.5, 1.0)):
-    """Two colours mixed by one of _KINDS, any by default.  float32 (..., 3)."""
+    """Two colours mixed by one of _KINDS, a random one by default. float32 (..., 3)."""
     a, b = _colour(rng), _colour(rng)
     kind = kind or _KINDS[rng.integers(len(_KINDS))]
     turn = rng.uniform(0, math.pi)
@@ -235,8 +219,7 @@ def _texture(rng, u, v, size, kind=None, band=(0.8, 1.8), contrast=(0.5, 1.0)):
     elif kind == 'dots':
         mix = _edge(np.cos(2 * math.pi * p) + np.cos(2 * math.pi * q) - 0.9, rng)
     elif kind == 'noise':
-        cells = 6 if frequency < 1.2 else 24
-        mix = _noise(rng, size, cells)
+        mix = _noise(rng, size, 6 if frequency < 1.2 else 24)
         mix = np.clip((mix[: u.shape[0], : u.shape[1]] - 0.5) * rng.uniform(1.5, 5) + 0.5, 0, 1)
     elif kind == 'lattice':
         lines = np.minimum(np.abs(np.sin(math.pi * p)), np.abs(np.sin(math.pi * q)))
@@ -249,19 +232,19 @@ def _texture(rng, u, v, size, kind=None, band=(0.8, 1.8), contrast=(0.5, 1.0)):
 
 
 def _edge(wave, rng):
-    """Turns a wave in -1..1 into a pattern in 0..1 with soft or hard edges."""
+    """A wave in -1..1 as a pattern in 0..1 with soft or hard edges."""
     return np.clip(0.5 + wave * rng.uniform(0.6, 4), 0, 1)
 
 
 def _colour(rng):
-    """A random colour: hue free, from greyish to saturated, from dark to light.  float32 (3,)."""
+    """A random colour of any hue, greyish to saturated, dark to light. float32 (3,)."""
     hue, saturation, value = rng.uniform(0, 6), rng.uniform(0.05, 0.85), rng.uniform(0.25, 1.0)
     ramp = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return (value * (1 - saturation + saturation * ramp)).astype(np.float32)
 
 
 def _noise(rng, size, cells):
-    """Smooth noise in 0..1 with features of size / cells pixels.  float32 (size, size)."""
+    """Smooth noise in 0..1 with features of size / cells pixels. float32 (size, size)."""
     weights = _interpolation(size, cells)
     return weights @ rng.random((cells, cells), np.float32) @ weights.T
 
@@ -281,13 +264,13 @@ def _interpolation(size, cells):
 
 @functools.lru_cache(maxsize=16)
 def _grid(size):
-    """Row and column coordinates of the pixel centres, 0..1.  Two float32 (size, size)."""
+    """Row and column coordinates of the pixel centres, 0..1. Two float32 (size, size)."""
     at = ((np.arange(size) + 0.5) / size).astype(np.float32)
     v, u = np.meshgrid(at, at, indexing='ij')
-    v.flags.writeable = u.flags.writeable = False  # Shared by all scenes and threads.
+    v.flags.writeable = u.flags.writeable = False  # shared by all scenes and threads
     return v, u
 
 
 def _span(centre, reach, size):
-    """Rows or columns that [centre - reach, centre + reach] touches."""
+    """First and last + 1 of the rows or columns in [centre - reach, centre + reach]."""
     return max(0, int((centre - reach) * size)), min(size, int((centre + reach) * size) + 1)

@@ -1,66 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-1 and top-5 of a classifier on a labelled source, every image counted exactly once."""
+"""Top-1 and top-5 of a classifier on a labelled source, each image counted once."""
 
+import collections
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 
 from ssl_jax.evals import features
+from ssl_jax.run import errors, launch
 
 
-def accuracy(
-    method,
-    params,
-    extra,
-    source,
-    *,
-    batch_size=256,
-    mesh=None,
-    limit=None,
-    size=None,
-    should_stop=None,
-):
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`eval.tasks.accuracy` has no fields."""
+
+
+def check(options, look) -> None:
+    """Ends a fine-tuning run before its first step if its test images have other classes."""
+    del options
+    if not look.method.classes:
+        return
+    if look.test is None:
+        launch.log('test      no images: accuracy is not measured; give --test LABELLED')
+    else:
+        check_classes(look.method.classes, look.test)
+
+
+def run(options, look, state, step) -> dict[str, float]:
+    """test/top1, test/top5 in percent and test/loss of a classifier; ema/... of its average."""
+    del options, step
+    if not look.method.classes or look.test is None:
+        return {}
+    reading = look.reading(look.config.eval.max_test)
+    scores = accuracy(look.method, state.params, state.extra, look.test, **reading)
+    rows = {f'{name}/{k}': x[k] for name, x in scores.items() for k in ('top1', 'top5', 'loss')}
+    return {**rows, 'test/images': scores['test']['n']}
+
+
+def accuracy(method, params, extra, source, *, size: int, **options) -> dict[str, dict]:
     """{'test': scores[, 'ema': scores]}, the second of the averaged weights.
 
     Images are cut as MAE does in `util/datasets.py`: short side to size / crop_pct, centre out.
 
     Args:
-      method: with `logits`, `vit`, `crop_pct` and `classes`, see `methods.classifier`.
+      method: with `logits`, `crop_pct` and `classes`, see `methods.classifier`.
       params, extra: of the method, on the devices.
       source: labelled, see `data.sources`; its classes must be those of the method.
-      size: side in pixels, default the method's.
-      batch_size, mesh, limit, should_stop: see `features.extract`.
+      size, options: see `features.batches`.
 
     Returns:
-      For either name top1 and top5 in percent, loss (mean cross-entropy) and n, the images counted;
-      those that cannot be decoded are left out.
+      For either name top1 and top5 in percent, loss (mean cross-entropy) and n, the number of
+      images; those that do not decode are left out.
     """
     check_classes(method.classes, source)
-    size = size or method.vit.img_size
-    if limit is not None and limit < len(source):
-        source = features.Subset(source, features.pick(len(source), limit))
     forward = functools.partial(_jitted(method), params, extra)
-    batches = features.batches(
-        forward,
-        source,
-        size=size,
-        resize=round(size / method.crop_pct),
-        batch_size=min(batch_size, len(source)),
-        mesh=mesh,
-        should_stop=should_stop,
-    )
-    totals = {}
-    for batch in batches:
+    resize = round(size / method.crop_pct)
+    totals = collections.defaultdict(lambda: np.zeros(4))
+    for batch in features.batches(forward, source, size=size, resize=resize, **options):
         mask = batch['mask']
         for name, logits in batch['features'].items():
-            found = totals.setdefault(name, np.zeros(4))
-            found += _count(logits[mask], batch['label'][mask])
-    if not next(iter(totals.values()))[0]:
+            totals[name] += _count(logits[mask], batch['label'][mask])
+    if not totals['test'][0]:
         raise ValueError(f'None of the {len(source)} test images could be decoded.')
     return {
         name: dict(top1=100 * one / n, top5=100 * five / n, loss=loss / n, n=int(n))
-        for name, (n, one, five, loss) in sorted(totals.items(), key=lambda x: x[0] != 'test')
+        for name, (n, one, five, loss) in sorted(totals.items(), reverse=True)  # test, ema
     }
 
 
@@ -70,33 +76,51 @@ def _jitted(method):
 
 
 def _count(logits, labels):
-    """(images, in the first place, in the first five, summed cross-entropy) as float64 (4,).
-
-    Ties go to the smaller class number; a row with NaN gets nothing right.
-    """
+    """(images, in the first place, in the first five, summed cross-entropy) as float64 (4,)."""
     logits = logits.astype(np.float64)
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    classes = np.arange(logits.shape[1])
-    above = (logits > own) | ((logits == own) & (classes < labels[:, None])) | np.isnan(logits)
-    rank = above.sum(axis=1)
+    rank = ranks(logits, labels)
     top = logits.max(axis=1, keepdims=True)
-    loss = np.log(np.exp(logits - top).sum(axis=1)) + (top - own)[:, 0]
+    own = np.take_along_axis(logits - top, labels[:, None], axis=1)[:, 0]
+    loss = np.log(np.exp(logits - top).sum(axis=1)) - own
     return np.array([len(labels), (rank < 1).sum(), (rank < 5).sum(), loss.sum()])
 
 
-def check_classes(names, source):
+def ranks(scores: jax.Array | np.ndarray, labels: jax.Array | np.ndarray):
+    """Number of classes that score above the true one, int (..., n).
+
+    Ties go to the smaller class number, NaN counts as above.
+
+    Args:
+      scores: (..., n, C).
+      labels: int (n,).
+    """
+    own = scores[..., np.arange(len(labels)), labels][..., None]
+    first = np.arange(scores.shape[-1]) < labels[:, None]
+    above = (scores > own) | ((scores == own) & first) | (scores != scores)
+    return above.sum(axis=-1)
+
+
+def check_classes(names, source) -> None:
     """Raises where labels of `source` would not mean the classes `names`."""
-    theirs = tuple(getattr(source, 'classes', None) or ())
-    if 'label' not in source[0] or not theirs:
-        raise ValueError(
+    names, classes = tuple(names), tuple(source.classes or ())
+    if 'label' not in source[0] or not classes:
+        raise errors.UserError(
             f'The test images ({source.describe(0)} is the first) have no labels: put them in one '
             f'folder per class, as the training images.'
         )
-    names = tuple(names)
     # Sets without names are numbered 0..max: one may just lack the last classes.
-    if theirs != names and not (names[: len(theirs)] == theirs and all(map(str.isdigit, names))):
-        odd = sorted(set(theirs) ^ set(names)) or 'the order'
-        raise ValueError(
+    if classes != names and not (names[: len(classes)] == classes and all(map(str.isdigit, names))):
+        odd = sorted(set(classes) ^ set(names)) or 'the order'
+        raise errors.UserError(
             f'The test images name their classes differently from the training images ({odd}): '
             f'labels would not mean the same, so give both sets the same class folders.'
+        )
+
+
+def check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
+    """Raises where labels are not in 0..num_classes-1."""
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise errors.UserError(
+            f'{name} labels span {labels.min()}..{labels.max()} but num_classes={num_classes}; '
+            f'check that both splits use the same class order.'
         )

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear probe on frozen, cached features: every learning rate of the sweep trained at once.
+"""Linear probe on frozen, cached features: all learning rates of the sweep train at once.
 
-The head is MAE's: BatchNorm without affine parameters, then one linear layer.  All learning rates
-share the normalised input, so their heads are one matrix product of L * classes columns; a sweep
-costs little more than a single run.  The best (feature, learning rate) is chosen on a held-out
-part of the training set; the test set is looked at once, for that choice.
+The head is MAE's: BatchNorm without affine parameters, then one linear layer. All learning rates
+share the normalised input, so their heads are one matrix product of L * classes columns, and a
+sweep costs little more than a single run. The best (feature, learning rate) is chosen on a held-out
+part of the training set; only that choice is scored on the test set.
 
-What differs from the published protocols and moves numbers by about a point: features are cached,
-so there is no augmentation; the head that is tested was trained without the held-out part.
+Two differences from the published protocols move numbers by about a point: features are cached, so
+there is no augmentation; the head that is tested was trained without the held-out part.
 
-Reference: MAE `main_linprobe.py`; the sweep of DINOv2 `eval/linear.py` (Oquab et al.,
-arXiv 2304.07193, B.3).
+References:
+  MAE `main_linprobe.py`
+  the sweep: DINOv2 `eval/linear.py`, Oquab et al., arXiv 2304.07193, B.3
 """
 
 import functools
@@ -21,137 +22,111 @@ import numpy as np
 import optax
 
 from ssl_jax import optim
+from ssl_jax.evals import accuracy
+from ssl_jax.run import errors
 
-# Times batch_size / 256.  Wide on purpose: BatchNorm fixes the input scale, the width does not.
+# Times batch_size / 256. Wide on purpose: BatchNorm fixes the input scale, the width does not.
 LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BN_EPS = 1e-6
 BN_MOMENTUM = 0.1
-OPTIMIZERS = ('sgd', 'lars')
+HOLDOUT = 0.1  # share of the training images
+# Name -> (transformation, its name in the protocol). Rates come after momentum: the caller
+# multiplies the updates of learning rate 1.
+OPTIMIZERS = {
+    'sgd': (optax.sgd(1.0, momentum=0.9), 'SGD (optax.sgd), momentum 0.9'),
+    'lars': (optim.lars(1.0, momentum=0.9, trust=0.001), 'LARS, momentum 0.9, trust 0.001'),
+}
 
 
 def probe(
-    train,
-    train_y,
-    test,
-    test_y,
+    train: dict[str, np.ndarray],
+    train_y: np.ndarray,
+    test: dict[str, np.ndarray],
+    test_y: np.ndarray,
     *,
-    num_classes,
-    lrs=LRS,
-    epochs=30,
-    warmup_epochs=0,
-    batch_size=1024,
-    optimizer='sgd',
-    holdout=0.1,
-    seed=0,
-):
-    """Sweeps learning rates over every kind of feature and tests the best choice.
+    num_classes: int,
+    lrs: tuple = LRS,
+    epochs: int = 30,
+    warmup_epochs: int = 0,
+    batch_size: int = 1024,
+    optimizer: str = 'sgd',
+    seed: int = 0,
+) -> tuple[list[dict], dict, dict]:
+    """Sweeps learning rates over features and tests the best choice.
 
     Args:
-      train, test: {kind: (n, d)} and {kind: (m, d)} features with the same kinds.
+      train, test: {name: (n, d)} and {name: (m, d)} features with the same names.
       train_y, test_y: (n,), (m,) labels in 0..num_classes-1.
       lrs: base learning rates; the rate is base * batch_size / 256, then a cosine to 0.
       epochs: passes over the fitted part; incomplete batches are dropped.
       warmup_epochs: linear warm-up (LARS wants 10 of 90).
-      batch_size: at most the fitted part, otherwise all of it.
+      batch_size: at most the fitted part.
       optimizer: 'sgd' (momentum 0.9, no weight decay) or 'lars' (MAE's, trust 0.001).
-      holdout: share of `train` kept for the choice, drawn with `seed`.
+      seed: of the split, the start and the order of batches.
 
     Returns:
-      rows, best: one dict(feature, lr, val_top1, train_loss) per pair and a copy of the best with
-      test_top1, test_top5 and at_edge (the best rate is the smallest or largest of the sweep, so
-      a wider one may do better).  Percent.  Ties go to the smaller rate, then to the first kind.
+      rows, best, protocol: one dict(feature, lr, val_top1, train_loss) per pair; a copy of the best
+      with test_top1, test_top5 and at_edge (the best rate is the smallest or largest of the sweep,
+      so a wider one may do better); the settings, as JSON can hold them. Percent. Ties go to the
+      smaller rate, then to the first feature.
     """
-    if not 0 <= warmup_epochs < epochs:
-        raise ValueError(f'warmup_epochs={warmup_epochs} must be 0 or more and below {epochs=}.')
-    _check(train, train_y, test, test_y, num_classes, lrs, optimizer, holdout)
-    fit, val = split(len(train_y), holdout, seed)
+    for name, labels in (('train', train_y), ('test', test_y)):
+        accuracy.check_labels(name, labels, num_classes)
+    if len(train_y) < 2:
+        raise errors.UserError('1 training image cannot be fitted and held out: give two or more.')
+    fit, val = split(len(train_y), seed)
     batch_size = min(batch_size, len(fit))
-    steps = len(fit) // batch_size
     scale = batch_size / 256
-    device = jax.local_devices()[0]  # every process computes the same, without communication
-
-    def put(x, dtype):
-        return jax.device_put(np.asarray(x, dtype), device)
-
-    train_y, test_y = np.asarray(train_y), np.asarray(test_y)
     rows, heads = [], []
-    for kind in train:
-        x = np.asarray(train[kind], np.float32)
+    for name, x in train.items():
         head, losses = _train(
-            put(x[fit], np.float32),
-            put(train_y[fit], np.int32),
-            put(np.asarray(lrs) * scale, np.float32),
+            x[fit],
+            train_y[fit],
+            (np.asarray(lrs) * scale).astype(np.float32),
             jax.random.key(seed),
             num_classes=num_classes,
             epochs=epochs,
             warmup_epochs=warmup_epochs,
-            steps=steps,
             batch_size=batch_size,
             optimizer=optimizer,
         )
-        ranks = _ranks(head, put(x[val], np.float32), put(train_y[val], np.int32))
-        accuracy = 100.0 * (np.asarray(ranks) < 1).mean(axis=1)
-        for i, lr in enumerate(lrs):
-            loss = float(losses[i])
-            rows.append(
-                dict(feature=kind, lr=float(lr), val_top1=float(accuracy[i]), train_loss=loss)
-            )
+        top1 = 100.0 * (np.asarray(_ranks(head, x[val], train_y[val])) < 1).mean(axis=1)
+        for i, (lr, score, loss) in enumerate(zip(lrs, top1.tolist(), losses, strict=True)):
+            row = dict(feature=name, lr=float(lr), val_top1=score, train_loss=float(loss))
+            rows.append(row)
             heads.append((head, i))
 
-    order = sorted(range(len(rows)), key=lambda j: (-rows[j]['val_top1'], rows[j]['lr'], j))
-    best = dict(rows[order[0]])
-    head, i = heads[order[0]]
-    ranks = _ranks(head, put(test[best['feature']], np.float32), put(test_y, np.int32))
-    ranks = np.asarray(ranks)[i]
+    at = min(range(len(rows)), key=lambda j: (-rows[j]['val_top1'], rows[j]['lr'], j))
+    best, (head, i) = dict(rows[at]), heads[at]
+    ranks = np.asarray(_ranks(head, test[best['feature']], test_y))[i]
     best['test_top1'] = 100.0 * float((ranks < 1).mean())
     best['test_top5'] = 100.0 * float((ranks < 5).mean())
     best['at_edge'] = len(lrs) > 1 and best['lr'] in (min(lrs), max(lrs))
-    return rows, best
-
-
-def protocol(
-    n,
-    *,
-    num_classes,
-    lrs=LRS,
-    epochs=30,
-    warmup_epochs=0,
-    batch_size=1024,
-    optimizer='sgd',
-    holdout=0.1,
-    seed=0,
-):
-    """What `probe` does with these arguments and n training images, for the result row."""
-    fit = n - _holdout_size(n, holdout)
-    name = {'sgd': 'SGD (optax.sgd), momentum 0.9', 'lars': 'LARS, momentum 0.9, trust 0.001'}
-    return dict(
+    protocol = dict(
         head=f'BatchNorm(affine=False, eps={BN_EPS:g}, momentum={BN_MOMENTUM:g}) + linear',
-        optimizer=name[optimizer] + ', weight decay 0',
+        optimizer=OPTIMIZERS[optimizer][1] + ', weight decay 0',
         schedule=f'{warmup_epochs} warm-up epochs, cosine to 0',
         lrs=[float(lr) for lr in lrs],
-        lr_scale=min(batch_size, fit) / 256,
+        lr_scale=scale,
         epochs=epochs,
-        batch_size=min(batch_size, fit),
+        batch_size=batch_size,
         augmentation='none (cached features)',
-        selection=f'feature and rate by top-1 on {n - fit} held-out training images; '
-        f'the head trained on the other {fit} is tested once',
+        selection=f'feature and rate by top-1 on {len(val)} held-out training images; '
+        f'the head trained on the other {len(fit)} is tested once',
         num_classes=num_classes,
         seed=seed,
     )
+    return rows, best, protocol
 
 
-def split(n, holdout, seed):
-    """Indices (fit, held out) of n examples, sorted; the same for the same (n, holdout, seed)."""
+def split(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (fit, held out) of n examples, a function of n and seed."""
     order = np.random.default_rng(seed).permutation(n)
-    size = _holdout_size(n, holdout)
+    size = max(1, round(n * HOLDOUT))
     return np.sort(order[size:]), np.sort(order[:size])
 
 
-def _holdout_size(n, holdout):
-    return max(1, round(n * holdout))
-
-
-def batch_norm(x, running, train):
+def batch_norm(x: jax.Array, running: tuple, train: bool) -> tuple[jax.Array, tuple]:
     """BatchNorm1d without affine parameters, as torch computes it.
 
     y = (x - mean) / sqrt(var + eps); in training with the batch's mean and biased variance, and
@@ -184,22 +159,16 @@ def _logits(params, x):
     return out.transpose(1, 0, 2) + params['bias'][:, None]
 
 
-def _optimizer(name):
-    """Transformation with learning rate 1; the caller multiplies, as rates come after momentum."""
-    if name == 'lars':
-        return optim.lars(1.0, momentum=0.9, trust=0.001)
-    return optax.sgd(1.0, momentum=0.9)
-
-
 @functools.partial(
     jax.jit,
-    static_argnames=('num_classes', 'epochs', 'warmup_epochs', 'steps', 'batch_size', 'optimizer'),
+    static_argnames=('num_classes', 'epochs', 'warmup_epochs', 'batch_size', 'optimizer'),
 )
-def _train(x, y, lrs, rng, *, num_classes, epochs, warmup_epochs, steps, batch_size, optimizer):
+def _train(x, y, lrs, rng, *, num_classes, epochs, warmup_epochs, batch_size, optimizer):
     """Trains one head per learning rate; returns dict(params, running) and the last losses (L,)."""
     n, d = x.shape
+    steps = n // batch_size
     warmup = warmup_epochs * steps
-    tx = _optimizer(optimizer)
+    tx = OPTIMIZERS[optimizer][0]
     # One draw for all rates: the rows of a sweep differ in nothing but the rate.
     kernel = 0.01 * jax.random.truncated_normal(
         jax.random.fold_in(rng, 0), -200.0, 200.0, (d, num_classes)
@@ -248,41 +217,6 @@ def _train(x, y, lrs, rng, *, num_classes, epochs, warmup_epochs, steps, batch_s
 
 @jax.jit
 def _ranks(head, x, y):
-    """(L, n): how many classes score above the true one; ties to the smaller class number.
-
-    A head that diverged (NaN) gets nothing right.
-    """
+    """(L, n): number of classes that score above the true one; a NaN counts as above."""
     x, _ = batch_norm(x, head['running'], train=False)
-    logits = _logits(head['params'], x)  # (L, n, C)
-    classes = jnp.arange(logits.shape[-1])
-    own = jnp.take_along_axis(logits, jnp.broadcast_to(y, logits.shape[:2])[..., None], axis=2)
-    above = (logits > own) | ((logits == own) & (classes < y[:, None])) | jnp.isnan(logits)
-    return above.sum(axis=2)
-
-
-def _check(train, train_y, test, test_y, num_classes, lrs, optimizer, holdout):
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f'Probe optimizer {optimizer!r} is unknown; choose one of {OPTIMIZERS}.')
-    if not lrs:
-        raise ValueError('The sweep has no learning rate; pass at least one in lrs.')
-    if not 0 < holdout < 1:
-        raise ValueError(f'holdout={holdout} must lie between 0 and 1; 0.1 keeps every tenth.')
-    if sorted(train) != sorted(test) or not train:
-        raise ValueError(
-            f'train has features {sorted(train)} and test has {sorted(test)}; '
-            f'extract both with the same forward.'
-        )
-    for name, features, labels in (('train', train, train_y), ('test', test, test_y)):
-        labels = np.asarray(labels)
-        if len(labels) < 2 or labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f'{name} has {len(labels)} labels in {labels.min(initial=0)}..'
-                f'{labels.max(initial=0)} for num_classes={num_classes}; pass two images or more '
-                f'and labels in 0..num_classes-1.'
-            )
-        for kind, x in features.items():
-            if len(x) != len(labels):
-                raise ValueError(
-                    f'{name} feature {kind!r} has {len(x)} rows for {len(labels)} labels; '
-                    f'extract features and labels in one pass.'
-                )
+    return accuracy.ranks(_logits(head['params'], x), y)

@@ -1,61 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of weights: safetensors, `.pth`, HF and timm folders, numpy archives in; safetensors out.
 
-Reading maps the file and copies a tensor when it is asked for; 16-bit floats become float32, which
-holds each of their values exactly. Writing goes tensor by tensor, so that neither holds the weights
-twice. What a file wraps around its weights (`model`, `teacher`, `module.`, ...) is taken off here;
-what the names then mean is the business of `layouts`.
+A tensor is read when it is asked for; 16-bit floats become float32, which holds each of their
+values exactly. Writing goes tensor by tensor, so neither holds the weights twice: `save_file` of
+safetensors needs all tensors contiguous at once, and most of ours are transposed views. What a file
+wraps around its weights (`model`, `teacher`, `module.`, ...) is taken off here; what the names then
+mean is up to `layouts`.
+
+A transform is a dict:
+  size: pixels, side of the square that the encoder sees.
+  crop: that square as a fraction of the image's short side (the short side is resized to
+    size / crop, the centre is cut out); None: the image is squeezed to size x size.
+  mean, std: of the three channels, for values in [0, 1].
+  interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
 """
 
 import collections.abc
-import contextlib
 import dataclasses
-import difflib
 import functools
-import hashlib
 import json
 import math
 import os
 import pathlib
-import shutil
 import zipfile
 
-import ml_dtypes
 import numpy as np
+import safetensors
 
+from ssl_jax.augment import photometry
 from ssl_jax.interop import torch_pickle
+from ssl_jax.run import errors, hashing, storage
 
 WEIGHTS = 'model.safetensors'
 EXTRA = 'ssl_jax_extra.safetensors'
 INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.npz')
-DTYPES = {
-    'BF16': np.dtype(ml_dtypes.bfloat16),
-    'F16': np.dtype('<f2'),
-    'F32': np.dtype('<f4'),
-    'F64': np.dtype('<f8'),
-    'I8': np.dtype('i1'),
-    'I16': np.dtype('<i2'),
-    'I32': np.dtype('<i4'),
-    'I64': np.dtype('<i8'),
-    'U8': np.dtype('u1'),
-    'BOOL': np.dtype('?'),
-}
+DTYPES = {name: dtype for (_, _, name), dtype in torch_pickle.DTYPES.items()}
 # Where the weights are in a training checkpoint; the first that is there is taken.
 WRAPPERS = ('teacher', 'model', 'state_dict', 'student', 'module')
 PREFIXES = ('module.', '_orig_mod.', 'backbone.')
+RESAMPLE = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 
 
 class Tensors(collections.abc.Mapping):
     """name -> numpy array; a new copy in float32 (floats) each time a name is asked for."""
 
-    def __init__(self, stored):
-        self.stored = dict(stored)  # name -> unpickle.Stored
+    def __init__(self, stored: dict[str, torch_pickle.Stored]):
+        self.stored = stored
 
     def __getitem__(self, name):
         x = self.stored[name].read()
-        return np.array(x, np.float32 if _is_float(x.dtype) else x.dtype)
+        is_float = x.dtype == DTYPES['BF16'] or x.dtype.kind == 'f'
+        return np.array(x, np.float32 if is_float else x.dtype)
 
     def __iter__(self):
         return iter(self.stored)
@@ -64,65 +61,60 @@ class Tensors(collections.abc.Mapping):
         return len(self.stored)
 
     @property
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """name -> shape, without reading the tensors."""
         return {name: tuple(x.shape) for name, x in self.stored.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """What was found at a path.
+    """Content of a file or folder of weights.
 
     Attributes:
-      tensors: the weights, see `Tensors`; names without the wrappers of the file.
+      tensors: the weights; names without the wrappers of the file.
       hints: its config.json, {} if there is none.
       processor: its preprocessor_config.json, {} if there is none.
-      metadata: the text in the header of a safetensors file; {} elsewhere.
+      metadata: text in the header of a safetensors file; {} elsewhere.
       extra: tensors of the sidecar that `export` writes, {} if there is none.
       source: the path that was given.
-      taken: which part of the file the weights are, such as 'teacher'; '' for all of it.
+      taken: part of the file that the weights are, such as 'teacher'; '' for all of it.
       paths: the files that were read.
     """
 
     tensors: Tensors
     hints: dict
     processor: dict
-    metadata: dict
+    metadata: dict[str, str]
     extra: collections.abc.Mapping
     source: str
     taken: str
-    paths: tuple
+    paths: tuple[pathlib.Path, ...]
 
-    @functools.cached_property
-    def sha256(self):
-        """Of the file; of several, of all of them one after the other in the order of `paths`."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            with open(path, 'rb') as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-        return digest.hexdigest()
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the files, one after the other in the order of `paths`."""
+        return hashing.sha256(self.paths)
 
 
-def read(path):
-    """Opens a file or folder of weights, see the top of this file.
+def read(path) -> File:
+    """Opens a file or folder of weights.
 
     Args:
       path: .safetensors, .pth, .pt, .bin or .npz; or a folder with one of them, or with shards and
         their index. A file `model.safetensors` is read with the config.json beside it.
 
-    Returns:
-      File.
-
     Raises:
       ValueError: one sentence; no code of the file is ever run.
     """
-    if '://' in str(path):
+    if storage.is_remote(path):
         raise ValueError(f'{path} is not local; copy it to a disk first.')
     path = pathlib.Path(path)
     if not path.exists():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f'there is nothing at {path}{_nearest(path.name, near)}')
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = errors.close(path.name, beside)
+        raise ValueError(
+            f'there is nothing at {path}{f"; did you mean {near[0]}?" if near else "."}'
+        )
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
     paths = _files(path) if path.is_dir() else (path,)
     stored, metadata, taken = {}, {}, ''
@@ -133,34 +125,35 @@ def read(path):
         raise ValueError(f'{path} holds no tensors; give a file of weights.')
     stored, taken = _strip(stored, path, taken)
     sidecar = folder / EXTRA if folder else None
-    extra = Tensors(_safetensors(sidecar)[0]) if sidecar and sidecar.exists() else {}
     return File(
         tensors=Tensors(stored),
         hints=_json(folder, 'config.json'),
         processor=_json(folder, 'preprocessor_config.json'),
         metadata=metadata,
-        extra=extra,
+        extra=Tensors(_safetensors(sidecar)[0]) if sidecar and sidecar.exists() else {},
         source=str(path),
         taken=taken,
-        paths=tuple(paths),
+        paths=paths,
     )
 
 
-def write(path, tensors, metadata=None, dtype='float32'):
-    """Writes a safetensors file tensor by tensor; besides one of them nothing is copied.
+def write(
+    path,
+    tensors: collections.abc.Mapping,
+    metadata: dict[str, str] | None = None,
+    dtype: str = 'float32',
+) -> None:
+    """Writes a safetensors file; no more than one tensor is copied at a time.
 
     Args:
       path: of the file.
       tensors: name -> numpy array, contiguous or not; float32 arrays are written as `dtype`.
-      metadata: str -> str for the header.
+      metadata: for the header.
       dtype: 'float32' or 'bfloat16' (rounded to nearest even).
-
-    Returns:
-      The number of bytes of the tensors.
     """
     names = {v: k for k, v in DTYPES.items()}
     target = {'float32': DTYPES['F32'], 'bfloat16': DTYPES['BF16']}[dtype]
-    header, end = {'__metadata__': dict(metadata or {})}, 0
+    header, end = {'__metadata__': metadata or {}}, 0
     for name, x in tensors.items():
         kind = target if x.dtype == np.float32 else x.dtype
         start, end = end, end + math.prod(x.shape) * kind.itemsize
@@ -174,60 +167,32 @@ def write(path, tensors, metadata=None, dtype='float32'):
             file.write(x.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-    return end
-
-
-@contextlib.contextmanager
-def staged(target):
-    """``with staged(DIR) as folder:`` fill `folder`; it becomes DIR as a whole, or not at all.
-
-    What was at DIR is replaced; if the block or the move fails it is as it was before.
-    """
-    target = pathlib.Path(os.path.abspath(target))
-    partial = target.parent / f'.{target.name}.{os.getpid()}.partial'
-    old = target.parent / f'.{target.name}.{os.getpid()}.old'
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(folder):
-    """The files of weights in a folder."""
+    """Files of weights in a folder."""
     if (folder / WEIGHTS).exists():
         return (folder / WEIGHTS,)
-    for index in INDEXES:
-        if (folder / index).exists():
-            try:
-                names = sorted(set(_json(folder, index)['weight_map'].values()))
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f'{folder / index} has no weight_map; download it again.') from (
-                    error
-                )
-            absent = [n for n in names if not (folder / n).exists()]
-            if absent:
-                raise ValueError(f'{folder} lacks the shard {absent[0]} that {index} names.')
-            return tuple(folder / n for n in names)
-    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.name != EXTRA)
-    if len(found) == 1:
-        return tuple(found)
-    if found:
-        names = ', '.join(p.name for p in found[:5])
+    for index in (folder / name for name in INDEXES):
+        if not index.exists():
+            continue
+        shards = _json(folder, index.name).get('weight_map')
+        if not isinstance(shards, dict):
+            raise ValueError(f'{index} has no weight_map; download it again.')
+        paths = tuple(folder / str(name) for name in sorted(set(shards.values())))
+        if absent := [p.name for p in paths if not p.exists()]:
+            raise ValueError(f'{folder} lacks the shard {absent[0]} that {index.name} names.')
+        return paths
+    paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.name != EXTRA)
+    if not paths:
+        raise ValueError(
+            f'{folder} holds neither a run nor weights ({WEIGHTS}, or one file of '
+            f'{", ".join(SUFFIXES)}).'
+        )
+    if len(paths) > 1:
+        names = ', '.join(p.name for p in paths[:5])
         raise ValueError(f'{folder} holds several files of weights ({names}); give one of them.')
-    raise ValueError(
-        f'{folder} holds neither a run nor weights ({WEIGHTS}, or one file of '
-        f'{", ".join(SUFFIXES)}).'
-    )
+    return tuple(paths)
 
 
 def _read_one(path):
@@ -254,43 +219,24 @@ def _read_one(path):
 
 
 def _safetensors(path):
-    """(name -> Stored, metadata).
-
-    The format: 8 bytes, the length n of the header; n bytes of JSON, name -> dtype, shape and the
-    first and last byte in what follows; the tensors.
-    """
-    size = os.path.getsize(path)
-
-    def damaged(why):
-        return ValueError(f'{path} is damaged or truncated ({why}); download or copy it again.')
-
-    with open(path, 'rb') as file:
-        length = int.from_bytes(file.read(8), 'little')
-        if size < 8 + length:
-            raise damaged(f'its header has {length} bytes, the file {size}')
-        try:
-            header = dict(json.loads(file.read(length)))
-        except (ValueError, TypeError) as error:
-            raise damaged('its header is not JSON') from error
-    metadata = header.pop('__metadata__', {})
-    stored, start = {}, 8 + length
-    for name, entry in header.items():
-        try:
-            kind, shape = entry['dtype'], tuple(map(int, entry['shape']))
-            first, last = map(int, entry['data_offsets'])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(f'{name} is described as {entry}') from error
+    """(name -> Stored, metadata)."""
+    try:
+        file = safetensors.safe_open(path, 'numpy')
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f'{path} is damaged or truncated ({error}); download or copy it again.'
+        ) from error
+    stored = {}
+    for name in file.keys():  # noqa: SIM118, it is no mapping
+        part = file.get_slice(name)
+        kind = part.get_dtype()
         if kind not in DTYPES:
             raise ValueError(
                 f'{path} holds {name} as {kind}, which is not read; known: {", ".join(DTYPES)}.'
             )
-        if start + last > size:
-            raise damaged(f'{name} ends at byte {start + last} of {size}')
-        num_bytes = math.prod(shape) * DTYPES[kind].itemsize
-        if min(*shape, first, 0) < 0 or last - first != num_bytes:
-            raise damaged(f'{name} has {last - first} bytes for the shape {shape}')
-        stored[name] = torch_pickle.mapped(path, start + first, shape, DTYPES[kind])
-    return stored, metadata
+        read = functools.partial(file.get_tensor, name)
+        stored[name] = torch_pickle.Stored(tuple(part.get_shape()), DTYPES[kind], read)
+    return stored, file.metadata() or {}
 
 
 def _npz(path):
@@ -341,10 +287,10 @@ def _strip(stored, path, taken):
             f'{path} is the part of one process of an FSDP run ({flat}); gather the full state '
             f'dict there and save that.'
         )
-    for part in ('teacher', 'student'):  # side by side in one dict: the first of them
-        mine = {k.removeprefix(f'{part}.'): x for k, x in out.items() if k.startswith(f'{part}.')}
-        if mine:
-            out, taken = mine, f'{taken}/{part}'.lstrip('/')
+    for part in ('teacher', 'student'):  # where one dict has both, the teacher
+        prefix = f'{part}.'
+        if inner := {k.removeprefix(prefix): x for k, x in out.items() if k.startswith(prefix)}:
+            out, taken = inner, f'{taken}/{part}'.lstrip('/')
             break
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in out):
@@ -368,10 +314,67 @@ def _json(folder, name):
         raise ValueError(f'{folder / name} is not a JSON object; download it again.') from error
 
 
-def _is_float(dtype):
-    return dtype == DTYPES['BF16'] or dtype.kind == 'f'
+def transform_of(
+    size: int,
+    processor: dict | None = None,
+    hints: dict | None = None,
+    mean: tuple = photometry.MEAN,
+    std: tuple = photometry.STD,
+) -> dict:
+    """The transform that a folder states, or that of our evaluations.
+
+    Args:
+      size: pixels, where the folder names none.
+      processor: preprocessor_config.json of HF.
+      hints: config.json; that of timm has `pretrained_cfg`.
+      mean, std: where the folder states none.
+    """
+    out = dict(size=size, crop=1.0, mean=list(mean), std=list(std), interpolation='bicubic')
+    cfg = (hints or {}).get('pretrained_cfg') or {}
+    if cfg:  # of timm
+        out['size'] = int(cfg.get('input_size', [3, out['size']])[-1])
+        out['crop'] = None if cfg.get('crop_mode') == 'squash' else float(cfg.get('crop_pct', 1.0))
+        out.update({k: cfg[k] for k in ('mean', 'std', 'interpolation') if k in cfg})
+    if processor:
+        side = _side(processor.get('size'), out['size'])
+        if processor.get('do_center_crop'):
+            out['size'] = _side(processor.get('crop_size'), side)
+            out['crop'] = out['size'] / side
+        else:
+            squeezed = not isinstance(processor.get('size'), dict) or 'height' in processor['size']
+            out['size'], out['crop'] = side, None if squeezed else 1.0
+        out['interpolation'] = RESAMPLE.get(processor.get('resample', 3), 'bicubic')
+        out['mean'] = list(processor.get('image_mean', out['mean']))
+        out['std'] = list(processor.get('image_std', out['std']))
+    return out
 
 
-def _nearest(name, names):
-    near = difflib.get_close_matches(name, names, n=1)
-    return f'; did you mean {near[0]}?' if near else '.'
+def _side(size, default):
+    """Pixels, from {'shortest_edge': 256}, {'height': 224, 'width': 224} or 224."""
+    if isinstance(size, dict):
+        size = size.get('shortest_edge', size.get('height'))
+    return int(size or default)
+
+
+def processor_of(transform: dict) -> dict:
+    """preprocessor_config.json of a transform, for transformers' AutoImageProcessor.
+
+    BitImageProcessor resizes the short side and cuts out the centre in every release; DINOv2's
+    folders name it too.
+    """
+    size, crop = transform['size'], transform['crop']
+    square = {'height': size, 'width': size}
+    return dict(
+        image_processor_type='BitImageProcessor',
+        do_convert_rgb=True,
+        do_resize=True,
+        size=square if crop is None else {'shortest_edge': round(size / crop)},
+        resample={v: k for k, v in RESAMPLE.items()}[transform['interpolation']],
+        do_center_crop=crop is not None,
+        crop_size=square,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(transform['mean']),
+        image_std=list(transform['std']),
+    )

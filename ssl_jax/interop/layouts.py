@@ -1,41 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts that weights leave in and come from: which keys, which config, both ways.
+"""Layouts of weights in other code: keys and config, both ways.
 
-Our tree is {'encoder': …} for a backbone; MAE and Pixio as a whole have 'decoder' beside it, and
-DINOv2 (with DINO and iBOT) 'dino_head' and maybe 'ibot_head', BEiT 'head'.  A layout is a table of
-renames (`tables.py`) chosen by `Weights`.
+Our tree is {'encoder': …} for a backbone; whole weights have 'decoder' beside it (MAE, Pixio),
+'dino_head' and maybe 'ibot_head' (DINOv2, DINO, iBOT) or 'head' (BEiT). A layout is a table of
+renames (`tables`) that the family of the weights (`families`) gives; this file knows no family.
 
 For other image sizes an encoder keeps the official rule of its family (`ViT.pos_resize`) whatever
-the layout.  transformers' Dinov2Model and timm resize positions by rules of their own, so they
+the layout. transformers' Dinov2Model and timm resize positions by rules of their own, so they
 differ from the official code, and from us, away from the native size.
 """
 
 import collections.abc
 import dataclasses
 import functools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.augment import photometry
-from ssl_jax.interop import beit, heads, recognition, sizes, tables
-from ssl_jax.models import blocks
+from ssl_jax.interop import families, shapes, tables
+from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.models.heads import DINOHead
 from ssl_jax.models.vit import ViT
+from ssl_jax.run import errors
 
-# timm's names of our sizes; any other model is one of these, built with other arguments.
-TIMM_SIZES = {'Ti': 'tiny', 'S': 'small', 'B': 'base', 'L': 'large', 'H': 'huge', 'g': 'giant'}
+# The key that says where the encoder is and in whose names.
+ENCODER = {
+    'patch_embed.proj.weight': 'official',
+    'embeddings.patch_embeddings.projection.weight': 'hf',
+}
+# What stands beside an encoder in a file: heads of training and of tasks.
+HEADS = re.compile(r'(pooler|classifier|head|head_dist|dino_head|ibot_head|last_proj)\.')
+OPTIMIZER = re.compile(
+    r'(^|[./])(exp_avg|exp_avg_sq|momentum_buffer|optimizer\w*|opt_state|param_groups|mu|nu)([./]|$)'
+    r'|^state[./]\d'
+)
+# Parts of names by which other networks are known.
+FOREIGN = {
+    'rope_embed': 'DINOv3',
+    'storage_tokens': 'DINOv3',
+    'visual.': 'CLIP',
+    'vision_model.': 'CLIP or SigLIP',
+    'downsample': 'a ResNet or a Swin Transformer',
+}
+KNOWN = 'MAE, Pixio, DINOv2, BEiT, plain ViTs, in the names of their authors, transformers or timm'
+PARTS = {'decoder': Decoder, 'dino_head': DINOHead, 'ibot_head': DINOHead}  # fields of `Weights`
+NOT_SAVED = ('dtype', 'remat', 'parent', 'name')  # how a module computes, not what it is
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a set of tensors is, without the tensors.
+    """Description of a set of tensors.
 
     Attributes:
-      family: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT that is none of these.
+      family: a file of `families`: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT.
       layout: 'official', 'hf' or 'timm'.
       what: 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2) or the linear
         layer to visual words (BEiT).
@@ -46,8 +69,8 @@ class Weights:
       vocab: visual words of BEiT's 'full', else None.
       prefix: in front of the keys of the encoder in the file, say 'vit.' or 'teacher.backbone.'.
       left_out: keys of the file that are no part of these weights (incomplete heads, poolers).
-      names: which names, see `tables`: of transformers 'hub', 'saved' or 'memory'; 'dino' where
-        the official ones are those of DINO and iBOT.
+      names: which names of transformers, see `tables`; 'dino' where the official ones are those of
+        DINO and iBOT.
       absent: arrays of ours, as paths, that this one file has not: they are zero.
       remarks: sentences on how the file was understood.
       fc_norm: BEiT, whether the final norm is that of the mean of patches in the file.
@@ -69,11 +92,42 @@ class Weights:
     fc_norm: bool = False
 
 
-family_of = recognition.family_of
+def to_dict(w: Weights) -> dict:
+    """`Weights` as values of JSON."""
+    parts = {k: getattr(w, k) for k in PARTS}
+    return dict(
+        family=w.family,
+        layout=w.layout,
+        what=w.what,
+        vit=_module_fields(w.vit),
+        **{k: None if part is None else _module_fields(part) for k, part in parts.items()},
+        vocab=w.vocab,
+        prefix=w.prefix,
+    )
 
 
-def recognise(tensors, hints=None):
-    """Finds out what a set of tensors is.
+def from_dict(d: dict) -> Weights:
+    """Inverse of `to_dict`.
+
+    Raises:
+      UserError: it has fields that this version does not know.
+    """
+    try:
+        parts = {k: cls(**d[k]) for k, cls in PARTS.items() if d.get(k) is not None}
+        return Weights(**{**d, 'vit': vit_lib.ViT(**d['vit']), **parts})
+    except (KeyError, TypeError) as error:
+        raise errors.UserError(
+            f'these weights were described by another version of ssl_jax ({error}); use that one.'
+        ) from error
+
+
+def _module_fields(module):
+    names = [f.name for f in dataclasses.fields(module) if f.name not in NOT_SAVED]
+    return {name: getattr(module, name) for name in names}
+
+
+def recognise(tensors, hints=None) -> Weights:
+    """Identifies a set of tensors.
 
     Args:
       tensors: torch key -> array, with an attribute `shapes` if reading an array is costly; or
@@ -81,149 +135,135 @@ def recognise(tensors, hints=None):
       hints: a parsed config.json (HF or timm), or {}; what the user says is believed before it:
         'num_heads', 'decoder_num_heads', 'img_size', 'patch_size'.
 
-    Returns:
-      Weights.
-
     Raises:
       ValueError: one sentence, for tensors of no known family.
     """
-    return Weights(**recognition.find(tensors, hints or {}))
+    shape_of = getattr(tensors, 'shapes', None)
+    if shape_of is None:
+        shape_of = {k: tuple(getattr(v, 'shape', v)) for k, v in tensors.items()}
 
+    def array(key):
+        value = tensors[key]
+        return value if hasattr(value, 'dtype') else None
 
-def available(vit, decoder, family, dino_head=None, vocab=None):
-    """Which layouts this model can leave in.
-
-    Args: as the fields of `Weights`.
-
-    Returns:
-      {(layout, what): '' or one sentence why not}.
-    """
-    out = {}
-    c, r, scaled = vit.num_cls_tokens, vit.num_register_tokens, vit.layer_scale is not None
-    named = f'a {family} encoder with {c} class tokens and {r} registers'
-    decoders = '' if decoder else 'only MAE and Pixio have a decoder, and DINOv2 heads'
-
-    # 1e-12, in some configs of transformers, moves features by less than 1e-5 and is let through.
-    eps = f'normalises with eps 1e-6, and this model with {vit.eps:g}' if vit.eps > 1e-6 else ''
-    out['official', 'backbone'] = f'the official code {eps}' if eps else ''
-    if family == 'dinov2' and (c != 1 or not vit.mask_token):
-        out['official', 'backbone'] = 'the official DINOv2 has one class token and a mask token'
-    if family == 'beit':
-        return _available_beit(vit, vocab, out['official', 'backbone'])
-
-    whole = vit.mlp_ratio == int(vit.mlp_ratio)
-    kind = hf_class(family, vit)
-    why = ''
-    if kind in ('ViTModel', 'Dinov2Model', 'Dinov2WithRegistersModel') and c != 1:
-        why = f'transformers has no class for {named}'
-    elif kind in ('ViTModel', 'PixioModel') and (r or vit.ffn != 'mlp' or scaled):
-        why = (
-            f'transformers has {kind} for a {family} encoder, without registers, SwiGLU and '
-            f'layer scale'
-        )
-    elif kind == 'Dinov2WithRegistersModel' and not vit.mask_token:
-        why = "transformers' Dinov2WithRegistersModel always has a mask token"
-    elif kind != 'ViTModel' and not whole:
-        why = f"transformers' {kind} takes whole numbers as mlp_ratio, and this is {vit.mlp_ratio}"
-    elif kind == 'PixioModel' and vit.mask_token:
-        why = "transformers' PixioModel has no mask token"
-    out['hf', 'backbone'] = why
-
-    why = ''
-    if family == 'pixio' or c > 1:
-        why = 'timm has no Pixio, which has several class tokens; use official or hf'
-    elif c != 1:
-        why = f'the timm models known here have one class token, and this is {named}'
-    elif r and vit.pos_embed == 'sincos':
-        why = 'the timm models with registers have learned positions'
-    elif eps:
-        why = f'timm {eps}'
-    elif vit.ffn == 'swiglu' and not scaled:
-        why = 'the timm models with SwiGLU have layer scale'
-    out['timm', 'backbone'] = why
-
-    if dino_head is not None:
-        out['official', 'full'] = out['official', 'backbone']
-        out['hf', 'full'] = 'transformers has no class for projection heads; use official'
-        out['timm', 'full'] = 'timm has no projection heads; use official'
-        return out
-    out['official', 'full'] = decoders or out['official', 'backbone']
-    out['hf', 'full'] = decoders or (
-        'transformers has a decoder only in ViTMAEForPreTraining, with one class token and no '
-        'register, and PixioModel is the encoder alone; use official'
-        if c != 1 or r
-        else ''
+    marker = _marker(shape_of)
+    prefix, inner = marker.removesuffix(next(k for k in ENCODER if marker.endswith(k))), ''
+    known = families.all_families()
+    for start, key in (f.INNER for f in known if hasattr(f, 'INNER')):
+        outer = prefix.removesuffix(start)
+        if outer != prefix and f'{outer}{key}' in shape_of:
+            prefix, inner = outer, start
+    keys = {tables.plain(k, prefix): k for k in shape_of if k.startswith(prefix)}
+    found = shapes.Found(
+        have={name: tuple(shape_of[k]) for name, k in keys.items()},
+        keys=keys,
+        hints=hints or {},
+        table=lambda name: array(keys[name]),
+        hf=marker.endswith('projection.weight'),
+        inner=inner,
+        shapes=shape_of,
+        base=prefix.removesuffix('backbone.'),
+        array=array,
     )
-    out['timm', 'full'] = 'timm has no decoders; use official or hf'
-    return out
+    left_out = [k for k in shape_of if not k.startswith(prefix)]
+    left_out += [k for name, k in keys.items() if HEADS.match(name)]
+    fields = next(x for f in known if (x := f.read(found)) is not None)
+    return Weights(
+        family=fields.pop('family', None) or families.of(fields['vit'], fields.get('decoder')),
+        what=fields.pop('what', 'backbone'),
+        **fields,
+        prefix=prefix,
+        left_out=tuple(sorted({*left_out, *found.left_out} - found.used)),
+        remarks=tuple(found.remarks),
+    )
 
 
-def _available_beit(vit, vocab, why):
-    """`available` for BEiT; `why` is what speaks against its official names."""
-    if vit.num_cls_tokens != 1 or vit.num_register_tokens or vit.ffn != 'mlp' or vit.key_bias:
-        why = (
-            'BEiT has one class token and no registers, an MLP, and keys without bias, and this '
-            'encoder differs from that'
+def _marker(shape_of):
+    """The key of the patch embedding, a teacher's before a student's; or a sentence."""
+    found = [k for k in shape_of if any(k == e or k.endswith(f'.{e}') for e in ENCODER)]
+    if found:
+        return min(found, key=lambda k: ('teacher' not in k, 'student' in k, len(k), k))
+    some = ', '.join(sorted(shape_of)[:4])
+    if not shape_of:
+        raise errors.UserError('there are no tensors; give a file of weights.')
+    if sum(bool(OPTIMIZER.search(k)) for k in shape_of) > len(shape_of) / 2:
+        raise errors.UserError(
+            f'these tensors are the state of an optimizer ({some}, …) and no weights; give the '
+            f'checkpoint of the model.'
         )
-    words = why if vocab else 'these weights have no layer to visual words; use what=backbone'
-    return {
-        ('official', 'backbone'): why,
-        ('hf', 'backbone'): '' if 'normalises' in why else why,
-        ('timm', 'backbone'): why.replace('the official code', 'timm'),
-        ('official', 'full'): words,
-        ('hf', 'full'): '' if vocab and 'normalises' in words else words,
-        ('timm', 'full'): 'timm has no layer to visual words; use official or hf',
+    foreign = [name for part, name in FOREIGN.items() if any(part in k for k in shape_of)]
+    like = f'look like {foreign[0]}, which' if foreign else f'({some}, …)'
+    near = [n for e in ENCODER for n in errors.close(e, shape_of, cutoff=0.8)]
+    raise errors.UserError(
+        f'these {len(shape_of)} tensors {like} are of no family known here: none is '
+        f'{" or ".join(ENCODER)}{f" (nearest: {near[0]})" if near else ""}; known are {KNOWN}.'
+    )
+
+
+def of_networks(
+    networks: dict[str, Any], layout: str, family_name: str | None = None
+) -> tuple[Weights, list[str]]:
+    """(whole `Weights`, names of the networks that their family has no names for).
+
+    Args:
+      networks: {name: module} of a run; 'encoder' is required.
+      family_name: of imported weights.
+    """
+    known = {
+        name: networks[name]
+        for f in families.all_families()
+        for name, cls in getattr(f, 'NETWORKS', {}).items()
+        if isinstance(networks.get(name), cls)
     }
+    parts = {name: module for name, module in known.items() if name in PARTS}
+    w = Weights(
+        family=family_name or families.of(networks['encoder'], parts.get('decoder')),
+        layout=layout,
+        what='full',
+        vit=networks['encoder'],
+        vocab=known['head'].features if 'head' in known else None,
+        prefix='backbone.' if 'dino_head' in parts else '',
+        **parts,
+    )
+    named = {'encoder', *known} & {'encoder', *getattr(family(w), 'NETWORKS', ())}
+    left = [name for name in networks if name not in named]
+    absent = {'vocab' if name == 'head' else name: None for name in known if name in left}
+    return dataclasses.replace(w, **absent), left
 
 
-def hf_class(family, vit, what='backbone'):
-    """The class of transformers that holds these weights."""
-    if family == 'beit':
-        return 'BeitForMaskedImageModeling' if what == 'full' else 'BeitModel'
-    if what == 'full':
-        return 'ViTMAEForPreTraining'
-    if family == 'dinov2':
-        return 'Dinov2WithRegistersModel' if vit.num_register_tokens else 'Dinov2Model'
-    return 'PixioModel' if family == 'pixio' else 'ViTModel'
+def family(w: Weights):
+    """The module of the family that names these weights, by what is behind the encoder first."""
+    claims = (f for f in families.all_families() if hasattr(f, 'claims') and f.claims(w))
+    return next(claims, None) or families.get(w.family)
 
 
-_HF_KINDS = {
-    'ViTModel': 'vit',
-    'ViTMAEForPreTraining': 'vit',
-    'PixioModel': 'pixio',
-    'Dinov2Model': 'dinov2',
-    'Dinov2WithRegistersModel': 'dinov2',
-    'BeitModel': 'beit',
-    'BeitForMaskedImageModeling': 'beit',
-}
+def refusals(w: Weights) -> dict[tuple[str, str], str]:
+    """{(layout, what): '' or why these weights cannot leave so}, whatever `w.layout` is."""
+    return family(w).refusals(w)
 
 
-def rows(weights):
-    """The rename rows of `weights`, with keys as `tables.plain` leaves them."""
-    w = weights
-    if w.family == 'beit':
-        return beit.rows(w)
-    if w.layout == 'hf':
-        if w.what == 'full':
-            return tables.hf_mae(w, w.names)
-        kind = _HF_KINDS[hf_class(w.family, w.vit)]
-        found = tables.hf_encoder(w.vit, kind, w.names)
-        return [row for row in found if kind != 'vit' or row[0] != 'encoder/mask_token']
-    if w.layout == 'timm':
-        return tables.timm(w.vit)
-    if w.dino_head is not None:
-        found = tables.dinov2(w, 'encoder', w.names)
-        return [row for row in found if row[0] not in w.absent]
-    return tables.mae(w) if w.what == 'full' else tables.encoder(w.vit)
+def rows(w: Weights) -> list:
+    """The renames of `w`, with keys as `tables.plain` leaves them."""
+    return family(w).rows(w)
 
 
-def fixed(weights):
-    """{our path: sin-cos table} of the tables that are no parameters of ours."""
-    return tables.fixed_tables(weights)
+def fixed(m) -> dict[str, np.ndarray]:
+    """The sin-cos tables that are no parameters of ours: {our path: (1, C + N, D) float32}.
+
+    Args:
+      m: anything with a `vit` and a `decoder`, which may be None.
+    """
+    vit, dec = m.vit, m.decoder
+    grid, c, found = vit.img_size // vit.patch_size, vit.num_cls_tokens, {}
+    if vit.pos_embed == 'sincos':
+        found['encoder/pos_embed'] = pos_embed.sincos(vit.embed_dim, grid, c)
+    if dec is not None and dec.pos_embed == 'sincos':
+        found['decoder/decoder_pos_embed'] = pos_embed.sincos(dec.embed_dim, grid, c)
+    return found
 
 
-def abstract(weights):
-    """Our tree as ShapeDtypeStructs: {'encoder': …}, and what is beside it if full."""
+def abstract(weights: Weights) -> dict:
+    """Our tree as ShapeDtypeStructs: {'encoder': …}, and the networks beside it if full."""
     w, key = weights, jax.random.key(0)
     tree = {'encoder': jax.eval_shape(functools.partial(vit_lib.init_params, w.vit), key)}
     if w.decoder is not None:
@@ -245,7 +285,7 @@ def _homeless(weights):
     w = weights
     if w.absent:
         return list(w.absent)
-    hf_vit = w.layout == 'hf' and hf_class(w.family, w.vit, w.what) == 'ViTModel'
+    hf_vit = w.layout == 'hf' and family(w).hf_class(w) == 'ViTModel'
     paths = ['encoder/mask_token'] if w.vit.mask_token and (hf_vit or w.layout == 'timm') else []
     if w.layout == 'timm' and w.vit.num_register_tokens:
         paths += ['encoder/cls_token', 'encoder/pos_embed']
@@ -270,7 +310,7 @@ def to_layout(weights, params):
         enc.update(cls_token=cls_token + pos[:, :1], pos_embed=pos[:, 1:])
     folded = {**params, 'encoder': enc}
     out = tables.to_torch(rows(weights), folded, fixed(weights))
-    return {**out, **beit.buffers(weights)}, extra
+    return {**out, **buffers(weights)}, extra
 
 
 def to_ours(weights, state_dict, extra=None):
@@ -286,25 +326,26 @@ def to_ours(weights, state_dict, extra=None):
     w, extra = weights, extra or {}
     want, homeless = abstract(w), _homeless(w)
     enc = want['encoder'] = dict(want['encoder'])
-    shapes = {path: enc[path.split('/')[1]].shape for path in homeless}
+    shape_of = {path: enc[path.split('/')[1]].shape for path in homeless}
     if 'encoder/mask_token' in homeless:
         del enc['mask_token']
     if 'encoder/cls_token' in homeless:
         _, n, dim = enc['pos_embed'].shape
         enc['pos_embed'] = jax.ShapeDtypeStruct((1, n - 1, dim), jnp.float32)
-        shapes['encoder/pos_embed'] = (1, 1, dim)
-    beit.check_index(w, state_dict)
+        shape_of['encoder/pos_embed'] = (1, 1, dim)
+    if hasattr(family(w), 'check'):
+        family(w).check(w, state_dict)
     params = tables.from_torch(rows(w), _Renamed(state_dict, w), want, fixed(w))
     given = {path: np.asarray(extra[path], np.float32) for path in homeless if path in extra}
     for path, value in given.items():
-        if value.shape != tuple(shapes[path]):
+        if value.shape != tuple(shape_of[path]):
             raise ValueError(
-                f'the sidecar holds {path} with shape {value.shape}, expected {shapes[path]}; it '
+                f'the sidecar holds {path} with shape {value.shape}, expected {shape_of[path]}; it '
                 f'belongs to other weights, so delete it.'
             )
     enc = params['encoder']
     if 'encoder/mask_token' in homeless:
-        zero = np.zeros(shapes['encoder/mask_token'], np.float32)
+        zero = np.zeros(shape_of['encoder/mask_token'], np.float32)
         enc['mask_token'] = given.get('encoder/mask_token', zero)
     if 'encoder/cls_token' in homeless:
         row = np.zeros((1, 1, w.vit.embed_dim), np.float32)
@@ -323,7 +364,7 @@ def to_ours(weights, state_dict, extra=None):
 
 
 def notes(weights, extra=None):
-    """Sentences on what was made up or left out when these weights were read."""
+    """Sentences on the arrays that were filled in or left out when these weights were read."""
     found = []
     absent = [path for path in _homeless(weights) if path not in (extra or {})]
     if 'encoder/mask_token' in absent:
@@ -344,19 +385,12 @@ def notes(weights, extra=None):
 class _Renamed(collections.abc.Mapping):
     """A state dict under the names of the tables; a tensor is read when it is asked for."""
 
-    def __init__(self, state_dict, weights):
-        self._tensors = state_dict
-        drop, prefix = set(weights.left_out), weights.prefix
-        drop |= {k for k in state_dict if k.endswith(beit.INDEX)}  # a buffer
-        if weights.dino_head is None:
-            inside = (k for k in state_dict if k.startswith(prefix) and k not in drop)
-            self._keys = {tables.plain(k, prefix): k for k in inside}
-            return
-        # `torch_io` takes 'backbone.' off, and what is beside it stays as it is.
-        prefix, self._keys = prefix.removesuffix('backbone.'), {}
-        for key in (k for k in state_dict if k.startswith(prefix) and k not in drop):
-            name = tables.plain(key[len(prefix) :].removeprefix('backbone.'))
-            self._keys[name if heads.PART.fullmatch(name) else f'backbone.{name}'] = key
+    def __init__(self, state_dict, w):
+        self._tensors, self._keys = state_dict, {}
+        rename = getattr(family(w), 'rename', _plain)
+        for key in (k for k in state_dict if k not in w.left_out):
+            if (name := rename(w, key)) is not None:
+                self._keys[name] = key
 
     def __getitem__(self, name):
         return self._tensors[self._keys[name]]
@@ -368,20 +402,29 @@ class _Renamed(collections.abc.Mapping):
         return len(self._keys)
 
 
-def config_json(weights, mask_ratio=0.75, norm_pix_loss=True):
-    """config.json of the layout as a dict; {} for 'official'.
+def _plain(w, key):
+    """The name in the tables of a key of the file; None if it is no part of the weights."""
+    return tables.plain(key, w.prefix) if key.startswith(w.prefix) else None
+
+
+def buffers(w: Weights) -> dict[str, np.ndarray]:
+    """Tensors of the layout that are no parameters."""
+    return family(w).buffers(w) if hasattr(family(w), 'buffers') else {}
+
+
+def config_json(w: Weights, mask_ratio: float = 0.75, norm_pix_loss: bool = True) -> dict:
+    """config.json of the layout; {} for 'official'.
 
     Args:
       mask_ratio, norm_pix_loss: of the training, for a MAE with its decoder.
     """
-    w, v = weights, weights.vit
+    v = w.vit
     if w.layout == 'official':
         return {}
     if w.layout == 'timm':
         return _timm_config(w)
-    name = hf_class(w.family, v, w.what)
     config = dict(
-        architectures=[name],
+        architectures=[family(w).hf_class(w)],
         hidden_size=v.embed_dim,
         num_hidden_layers=v.depth,
         num_attention_heads=v.num_heads,
@@ -394,82 +437,26 @@ def config_json(weights, mask_ratio=0.75, norm_pix_loss=True):
         patch_size=v.patch_size,
         num_channels=3,
         qkv_bias=True,
+        **({} if w.decoder is None else dict(mask_ratio=mask_ratio, norm_pix_loss=norm_pix_loss)),
     )
-    if _HF_KINDS[name] in ('vit', 'beit'):
-        config.update(model_type='vit', intermediate_size=int(v.embed_dim * v.mlp_ratio))
-    else:
-        config.update(mlp_ratio=int(v.mlp_ratio), drop_path_rate=0.0)
-    if name == 'ViTMAEForPreTraining':
-        d = w.decoder
-        config.update(
-            model_type='vit_mae',
-            decoder_hidden_size=d.embed_dim,
-            decoder_num_hidden_layers=d.depth,
-            decoder_num_attention_heads=d.num_heads,
-            decoder_intermediate_size=int(d.embed_dim * d.mlp_ratio),
-            mask_ratio=mask_ratio,
-            norm_pix_loss=norm_pix_loss,
-        )
-    elif name == 'PixioModel':
-        config.update(model_type='pixio', n_cls_tokens=v.num_cls_tokens)
-    elif _HF_KINDS[name] == 'dinov2':
-        config.update(
-            model_type='dinov2',
-            layerscale_value=float(v.layer_scale),
-            use_swiglu_ffn=v.ffn == 'swiglu',
-            use_mask_token=v.mask_token,
-        )
-    elif _HF_KINDS[name] == 'beit':
-        config.update(beit.hf_config(w))
-        del config['qkv_bias']
-    if name == 'Dinov2WithRegistersModel':
-        config.update(model_type='dinov2_with_registers', num_register_tokens=v.num_register_tokens)
-        del config['use_mask_token']  # it always has one
-    return config
+    config |= family(w).hf_config(w)
+    return {k: x for k, x in config.items() if x is not None}
 
 
 def _timm_config(w):
     """config.json that timm reads from a folder or the hub."""
-    v = w.vit
-    widths = (v.embed_dim, v.depth, v.num_heads)
-    named = [TIMM_SIZES[s] for s in TIMM_SIZES if vit_lib.SIZES[s] == widths]
-    args = dict(
-        img_size=v.img_size,
-        patch_size=v.patch_size,
-        embed_dim=v.embed_dim,
-        depth=v.depth,
-        num_heads=v.num_heads,
-        mlp_ratio=v.mlp_ratio,
-    )
-    if w.family == 'dinov2':
-        size = 'giant' if v.ffn == 'swiglu' else named[0] if named else 'base'
-        registers = '_reg4' if v.num_register_tokens else ''
-        architecture = f'vit_{size}_patch14{registers}_dinov2'
-    else:
-        architecture = 'vit_base_patch16_224'
-        for size in named:
-            patch = 14 if size in ('huge', 'giant') else 16
-            architecture = f'vit_{size}_patch{patch}_224'
-    if w.family == 'beit':
-        architecture = f'beit_{"large" if named == ["large"] else "base"}_patch16_224'
-        args.update(beit.timm_args(v))
-    if v.layer_scale is not None:
-        args['init_values'] = v.layer_scale
-    if v.num_register_tokens:
-        args.update(reg_tokens=v.num_register_tokens, no_embed_class=True)
-    if v.ffn == 'swiglu':
-        both = 2 * blocks.swiglu_hidden(v.embed_dim, v.mlp_ratio)
-        args['mlp_ratio'] = sizes.mlp_ratio(both, v.embed_dim, 'mlp')
+    architecture, args = family(w).timm_model(w)
+    size = [3, w.vit.img_size, w.vit.img_size]
     return dict(
         architecture=architecture,
         num_classes=0,
-        num_features=v.embed_dim,
+        num_features=w.vit.embed_dim,
         global_pool=args.get('global_pool', 'token'),
         model_args=args,
         pretrained_cfg=dict(
             tag='ssl_jax',
             custom_load=False,
-            input_size=[3, v.img_size, v.img_size],
+            input_size=size,
             fixed_input_size=True,
             interpolation='bicubic',
             crop_pct=1.0,

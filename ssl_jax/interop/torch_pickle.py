@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the `.pth` and `.pt` files of torch.save without torch, and without running their code.
+"""Reader of the `.pth` and `.pt` files of torch.save, without torch and without running their code.
 
 Such a file is a zip archive: a pickle, `data.pkl`, that says how the tensors nest, and one
-uncompressed member per storage. A pickle can name any function of Python and call it. Here it can
-name what is listed below and nothing else, so that there is nothing to run; the tensors stay in the
-file, mapped into memory, until they are asked for.
+uncompressed member per storage. A pickle can name any Python function and call it. Here it can name
+only what is listed below, so there is nothing to run. Tensors stay in the file, mapped into memory,
+until they are read.
 
-One reader for all files, with torch installed or not: the refusals and the numbers do not depend on
-what else is installed, and torch itself would refuse the official MAE files, whose training options
-are an argparse.Namespace.
+One reader for all files, with torch installed or not: errors and numbers do not depend on what else
+is installed, and torch itself refuses the official MAE files, whose training options are an
+argparse.Namespace.
 """
 
 import collections
@@ -16,56 +16,47 @@ import dataclasses
 import io
 import math
 import os
+import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-# The first bytes of what torch < 1.6 wrote, a row of bare pickles.
+# First bytes of files of torch before 1.6, a row of bare pickles.
 LEGACY = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.'
 
-STORAGES = {
-    'torch.BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
-    'torch.HalfStorage': np.dtype('<f2'),
-    'torch.FloatStorage': np.dtype('<f4'),
-    'torch.DoubleStorage': np.dtype('<f8'),
-    'torch.CharStorage': np.dtype('i1'),
-    'torch.ShortStorage': np.dtype('<i2'),
-    'torch.IntStorage': np.dtype('<i4'),
-    'torch.LongStorage': np.dtype('<i8'),
-    'torch.ByteStorage': np.dtype('u1'),
-    'torch.BoolStorage': np.dtype('?'),
+# Storage in torch, dtype in torch, dtype in safetensors: dtype in numpy, little-endian.
+DTYPES = {
+    ('BFloat16', 'bfloat16', 'BF16'): np.dtype(ml_dtypes.bfloat16),
+    ('Half', 'float16', 'F16'): np.dtype('<f2'),
+    ('Float', 'float32', 'F32'): np.dtype('<f4'),
+    ('Double', 'float64', 'F64'): np.dtype('<f8'),
+    ('Char', 'int8', 'I8'): np.dtype('i1'),
+    ('Short', 'int16', 'I16'): np.dtype('<i2'),
+    ('Int', 'int32', 'I32'): np.dtype('<i4'),
+    ('Long', 'int64', 'I64'): np.dtype('<i8'),
+    ('Byte', 'uint8', 'U8'): np.dtype('u1'),
+    ('Bool', 'bool', 'BOOL'): np.dtype('?'),
 }
-FLOATS = ('bfloat16', 'float16', 'float32', 'float64')
-DTYPES = tuple(f'torch.{n}' for n in (*FLOATS, 'int8', 'int16', 'int32', 'int64', 'uint8', 'bool'))
-# What training scripts leave beside the weights; it is read as an object that holds nothing.
+STORAGES = {f'torch.{name}Storage': dtype for (name, _, _), dtype in DTYPES.items()}
+# What training scripts save beside the weights; read as an object that holds nothing.
 IGNORED = (
-    'argparse.Namespace',
-    'types.SimpleNamespace',
-    'collections.Counter',
-    'collections.defaultdict',
-    'pathlib.PosixPath',
-    'pathlib.PurePosixPath',
-    'pathlib.WindowsPath',
-    'yacs.config.CfgNode',
-    'numpy.dtype',
-    'numpy.core.multiarray.scalar',
-    'numpy._core.multiarray.scalar',
-    '_codecs.encode',
-    '__builtin__.set',
-    'builtins.set',
-    'torch.Size',
-    'torch.device',
+    *('argparse.Namespace', 'types.SimpleNamespace', 'yacs.config.CfgNode'),
+    *('collections.Counter', 'collections.defaultdict', '__builtin__.set', 'builtins.set'),
+    *('pathlib.PosixPath', 'pathlib.PurePosixPath', 'pathlib.WindowsPath'),
+    *('numpy.dtype', 'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar'),
+    *('torch.Size', 'torch.device', '_codecs.encode'),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor that is still in its file: shape, dtype there, and the function that reads it."""
+    """A tensor in its file: shape, dtype in the file, function that reads it."""
 
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
@@ -74,8 +65,8 @@ class Refused(ValueError):
     """The file asks for more than tensors."""
 
 
-def load(path):
-    """What torch.save wrote to `path`: nested dicts and lists, tensors as `Stored`.
+def load(path: pathlib.Path) -> Any:
+    """Content of a file of torch.save: nested dicts and lists, tensors as `Stored`.
 
     Raises:
       ValueError: the file is damaged, of the format before torch 1.6, or not weights alone.
@@ -132,49 +123,17 @@ def _members(path):
 
 
 def _map(path, start, size):
-    """Bytes of a file as an array that is read when it is used."""
-    if not size:
-        return np.empty(0, np.uint8)
-    return np.memmap(path, np.uint8, 'r', start, (size,))
-
-
-def mapped(path, start, shape, dtype, offset=0, stride=None):
-    """`Stored` of numbers that lie in a file as they are.
-
-    Args:
-      path: the file.  start: byte where the numbers begin.
-      shape, dtype: of the tensor.
-      offset, stride: its first element and its steps, counted in elements; default the contiguous
-        tensor at `start`.
-    """
-
-    def read():
-        if stride is None:
-            return _map(path, start, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-        if not math.prod(shape):
-            return np.empty(shape, dtype)
-        last = offset + sum((n - 1) * s for n, s in zip(shape, stride))
-        flat = _map(path, start, (last + 1) * dtype.itemsize).view(dtype)[offset:]
-        steps = [s * dtype.itemsize for s in stride]
-        return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
-
-    return Stored(tuple(shape), dtype, read)
+    """Bytes of a file, read when they are used."""
+    return np.memmap(path, np.uint8, 'r', start, (size,)) if size else np.empty(0, np.uint8)
 
 
 def _unpickle(path, root, members):
-    # Made anew for each file: what a pickle does to the attributes of these ends with its reading.
+    # New classes for each file: what a pickle does to their attributes ends with its reading.
     class Ignored:
         def __init__(self, *args, **kwargs):
             pass
 
-        def __setstate__(self, state):
-            pass
-
-        def __setitem__(self, key, value):
-            pass
-
-        def extend(self, items):
-            pass
+        __setstate__ = __setitem__ = extend = __init__
 
     @dataclasses.dataclass(frozen=True)
     class Storage:
@@ -185,13 +144,20 @@ def _unpickle(path, root, members):
     def rebuild_tensor(storage, offset, shape, stride, *ignored):
         if not isinstance(storage, Storage):
             raise TypeError('a tensor without a storage')
-        shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
+        dtype, shape, stride = storage.dtype, tuple(map(int, shape)), tuple(map(int, stride))
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        whole = all(x >= 0 for x in (offset, *shape, *stride))
-        if not whole or (math.prod(shape) and last >= storage.count):
+        positive = all(x >= 0 for x in (offset, *shape, *stride))
+        if not positive or (math.prod(shape) and last >= storage.count):
             raise ValueError(f'a tensor {shape} of a storage of {storage.count} numbers')
 
-        return mapped(path, storage.start, shape, storage.dtype, offset, stride)
+        def read():
+            if not math.prod(shape):
+                return np.empty(shape, dtype)
+            flat = _map(path, storage.start, (last + 1) * dtype.itemsize).view(dtype)[offset:]
+            steps = [s * dtype.itemsize for s in stride]
+            return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+
+        return Stored(shape, dtype, read)
 
     def rebuild_parameter(data, *ignored):
         return data
@@ -203,7 +169,7 @@ def _unpickle(path, root, members):
         'torch._utils._rebuild_parameter': rebuild_parameter,
         'torch._utils._rebuild_parameter_with_state': rebuild_parameter,
         **dict.fromkeys(IGNORED, Ignored),
-        **{name: name for name in (*STORAGES, *DTYPES)},
+        **{name: name for name in (*STORAGES, *(f'torch.{dtype}' for _, dtype, _ in DTYPES))},
     }
 
     class Unpickler(pickle.Unpickler):
@@ -226,5 +192,4 @@ def _unpickle(path, root, members):
                 raise ValueError(f'storage {key} has {size} bytes, {count} {dtype} are announced')
             return Storage(dtype, start, count)
 
-    start, size = members[f'{root}data.pkl']
-    return Unpickler(io.BytesIO(_map(path, start, size).tobytes())).load()
+    return Unpickler(io.BytesIO(_map(path, *members[f'{root}data.pkl']).tobytes())).load()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head self-attention, with gradients that start from the output and one number per row.
+"""Multi-head self-attention; backward starts from the output and one normalizer per query.
 
-The forms for CPU (in chunks that stay in its cache), TPU (kernels of `tpu_attention`) and all else
-are chosen when a program is lowered, see `ops.lowered`. `experiments/bench` has the timings.
+There is one form for CPU (in chunks that stay in cache), one for TPU (kernels in
+`tpu/attention.py`) and a default. The form is chosen at lowering, see `ops.lowered`. Timings are in
+`experiments/bench`.
 """
 
 import functools
@@ -16,35 +17,29 @@ from ssl_jax.kernels import ops
 from ssl_jax.kernels.segments import Segment, join, per_row, split, tokens_per_row
 from ssl_jax.kernels.tpu import attention as tpu_attention
 
-NAME = 'attention'  # of its output and normalizers, see `layers.REMAT`
-# Attention weights of so many bytes at a time stay in the cache of a CPU core's neighbourhood.
-CHUNK_BYTES = 4 << 20
+NAME = 'attention'  # checkpoint name of output and normalizers, see `models.blocks.REMAT`
+CHUNK_BYTES = 4 << 20  # attention weights of one chunk; they stay in the cache near a CPU core
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def attention(qkv, num_heads, segments):
-    """Multi-head self-attention of each image, ``softmax(q k^T / sqrt(d)) v``.
+def attention(qkv: jax.Array, num_heads: int, segments: tuple[Segment, ...]) -> jax.Array:
+    """Multi-head self-attention within each image, `softmax(q k^T / sqrt(d)) v`.
 
-    The softmax is computed in float32 whatever the dtype of the input. The (N, N) weights are not
-    kept for the backward pass; it computes them again from the logarithm of their normalizer.
+    The softmax is in float32 for any input dtype. The (N, N) weights are not kept for backward,
+    which recomputes them from the logarithm of their normalizer.
 
     Args:
-        qkv: (B * T, 3 * D) array, the tokens of image after image; the last axis holds all queries,
-            then all keys, then all values, each as ``num_heads`` heads of ``d = D / num_heads``
-            channels (torch's fused order).
-        num_heads: number of heads, a divisor of D.
-        segments: whose the T tokens of a row of the batch are, a `Segment` for one size of image
-            after the other.
+        qkv: (B * T, 3 * D) tokens. The last axis holds all queries, then all keys, then all values,
+            each as `num_heads` heads of `d = D / num_heads` channels (torch's fused order).
+        num_heads: a divisor of D.
+        segments: layout of the T tokens of a row, one `Segment` per image size.
 
     Returns:
-        (B * T, D) array of the dtype of ``qkv``, heads side by side.
-
-    Raises:
-        ValueError: the last axis is not divisible by ``3 * num_heads``.
+        (B * T, D) array in the dtype of `qkv`, heads concatenated.
 
     References:
-        Vaswani et al, `Attention is all you need <https://arxiv.org/abs/1706.03762>`_, 2017
-        Dao et al, `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022 (the backward pass)
+        Vaswani et al., Attention is all you need, arXiv 1706.03762
+        Dao et al., FlashAttention, arXiv 2205.14135 (the backward pass)
     """
     return _attention_forward(qkv, num_heads, segments)[0]
 
@@ -57,14 +52,16 @@ def _attention_forward(qkv, num_heads, segments):
         )
 
     def kernel(qkv):
-        # The kernel of the backward pass finds the normalizers itself.
-        batch = len(qkv) // tokens_per_row(segments)  # of one device
+        # The backward kernel recomputes the normalizers.
+        batch = len(qkv) // tokens_per_row(segments)  # rows of one device
         unused = tuple(jnp.zeros((batch * s.images, num_heads, s.tokens)) for s in segments)
         return _kernel_by_size(tpu_attention.attention, num_heads, segments, qkv), unused
 
     def by_image(run, qkv):
         forward = functools.partial(_forward, num_heads, None)
-        outs, log_totals = zip(*[run(forward, part) for part in _images(qkv, segments)])
+        outs, log_totals = zip(
+            *[run(forward, part) for part in _images(qkv, segments)], strict=True
+        )
         return _rows(outs, segments), log_totals
 
     out, log_totals = _by_platform(by_image, kernel, num_heads, segments, qkv)
@@ -73,11 +70,11 @@ def _attention_forward(qkv, num_heads, segments):
 
 
 def _kernel_by_size(kernel, num_heads, segments, *args):
-    """kernel(*args, num_heads, segments); where it does not take them at once, size by size."""
+    """kernel(*args, num_heads, segments), in one call if the kernel allows it, else per size."""
     if tpu_attention.takes(args[0], num_heads, segments):
         return kernel(*args, num_heads, segments)
     parts = []
-    for images in zip(*[_images(x, segments) for x in args]):
+    for images in zip(*[_images(x, segments) for x in args], strict=True):
         batch, tokens, _ = images[0].shape
         rows = [x.reshape(batch * tokens, -1) for x in images]
         parts.append(kernel(*rows, num_heads, (Segment(1, tokens),)).reshape(batch, tokens, -1))
@@ -85,13 +82,13 @@ def _kernel_by_size(kernel, num_heads, segments, *args):
 
 
 def _images(x, segments):
-    """(B * T, D) -> the images of each size, (B * n, N, D)."""
+    """(B * T, D) -> one (B * n, N, D) per image size."""
     return [part.reshape(-1, *part.shape[2:]) for part in split(per_row(x, segments), segments)]
 
 
 def _rows(parts, segments):
     """Inverse of `_images`."""
-    images = [x.reshape(-1, s.images, *x.shape[1:]) for x, s in zip(parts, segments)]
+    images = [x.reshape(-1, s.images, *x.shape[1:]) for x, s in zip(parts, segments, strict=True)]
     x = join(images, segments)
     return x.reshape(-1, x.shape[-1])
 
@@ -106,7 +103,7 @@ def _attention_backward(num_heads, segments, residuals, grad):
 
     def by_image(run, qkv, out, log_totals, grad):
         qkv, out, grad = (_images(x, segments) for x in (qkv, out, grad))
-        parts = [run(backward, *args) for args in zip(qkv, out, log_totals, grad)]
+        parts = [run(backward, *args) for args in zip(qkv, out, log_totals, grad, strict=True)]
         return _rows(parts, segments)
 
     return (_by_platform(by_image, kernel, num_heads, segments, *residuals, grad),)
@@ -116,16 +113,11 @@ attention.defvjp(_attention_forward, _attention_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def biased_attention(qkv, bias, num_heads):
-    """`attention` with something added to its logits, ``softmax(q k^T / sqrt(d) + bias) v``.
+def biased_attention(qkv: jax.Array, bias: jax.Array, num_heads: int) -> jax.Array:
+    """`attention` with a bias on the logits, `softmax(q k^T / sqrt(d) + bias) v`.
 
-    Args:
-        qkv: (B, N, 3 * D) array.
-        bias: (H, N, N) float32 array, of query and key, the same for all samples.
-        num_heads: H.
-
-    Returns:
-        (B, N, D) array of the dtype of ``qkv``.
+    qkv is (B, N, 3 * D), the result (B, N, D); bias (H, N, N) float32 over (head, query, key) is
+    shared by all samples.
     """
     return _forward(num_heads, bias, qkv)[0]
 
@@ -147,7 +139,7 @@ _FLOAT32 = dict(preferred_element_type=jnp.float32)
 
 
 def _forward(num_heads, bias, qkv):
-    """Output (b, N, D) and the logarithm of the normalizers (b, H, N)."""
+    """Output (b, N, D) and log normalizers (b, H, N)."""
     q, k, v = _heads(qkv, num_heads)
     logits = _logits(q, k, bias)  # (b, H, N, N)
     top = logits.max(axis=-1, keepdims=True)
@@ -158,10 +150,10 @@ def _forward(num_heads, bias, qkv):
 
 
 def _backward(num_heads, bias, qkv, out, log_total, grad):
-    """Gradients of qkv and, in float32, of the logits (b, H, N, N)."""
+    """Gradient of qkv, and gradient of the logits (b, H, N, N) in float32."""
     q, k, v = _heads(qkv, num_heads)
     dtype, scale = qkv.dtype, q.shape[-1] ** -0.5
-    # The sum over keys of weight * d(weight), by way of the output.
+    # The sum over keys of weight * d(weight), computed from the output.
     inner = (out.astype(jnp.float32) * grad).reshape(*out.shape[:2], num_heads, -1).sum(axis=-1)
     grad = _heads(grad, num_heads, parts=1)[0]
     weights = jnp.exp(_logits(q, k, bias) - log_total[..., None])
@@ -192,15 +184,16 @@ def _logits(q, k, bias):
 
 
 def _by_platform(by_image, kernel, num_heads, segments, *args):
-    """The form that suits the platform the program is lowered for, of arrays of rows.
+    """Runs the form for the platform the program is lowered for.
 
-    On TPU ``kernel(*args)``, on each device for its own images. Else ``by_image(run, *args)``, that
-    calls ``run(fn, *images)`` for ``fn(*images)``: on one CPU this goes in chunks.
+    `by_image(run, *args)` evaluates `fn(*images)` as `run(fn, *images)`; on a single CPU device
+    `run` goes over chunks of images. `kernel(*args)` is for TPU; each device runs it on its part of
+    the batch. `args` are arrays (B * T, ...), or tuples with one array per segment.
     """
     batch = len(args[0]) // tokens_per_row(segments)
     default = functools.partial(by_image, lambda fn, *images: fn(*images))
     forms = {}
-    # A loop over samples that several devices hold between them would gather the batch.
+    # A loop over samples that are split over devices would gather the batch.
     in_chunks = any(_chunk(num_heads, s.tokens) < batch * s.images for s in segments)
     if in_chunks and sharding.num_devices() == 1:
         forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
@@ -210,21 +203,21 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
 
 
 def _chunk(num_heads, tokens):
-    """How many images have attention weights that fit into the cache."""
+    """Number of images whose attention weights fit into CHUNK_BYTES."""
     return max(1, CHUNK_BYTES // (4 * num_heads * tokens**2))
 
 
 def _map_chunks(num_heads, fn, *args):
-    """fn over chunks of images; a last, shorter chunk goes by itself."""
+    """fn over chunks of images; a shorter last chunk is computed separately."""
     batch, tokens, _ = args[0].shape
     chunk = _chunk(num_heads, tokens)
     if chunk >= batch:
         return fn(*args)
-    whole = batch // chunk
-    head = [x[: whole * chunk].reshape(whole, chunk, *x.shape[1:]) for x in args]
-    out = jax.lax.map(lambda xs: fn(*xs), head)
-    out = jax.tree.map(lambda y: y.reshape(whole * chunk, *y.shape[2:]), out)
+    num_chunks = batch // chunk
+    chunks = [x[: num_chunks * chunk].reshape(num_chunks, chunk, *x.shape[1:]) for x in args]
+    out = jax.lax.map(lambda xs: fn(*xs), chunks)
+    out = jax.tree.map(lambda y: y.reshape(num_chunks * chunk, *y.shape[2:]), out)
     if batch % chunk:
-        last = fn(*[x[whole * chunk :] for x in args])
+        last = fn(*[x[num_chunks * chunk :] for x in args])
         out = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), out, last)
     return out

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense layers, GELU and LayerNorm of the networks, with gradients made for speed.
+"""Dense layers, GELU and LayerNorm with hand-written gradients.
 
 Automatic differentiation keeps every intermediate of a norm or a GELU for the backward pass. On
-CPU, memory that is written once and read once costs more than computing its content again (the
-kernel zeroes fresh pages, and no cache holds them), so each function here keeps its inputs and a
-few numbers per row, and the backward pass starts from those. `experiments/bench` has the timings.
+CPU, writing an array once and reading it once costs more than recomputing it (the kernel zeroes
+fresh pages, and no cache holds them). Each function here therefore keeps only its inputs and a few
+numbers per row. Timings are in `experiments/bench`.
 
-The choice between a form for CPU and one for accelerators is made when a program is lowered, not by
-the backend of the process: programs for TPU are also compiled on machines that have none.
+The form for a platform is chosen at lowering, not by the backend of the process: programs for TPU
+are also compiled on machines without one.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,11 @@ from ssl_jax.kernels.tpu import rows as tpu_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def keep(x, name):
-    """x, of which `layers.REMAT` may say by this name that it is kept for the backward pass.
+def keep(x: jax.Array, name: str) -> jax.Array:
+    """Names x as a residual that a policy in `models.blocks.REMAT` may keep for backward.
 
-    It is kept as whole numbers of the same bits: floats that are kept and used besides JAX rounds
-    to their own precision, which is nothing but a copy, and costs as much where no kernel of XLA's
-    is there to do it in passing.
+    The named value holds the bits of x as unsigned integers. JAX rounds a float that is both kept
+    and used to its own precision; that is a copy, and a costly one unless XLA fuses it.
     """
     return _keep_forward(x, name)[0]
 
@@ -39,33 +39,15 @@ def _keep_forward(x, name):
 keep.defvjp(_keep_forward, lambda name, _, grad: (grad,))
 
 
-def lowered(forms, default, *args):
-    """forms[platform](*args) where there is one for the platform that a program is lowered for."""
+def lowered(forms: dict[str, Callable], default: Callable, *args):
+    """Calls forms[platform], or `default`, with `args` for the platform of the lowering."""
     return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
 
 
 @jax.custom_vjp
-def dense(x, kernel, bias):
-    """``x kernel + bias``.
-
-    Args:
-        x: (..., K) array.
-        kernel: (K, M) array of the dtype of ``x``.
-        bias: (M,) array of the dtype of ``x``.
-
-    Returns:
-        (..., M) array of the dtype of ``x``.
-    """
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x kernel + bias` for x (..., K), kernel (K, M) and bias (M,) of one dtype."""
     return x @ kernel + bias
-
-
-def _dense_forward(x, kernel, bias):
-    return x @ kernel + bias, (x, kernel)
-
-
-def _dense_backward(residuals, grad):
-    x, kernel = residuals
-    return _dense_gradients(x, kernel, grad)
 
 
 def _dense_gradients(x, kernel, grad):
@@ -75,44 +57,48 @@ def _dense_gradients(x, kernel, grad):
 
 
 def _sum_of_stored_rows(x):
-    """`sum_rows` of an array that is in memory anyway: by a kernel on TPU."""
+    """`sum_rows` of an array that is in memory anyway; on TPU with a kernel."""
 
     def kernel(x):
         return sharding.per_device(tpu_rows.sum_rows, 1)(x).sum(axis=0).astype(x.dtype)
 
-    return lowered({'tpu': kernel} if _kernels_take(x) else {}, sum_rows, x)
+    return lowered(_if_fits(kernel, x), sum_rows, x)
 
 
-def _kernels_take(x):
-    """Whether the TPU kernels for rows take x as the current mesh splits it."""
+def _if_fits(kernel, x):
+    """{'tpu': kernel} if the kernels of `tpu.rows` support x as the current mesh splits it."""
     rows = (x.shape[0] // sharding.num_devices(), *x.shape[1:])
-    return sharding.only_rows(x.shape[0]) and tpu_rows.rows_fit(rows)
+    fits = sharding.only_rows(x.shape[0]) and tpu_rows.rows_fit(rows)
+    return {'tpu': kernel} if fits else {}
 
 
 def _transposed_product(a, b):
     """a^T b for (R, K) and (R, M), the gradient of a dense layer's kernel.
 
-    XLA on CPU is fastest on products whose left factor has the summed axis last. Transposing the
-    narrower factor by itself takes less than what the other forms lose; the barriers keep XLA from
-    folding the transposes back into the product.
+    XLA on CPU is fastest if the left factor has the contracted axis last. Transposing the narrower
+    factor costs less than the slower product. The barriers keep XLA from folding the transposes
+    back into the product.
     """
 
     def narrow_first(a, b):
-        apart = jax.lax.optimization_barrier
+        barrier = jax.lax.optimization_barrier
         if a.shape[1] <= b.shape[1]:
-            return apart(a.T) @ b
-        return apart(apart(b.T) @ a).T
+            return barrier(a.T) @ b
+        return barrier(barrier(b.T) @ a).T
 
     return jax.lax.platform_dependent(a, b, cpu=narrow_first, default=lambda a, b: a.T @ b)
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+dense.defvjp(
+    lambda x, kernel, bias: (x @ kernel + bias, (x, kernel)),
+    lambda residuals, grad: _dense_gradients(*residuals, grad),
+)
 
 
-def sum_rows(x):
-    """(..., M) -> (M,), accumulated in float32.
+def sum_rows(x: jax.Array) -> jax.Array:
+    """Sums over all but the last axis, (..., M) -> (M,), accumulated in float32.
 
-    XLA on CPU adds up a leading axis about ten times slower than a matrix product does.
+    On CPU this is a matrix product: XLA reduces a leading axis about ten times slower.
     """
     x = x.reshape(-1, x.shape[-1])
 
@@ -127,25 +113,16 @@ def sum_rows(x):
 
 
 @jax.custom_vjp
-def gelu(x):
-    """Exact GELU, ``x * Phi(x)`` with the normal distribution function Phi (erf, not tanh).
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, `x * Phi(x)` with the normal distribution function Phi (erf, not tanh).
 
-    Args:
-        x: array of any shape.
-
-    Returns:
-        Array of the shape and dtype of ``x``; computed in float32.
+    Computed in float32; the result has the dtype of `x`.
 
     References:
-        Hendrycks and Gimpel, `Gaussian error linear units <https://arxiv.org/abs/1606.08415>`_,
-        2016
+        Hendrycks and Gimpel, Gaussian error linear units, arXiv 1606.08415
     """
     y = x.astype(jnp.float32)
     return (y * _normal_cdf(y)).astype(x.dtype)
-
-
-def _gelu_forward(x):
-    return gelu(x), x
 
 
 def _gelu_backward(x, grad):
@@ -158,26 +135,13 @@ def _normal_cdf(x):
     return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 @jax.custom_vjp
-def gelu_dense(x, kernel, bias):
-    """``dense(gelu(x), kernel, bias)``, for which only ``x`` is kept, not the activations.
-
-    Args:
-        x: (..., K) array.
-        kernel: (K, M) array of the dtype of ``x``.
-        bias: (M,) array of the dtype of ``x``.
-
-    Returns:
-        (..., M) array of the dtype of ``x``.
-    """
+def gelu_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`dense(gelu(x), kernel, bias)`; backward recomputes the activations from `x`."""
     return gelu(x) @ kernel + bias
-
-
-def _gelu_dense_forward(x, kernel, bias):
-    return gelu_dense(x, kernel, bias), (x, kernel)
 
 
 def _gelu_dense_backward(residuals, grad):
@@ -186,33 +150,26 @@ def _gelu_dense_backward(residuals, grad):
     return (*_gelu_backward(x, d_gelu), d_kernel, d_bias)
 
 
-gelu_dense.defvjp(_gelu_dense_forward, _gelu_dense_backward)
+gelu_dense.defvjp(
+    lambda x, kernel, bias: (gelu_dense(x, kernel, bias), (x, kernel)), _gelu_dense_backward
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x, scale, bias, eps=1e-6):
-    """``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis.
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """`(x - mean) / sqrt(var + eps) * scale + bias` for x (..., D), scale and bias (D,).
 
-    Statistics are in float32 and the variance is the mean of squared deviations, not
-    ``E[x^2] - E[x]^2``, which loses digits where the mean is large.
-
-    Args:
-        x: (..., D) array.
-        scale: (D,) array.
-        bias: (D,) array.
-        eps: added to the variance.
-
-    Returns:
-        Array of the shape and dtype of ``x``.
+    Statistics are in float32, the result has the dtype of `x`. The variance is the mean squared
+    deviation; `E[x^2] - E[x]^2` loses digits where the mean is large.
     """
     return _layer_norm_forward(x, scale, bias, eps)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm_and_input(x, scale, bias, eps=1e-6):
-    """``(layer_norm(x, ...), x)``: for a residual branch and what it is added to.
+def layer_norm_and_input(x, scale, bias, eps: float = 1e-6) -> tuple[jax.Array, jax.Array]:
+    """`(layer_norm(x, ...), x)`, the inputs of a residual branch and of its sum.
 
-    The gradients of both then come together in one pass over the array.
+    One pass over the array then sums the gradients of both.
     """
     return _layer_norm_forward(x, scale, bias, eps)[0], x
 
@@ -229,16 +186,15 @@ def _layer_norm_forward(x, scale, bias, eps):
     def kernel(x, scale, bias):
         norm = functools.partial(tpu_rows.layer_norm, eps=eps)
         y = sharding.per_device(norm, 1, 2)(x, scale[None], bias[None])
-        unused = jnp.zeros(x.shape[:-1])  # the kernel of the backward pass finds them itself
+        unused = jnp.zeros(x.shape[:-1])  # the backward kernel recomputes the statistics
         return y, unused, unused
 
-    forms = {'tpu': kernel} if _kernels_take(x) else {}
-    y, mean, inverse = lowered(forms, plain, x, scale, bias)
+    y, mean, inverse = lowered(_if_fits(kernel, x), plain, x, scale, bias)
     return y, (x, scale, bias, mean, inverse)
 
 
 def _layer_norm_backward(eps, residuals, grad, *other):
-    """`other`: a gradient that x gets from elsewhere too, or nothing."""
+    """Gradients of x, scale and bias; `other`: further gradients of x, added to the first."""
 
     def plain(scale, mean, inverse, x, grad, *other):
         mean, inverse = mean[..., None], inverse[..., None]
@@ -262,8 +218,8 @@ def _layer_norm_backward(eps, residuals, grad, *other):
         return d_x, d_scale.sum(axis=0), d_bias.sum(axis=0)
 
     x, scale, bias, mean, inverse = residuals
-    forms = {'tpu': kernel} if _kernels_take(x) else {}
-    d_x, d_scale, d_bias = lowered(forms, plain, scale, mean, inverse, x, grad, *other)
+    args = scale, mean, inverse, x, grad, *other
+    d_x, d_scale, d_bias = lowered(_if_fits(kernel, x), plain, *args)
     return d_x, d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
@@ -272,9 +228,8 @@ def _layer_norm_and_input_forward(x, scale, bias, eps):
     return (y, x), residuals
 
 
-def _layer_norm_and_input_backward(eps, residuals, grads):
-    return _layer_norm_backward(eps, residuals, *grads)
-
-
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-layer_norm_and_input.defvjp(_layer_norm_and_input_forward, _layer_norm_and_input_backward)
+layer_norm_and_input.defvjp(
+    _layer_norm_and_input_forward,
+    lambda eps, residuals, grads: _layer_norm_backward(eps, residuals, *grads),
+)

@@ -1,114 +1,264 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DINOv2, and as configurations of it iBOT and DINO: a student learns from its own average.
+"""DINOv2, and its configurations iBOT and DINO: a student learns from its own moving average.
 
 The teacher, a moving average of the student, sees two global crops; the student sees the same crops
-with masked patches and several local crops.  DINO: class tokens of different crops agree.  iBOT:
-the student's masked patches agree with the teacher's.  KoLeo: class tokens keep apart.
+with masked patches and several local crops. DINO: class tokens of different crops agree. iBOT: the
+student's masked patches agree with the teacher's. KoLeo: class tokens spread out.
 
-What differs from the official code:
-- Crops are stored by sample, (B, crops, H, W, 3), so that nothing crosses devices; means do not
-  care.  Global and local crops share the dense layers in one pass, see `models.vit`.
-- What an official GPU does with its own batch (mask ratios drawn from a grid, the fixed share of
-  images that stochastic depth skips, the buffer of masked patches) happens in groups of
-  `group_size` samples.  Groups belong to the recipe, so results do not depend on the devices.
-- Centres and Sinkhorn are over the global batch, the patch centre over all its masked patches (the
-  official code averages the devices' means); KoLeo is over the global batch, or per group.
-- Everything after the backbone is float32.
+Differences from the official code:
+- Crops are stored per sample, (B, crops, H, W, 3), so that none moves between devices. Global and
+  local crops share the dense layers in one pass, see `models.vit`.
+- Mask ratios drawn from a grid, the fixed share of images skipped by stochastic depth and the
+  buffer of masked patches are per group of `group_size` samples, where the official code has them
+  per GPU. Results therefore do not depend on the devices.
+- Centres, Sinkhorn-Knopp and KoLeo use the global batch, the patch centre all masked patches (the
+  official code averages the means of the GPUs).
+- All layers after the backbone are float32.
 
-Reference: DINOv2, arXiv 2304.07193, `train/ssl_meta_arch.py`; iBOT, arXiv 2111.07832; DINO, arXiv
-2104.14294.
+References:
+  DINOv2, arXiv 2304.07193, `train/ssl_meta_arch.py`; iBOT, arXiv 2111.07832; DINO, arXiv
+  2104.14294.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import optim
-from ssl_jax.augment import photometry as augment
-from ssl_jax.data import view as view_lib
-from ssl_jax.evals import monitors
+from ssl_jax import fields, optim
+from ssl_jax.augment import photometry
+from ssl_jax.data import host
+from ssl_jax.methods import base
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import heads
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.objectives import losses, masking
+from ssl_jax.objectives import collapse, losses, masking
+from ssl_jax.run import clock as clock_lib
+
+JITTER = ('brightness', 'contrast', 'saturation', 'hue', 'jitter_prob', 'grey_prob')
+PARAMS = {'encoder': 'backbone'}  # name of a network -> its key in `params`, where they differ
+CENTERS = {'class': 'dino_center', 'patch': 'ibot_center'}  # keys in `extra`
 
 
 @dataclasses.dataclass(frozen=True)
-class DINOv2:
-    """The method; see `ssl_jax.methods` for the contract and `config_dinov2` for the fields."""
+class DINOv2(base.Method):
+    """DINOv2; the defaults are those of its large runs."""
 
-    vit: vit_lib.ViT
-    dino_head: heads.DINOHead
-    ibot_head: heads.DINOHead | None  # None: patches share the class tokens' head
-    teacher_temp: Callable  # functions of the step
-    patch_teacher_temp: Callable
-    ema_rate: Callable  # 1 - momentum of the teacher: keeps its precision near momentum 1
-    warmup_steps: int = 0  # before which no collapse is suspected
-    teacher_vit: vit_lib.ViT | None = None  # None: the student's
-    local_size: int = 96
-    n_local_crops: int = 8
-    group_size: int = 64
-    subset_drop: bool = True
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
-    koleo_per_group: bool = False
-    centering: str = 'sinkhorn_knopp'
-    center_momentum: float = 0.9
-    student_temp: float = 0.1
-    mask_sampler: str = 'dinov2'
-    mask_probability: float = 0.5
-    mask_ratio_min_max: tuple = (0.1, 0.5)
-    global_crops_scale: tuple = (0.32, 1.0)
+    removed = {'crop_ratio': (3 / 4, 4 / 3), 'koleo_per_group': False}
+
+    ffn: Literal['mlp', 'swiglu'] = 'mlp'
+    layer_scale: float | None = 1e-5  # initial factor of each residual branch; None: none
+    num_register_tokens: Annotated[int, fields.Range(0, 64)] = 0
+    # Resizing of positions to other image sizes; 'antialias' for models with registers.
+    pos_resize: Literal['bicubic', 'offset', 'antialias'] = 'offset'
+    # Stochastic depth: skips a fixed share of each group, or each image at random.
+    drop_path_mode: Literal['subset', 'image'] = 'subset'
+    drop_path_uniform: bool = True  # same rate in all blocks; False: linear from 0
+
+    n_local_crops: Annotated[int, fields.Range(0, 64)] = 8
+    local_size: int | None = 96  # pixels, side of a local crop; img_size is that of a global crop
+    global_crops_scale: tuple = (0.32, 1.0)  # RandomResizedCrop: fraction of the image's area
     local_crops_scale: tuple = (0.05, 0.32)
-    crop_ratio: tuple = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    photometry: tuple = ()  # ((name, value), ...) for augment.photometric, the same for all crops
-    blur: tuple = (0.0, 0.9, 0.5)  # probabilities for global crop 1, global crop 2, local crops
-    solarize: tuple = (0.0, 0.2, 0.0)
+    flip: fields.Probability = 0.5  # probability of a horizontal flip
+    brightness: float = 0.4  # colour jitter, largest changes as torchvision's ColorJitter has them
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_prob: fields.Probability = 0.8  # probability of any jitter
+    grey_prob: fields.Probability = 0.2
+    blur: Literal['released', 'intended', 'none'] = 'released'  # probabilities, photometry.BLUR
+    solarize: tuple = (0.0, 0.2, 0.0)  # probability for global crop 1, global crop 2, local crops
+
+    group_size: int | None = 64  # samples that share mask ratios, patch buffer, dropped images
+    mask_sampler: Literal['dinov2', 'ibot'] = 'dinov2'  # ratios from a grid, or drawn per image
+    mask_probability: fields.Probability = 0.5  # share of global crops with masked patches
+    mask_ratio_min_max: tuple = (0.1, 0.5)  # share of masked patches in such a crop
+
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0  # 0: no masks, no patch loss (DINO)
+    koleo_weight: float = 0.1
+    separate_heads: bool = True  # False: patches go through the class tokens' head
+    dino_out_dim: int | None = 65536  # prototypes
+    dino_bottleneck_dim: int = 256  # channels before the prototypes
+    ibot_out_dim: int | None = 65536  # of the patch head; unused without separate heads
+    ibot_bottleneck_dim: int = 256
+    head_hidden_dim: int = 2048
+    head_num_layers: int = 3
+
+    # 'none' demonstrates a collapse.
+    centering: Literal['sinkhorn_knopp', 'centering', 'none'] = 'sinkhorn_knopp'
+    center_momentum: fields.Probability = 0.9
+    student_temp: Annotated[float, fields.Range(1e-4, 100.0)] = 0.1
+    # Teacher temperatures: the first at the start, then linear to the other two in the warm-up.
+    warmup_teacher_temp: Annotated[float, fields.Range(1e-4, 100.0)] = 0.04
+    teacher_temp: Annotated[float, fields.Range(1e-4, 100.0)] = 0.07
+    patch_teacher_temp: Annotated[float, fields.Range(1e-4, 100.0)] = 0.07
+    warmup_teacher_temp_steps: int | None = None
+    warmup_teacher_temp_epochs: float | None = None
+    warmup_teacher_temp_examples: int | None = None
+    # Momentum of the moving average, half a cosine from the first to the second.
+    momentum_teacher: fields.Probability = 0.992
+    final_momentum_teacher: fields.Probability = 1.0
+
+    def check(self, run):
+        yield from super().check(run)
+        batch, group = run.batch_size // run.accum_steps, self.group_size
+        yield from base.interval(self, 'global_crops_scale')
+        yield from base.interval(self, 'local_crops_scale')
+        if self.n_local_crops and (self.local_size is None or self.local_size % self.patch_size):
+            near = base.near_multiple(self.local_size or 96, self.patch_size)
+            yield (
+                f'method.local_size={self.local_size} is not a multiple of method.patch_size='
+                f'{self.patch_size}: use local_size={near}.'
+            )
+        if not group or group < 1 or (batch > group and batch % group):
+            yield (
+                f'a batch of {batch} (batch_size / accum_steps) does not consist of groups of '
+                f'method.group_size={group}: use {math.gcd(batch, max(group or 64, 1))}.'
+            )
+        for name in ('dino_out_dim', 'ibot_out_dim'):
+            if getattr(self, name) is None:
+                yield f'method.{name} is None: set it, such as {name}=65536.'
+        if self.drop_path and self.drop_path_mode == 'subset' and not self.drop_path_uniform:
+            yield (
+                "method.drop_path_mode='subset' leaves out equally many images in every block: set "
+                "method.drop_path_uniform=True, or drop_path_mode='image'."
+            )
+        low, high = self.mask_ratio_min_max
+        if not 0 <= low <= high <= 1:
+            pair = self.mask_ratio_min_max
+            yield f'method.mask_ratio_min_max={pair} must be fractions (low, high).'
+        if self.koleo_weight and batch < 2:
+            yield (
+                'method.koleo_weight needs at least 2 images among which it keeps apart: set it to '
+                '0.'
+            )
+        clock_lib.duration('warmup_teacher_temp', self)
 
     @property
-    def grid(self):
-        side = self.vit.img_size // self.vit.patch_size
-        return (side, side)
+    def min_images(self):
+        return 2 if self.koleo_weight else 1
+
+    def infer(self, facts, choose):
+        size, patch = self.infer_crop(facts, choose)
+        local = max(round(size * 3 / 7 / patch), 1) * patch
+        choose('local_size', local, f'three sevenths of {size}, in whole patches')
+        n = facts.num_images
+        count = 1024 if n < 20_000 else 8192 if n < 2_000_000 else 65_536
+        for name in ('dino_out_dim', 'ibot_out_dim'):
+            choose(name, count, f'prototypes for {n:,} images')
+        self.infer_encoder(facts, choose)
+        own = facts.per_device
+        choose('group_size', divisor(own, 64), f'of the {own} images of a device')
+
+    def warnings(self, batch_size, ways):
+        """Groups that the devices do not divide.
+
+        A group is one row of tokens. Rows that cannot be divided are exchanged between devices in
+        every block, which is many times slower.
+        """
+        groups, own = self.groups(batch_size), batch_size // ways
+        if groups % ways:
+            yield (
+                f'slow: groups of {batch_size // groups} images, {groups} in a batch, do not '
+                f'divide among {ways} devices, which then exchange all activations: use '
+                f'method.group_size={divisor(own, batch_size // groups)}.'
+            )
+
+    @functools.cached_property
+    def vit(self):
+        return self.encoder(
+            num_cls_tokens=1,
+            num_register_tokens=self.num_register_tokens,
+            pos_embed='learned',
+            pos_resize=self.pos_resize,
+            ffn=self.ffn,
+            layer_scale=self.layer_scale,
+            mask_token=True,
+            drop_path_uniform=self.drop_path_uniform,
+            init_scheme='dinov2',
+        )
+
+    @property
+    def teacher_vit(self):
+        """Encoder of the teacher; a larger one in `dinov2_distill`."""
+        return self.vit
+
+    @functools.cached_property
+    def dino_head(self):
+        """Head of class tokens."""
+        return self._head(self.dino_out_dim, self.dino_bottleneck_dim)
+
+    @functools.cached_property
+    def ibot_head(self):
+        """Head of patches; None if they share that of class tokens."""
+        if not self.separate_heads:
+            return None
+        return self._head(self.ibot_out_dim, self.ibot_bottleneck_dim)
+
+    def _head(self, out_dim, bottleneck_dim):
+        return heads.DINOHead(
+            out_dim,
+            bottleneck_dim=bottleneck_dim,
+            hidden_dim=self.head_hidden_dim,
+            num_layers=self.head_num_layers,
+            dtype=jnp.dtype(self.dtype),
+        )
+
+    @property
+    def temp_warmup(self):
+        """Steps of the warm-up of the teacher's temperatures."""
+        return self.clock.steps('warmup_teacher_temp', self, default=0)
+
+    def temps(self, step):
+        """Teacher temperatures of class and patch tokens at a step."""
+        start, warmup = self.warmup_teacher_temp, self.temp_warmup
+        ends = (self.teacher_temp, self.patch_teacher_temp)
+        return tuple(optim.linear(start, end, warmup)(step) for end in ends)
+
+    def ema_rate(self, step):
+        """1 - momentum of the teacher at a step, which is precise near momentum 1."""
+        start, end = 1 - self.momentum_teacher, 1 - self.final_momentum_teacher
+        return optim.cosine(start, end, self.clock.total)(step)
 
     def views(self):
-        common = dict(ratio=self.crop_ratio, interpolation='bicubic')
-        views = (
-            view_lib.View(
-                'global', self.vit.img_size, count=2, scale=self.global_crops_scale, **common
-            ),
-        )
+        views = (host.View('global', self.img_size, count=2, scale=self.global_crops_scale),)
         if self.n_local_crops:
             local = dict(count=self.n_local_crops, scale=self.local_crops_scale)
-            views += (view_lib.View('local', self.local_size, **local, **common),)
+            views += (host.View('local', self.local_size, **local),)
         return views
 
     def init(self, rng):
-        rngs = jax.random.split(rng, 3)
-        tokens = jnp.zeros((1, self.vit.embed_dim))
-        params = {
-            'backbone': vit_lib.init_params(self.vit, rngs[0]),
-            'dino_head': self.dino_head.init(rngs[1], tokens)['params'],
-        }
-        if self.ibot_head is not None:
-            params['ibot_head'] = self.ibot_head.init(rngs[2], tokens)['params']
+        params = self.init_network(rng, self.vit)
         extra = {'teacher': params}
         if self.centering == 'centering':
             extra['dino_center'] = jnp.zeros((1, self.dino_head.out_dim))
             extra['ibot_center'] = jnp.zeros((1, self._patch_head()[1].out_dim))
         return params, extra
 
+    def init_network(self, rng, vit):
+        """Fresh parameters of a backbone and the heads."""
+        rngs = jax.random.split(rng, 3)
+        tokens = jnp.zeros((1, vit.embed_dim))
+        params = {
+            'backbone': vit_lib.init_params(vit, rngs[0]),
+            'dino_head': self.dino_head.init(rngs[1], tokens)['params'],
+        }
+        if self.ibot_head is not None:
+            params['ibot_head'] = self.ibot_head.init(rngs[2], tokens)['params']
+        return params
+
     def _patch_head(self):
-        """(name in params, module) of the head that patches go through."""
+        """(key in params, module) of the head for patches."""
         if self.ibot_head is None:
             return 'dino_head', self.dino_head
         return 'ibot_head', self.ibot_head
 
     def groups(self, batch_size):
-        """How many groups of samples a batch of this size has."""
+        """Number of groups in a batch."""
         return max(batch_size // self.group_size, 1)
 
     def loss(self, params, extra, batch, rng, step):
@@ -116,11 +266,11 @@ class DINOv2:
         groups = self.groups(size)
         crop_rng, mask_rng, drop_rng = jax.random.split(rng, 3)
         global_crops, local_crops = self.augment(batch, crop_rng)
-        # A group is named by its first row, which no other micro-batch has.
+        # The id of a group is its first row, unique among micro-batches.
         group_ids = batch['row'].reshape(groups, -1)[:, 0]
         masks = None
         if self.ibot_weight:
-            masks = self.masks(augment.sample_keys(mask_rng, group_ids), 2 * size // groups)
+            masks = self.masks(photometry.sample_keys(mask_rng, group_ids), 2 * size // groups)
             masks = masks.reshape(size, 2, -1)
         return self.objective(
             params,
@@ -128,37 +278,39 @@ class DINOv2:
             global_crops,
             local_crops,
             masks,
-            temps=(self.teacher_temp(step), self.patch_teacher_temp(step)),
+            temps=self.temps(step),
             drop=self.stochastic_depth(drop_rng, batch['row'], group_ids),
         )
 
     def augment(self, batch, rng):
         """uint8 crops -> normalised float (B, 2, H, W, 3) and (B, V, h, w, 3) or None."""
+        strengths = {name: getattr(self, name) for name in JITTER}
 
         def view(name, rng, blur, solarize):
             crops = batch[name]
             size, count = crops.shape[:2]
             keys = jax.vmap(lambda k: jax.random.split(k, count))(
-                augment.sample_keys(rng, batch['row'])
+                photometry.sample_keys(rng, batch['row'])
             ).reshape(-1)
             flip_keys, color_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
             x = crops.reshape(-1, *crops.shape[2:])
-            x = augment.random_flip(flip_keys, x, self.flip)
-            x = augment.photometric(
+            x = photometry.random_flip(flip_keys, x, self.flip)
+            x = photometry.photometric(
                 color_keys,
                 x,
                 blur_prob=jnp.tile(jnp.asarray(blur), size) if any(blur) else 0.0,
                 solarize_prob=jnp.tile(jnp.asarray(solarize), size) if any(solarize) else 0.0,
-                **dict(self.photometry),
+                **strengths,
             )
-            return augment.normalize(x).reshape(crops.shape)
+            return photometry.normalize(x).reshape(crops.shape)
 
         global_rng, local_rng = jax.random.split(rng)
-        out = view('global', global_rng, self.blur[:2], self.solarize[:2])
+        blur = photometry.BLUR[self.blur]
+        out = view('global', global_rng, blur[:2], self.solarize[:2])
         if not self.n_local_crops:
             return out, None
         n = self.n_local_crops
-        return out, view('local', local_rng, self.blur[2:] * n, self.solarize[2:] * n)
+        return out, view('local', local_rng, blur[2:] * n, self.solarize[2:] * n)
 
     def masks(self, keys, num_crops):
         """bool (groups, num_crops, N): masked patches of the global crops, a key per group."""
@@ -172,7 +324,7 @@ class DINOv2:
         )
 
     def upper_bound(self, num_crops):
-        """Most patches that `masks` hides among so many crops."""
+        """Largest number of patches that `masks` hides in `num_crops` crops."""
         return masking.upper_bound(
             num_crops,
             self.grid,
@@ -182,16 +334,16 @@ class DINOv2:
         )
 
     def stochastic_depth(self, rng, rows, group_ids):
-        """What the blocks drop, see `layers.Block`; None where nothing is dropped."""
+        """Stochastic depth for `blocks.Block`; None if nothing is dropped."""
         vit, n = self.vit, self.n_local_crops
         if not vit.drop_path:
             return None
-        if self.subset_drop:
+        if self.drop_path_mode == 'subset':
             samples = len(rows) // len(group_ids)
             counts = [2 * samples] + ([n * samples] if n else [])
-            keys = augment.sample_keys(rng, group_ids)
+            keys = photometry.sample_keys(rng, group_ids)
             return blocks_lib.drop_path_subsets(keys, vit.depth, vit.drop_path, counts)
-        keys = augment.sample_keys(rng, rows)
+        keys = photometry.sample_keys(rng, rows)
         return blocks_lib.drop_path_keep(
             keys, vit.depth, vit.drop_path, vit.drop_path_uniform, 2 + n
         )
@@ -206,12 +358,11 @@ class DINOv2:
           masks: bool (B, 2, N), or None where iBOT's weight is 0.
           temps: teacher temperatures of class and patch tokens.
           drop: stochastic depth of the student, see `stochastic_depth`.
-          taken: the patches of iBOT's loss (masking.Masked), where they are not the masked ones.
+          taken: `masking.Masked`, patches of iBOT's loss if they are not those of `masks`.
 
         Returns:
-          loss, (extra with new centres, metrics).  The terms in the metrics are what is optimised,
-          weights included: they add up to the loss.  (The official log shows half of the iBOT and
-          KoLeo terms.)
+          loss, (extra with new centres, metrics). The terms in the metrics include their weights
+          and add up to the loss. (The official log shows half of the iBOT and KoLeo terms.)
         """
         size = global_crops.shape[0]
         groups = self.groups(size)
@@ -220,7 +371,7 @@ class DINOv2:
             taken = masking.masked_indices(masked, self.upper_bound(masked.shape[1]))
         targets, new_extra, stats = self.targets(extra, global_crops, taken, temps)
 
-        # Rows of the student: groups where whole images are left out, samples otherwise.
+        # Rows of the student: groups if stochastic depth skips whole images, else samples.
         rows = groups if isinstance(drop, tuple) else size
         crops = [global_crops] if local_crops is None else [global_crops, local_crops]
         outs = self.vit.apply(
@@ -249,8 +400,7 @@ class DINOv2:
                 targets['patch'], patch_logits, taken.weights, 2 * size, self.student_temp
             )
         if self.koleo_weight:
-            per = groups if self.koleo_per_group else 1
-            values = [losses.koleo(tokens[0][:, i], groups=per) for i in (0, 1)]
+            values = [losses.koleo(tokens[0][:, i]) for i in (0, 1)]
             terms['koleo'] = self.koleo_weight * sum(values)
         return sum(terms.values()), (new_extra, {**terms, **stats})
 
@@ -258,32 +408,31 @@ class DINOv2:
     def targets(self, extra, global_crops, taken, temps):
         """Teacher targets: dict of class (B, 2, K) and patch (G, M, K); extra with new centres."""
         teacher, size = extra['teacher'], global_crops.shape[0]
-        out = (self.teacher_vit or self.vit).apply(
+        out = self.teacher_vit.apply(
             {'params': teacher['backbone']}, global_crops.reshape(-1, *global_crops.shape[2:])
         )
         tokens = out['cls_tokens'].reshape(size, 2, -1)
         patches = None if taken is None else _take(out['patch_tokens'], taken.indices)
-        logits = dict(zip(('class', 'patch'), self.project(teacher, tokens, patches)))
+        logits = dict(zip(('class', 'patch'), self.project(teacher, tokens, patches), strict=True))
         valid = {'class': None, 'patch': None if taken is None else taken.valid}
-        centers = {'class': 'dino_center', 'patch': 'ibot_center'}
         targets, new_extra = {}, dict(extra)
-        for (kind, x), temp in zip(logits.items(), temps):
+        for (kind, x), temp in zip(logits.items(), temps, strict=True):
             if x is None:
                 continue
             x = jax.lax.stop_gradient(x)
             if self.centering == 'centering':
-                center = extra[centers[kind]]
+                center = extra[CENTERS[kind]]
                 targets[kind] = losses.softmax_center(x, center, temp)
-                new_extra[centers[kind]] = losses.update_center(
+                new_extra[CENTERS[kind]] = losses.update_center(
                     center, losses.mean_rows(x, valid[kind]), self.center_momentum
                 )
             elif self.centering == 'sinkhorn_knopp':
                 rows = None if valid[kind] is None else valid[kind].reshape(-1)
                 flat = losses.sinkhorn_knopp(x.reshape(-1, x.shape[-1]), temp, rows)
                 targets[kind] = flat.reshape(x.shape)
-            else:  # nothing keeps such a teacher from collapsing: for showing just that
+            else:  # 'none'
                 targets[kind] = jax.nn.softmax(x / temp)
-        stats = monitors.teacher_monitors(targets['class'])
+        stats = collapse.teacher_monitors(targets['class'])
         return targets, new_extra, stats
 
     def project(self, params, tokens, patches):
@@ -292,7 +441,7 @@ class DINOv2:
         name, patch_head = self._patch_head()
         if patches is None:
             return head.apply({'params': params['dino_head']}, tokens), None
-        if name == 'dino_head':  # one call: the prototypes are the largest matrix of the step
+        if name == 'dino_head':  # one call, as the prototypes are the largest matrix of the step
             groups = patches.shape[0]
             grouped = tokens.reshape(groups, -1, tokens.shape[-1])
             both = jnp.concatenate([grouped, patches], axis=1)
@@ -303,23 +452,33 @@ class DINOv2:
         return class_logits, patch_head.apply({'params': params[name]}, patches)
 
     def after_update(self, params, extra, step):
+        return {**extra, 'teacher': self.average(extra['teacher'], params, step)}
+
+    def average(self, old, new, step):
+        """Moving average `old` updated with `new`."""
         rate = self.ema_rate(step)
-        teacher = jax.tree.map(lambda t, s: t + rate * (s - t), extra['teacher'], params)
-        return {**extra, 'teacher': teacher}
+        return jax.tree.map(lambda o, n: o + rate * (n - o), old, new)
 
     def suspect(self, values, step):
-        """Names a collapse of the teacher; None if it is healthy or the warm-up is not over."""
-        if step < self.warmup_steps or 'teacher_entropy' not in values:
+        """Reports a collapse of the teacher, after the warm-up."""
+        if step < max(self.clock.warmup, self.temp_warmup) or 'teacher_entropy' not in values:
             return None
-        return monitors.suspect_teacher(values, self.dino_head.out_dim)
+        return collapse.suspect_teacher(values, self.dino_head.out_dim)
 
-    def backbone(self, params, extra):
-        del params
-        return self.vit, extra['teacher']['backbone']
+    def networks(self, params, extra):
+        return self._networks(extra['teacher'])
 
-    def with_backbone(self, params, extra, encoder):
-        teacher = {**extra['teacher'], 'backbone': encoder}
-        return {**params, 'backbone': encoder}, {**extra, 'teacher': teacher}
+    def _networks(self, trees):
+        modules = {'encoder': self.vit, 'dino_head': self.dino_head, 'ibot_head': self.ibot_head}
+        return {
+            name: (module, trees[PARAMS.get(name, name)])
+            for name, module in modules.items()
+            if module is not None
+        }
+
+    def with_networks(self, params, extra, found):
+        found = {PARAMS.get(name, name): tree for name, tree in found.items()}
+        return {**params, **found}, {**extra, 'teacher': {**extra['teacher'], **found}}
 
     def flops(self, batch_size):
         vit = self.vit
@@ -333,7 +492,7 @@ class DINOv2:
 
         (blocks, embed), n = image(vit.img_size), self.n_local_crops
         local_blocks, local_embed = image(self.local_size) if n else (0, 0)
-        kept = 1 - vit.drop_path if self.subset_drop else 1.0
+        kept = 1 - vit.drop_path if self.drop_path_mode == 'subset' else 1.0
         teacher = 2 * (blocks + embed)
         student = kept * (2 * blocks + n * local_blocks) + 2 * embed + n * local_embed
         per_class = heads.flops_per_token(self.dino_head, vit.embed_dim)
@@ -343,78 +502,21 @@ class DINOv2:
             per_patch = heads.flops_per_token(self._patch_head()[1], vit.embed_dim)
             low, high = self.mask_ratio_min_max
             share = self.mask_probability * (low + high) / 2
-            count = 2 * self.grid[0] * self.grid[1] * share  # mean number, padding is not useful
+            count = 2 * self.num_patches * share  # mean number, without padding
             teacher += count * per_patch
             student += count * per_patch
         return batch_size * (teacher + 3 * student)  # backward costs twice the forward
 
 
 def _take(patch_tokens, indices):
-    """Patches (B, n, N, D) or (B n, N, D) in groups, those at `indices` (G, M): (G, M, D)."""
+    """Patches (B, n, N, D) or (B n, N, D) at `indices` (G, M) within their group: (G, M, D)."""
     flat = patch_tokens.reshape(indices.shape[0], -1, patch_tokens.shape[-1])
     return jnp.take_along_axis(flat, indices[..., None], axis=1)
 
 
-def from_config(config, clock):
-    """Builds the method from `config.method`, `config.dtype` and `config.remat`."""
-    m = config.method
-    dim, depth, num_heads = vit_lib.SIZES[m.size] if m.size else (None, None, None)
-    dtype = jnp.dtype(config.dtype)
-    vit = vit_lib.ViT(
-        embed_dim=m.embed_dim or dim,
-        depth=m.depth or depth,
-        num_heads=m.num_heads or num_heads,
-        patch_size=m.patch_size,
-        img_size=m.img_size,
-        mlp_ratio=m.mlp_ratio,
-        num_cls_tokens=1,
-        num_register_tokens=m.num_register_tokens,
-        pos_embed='learned',
-        pos_resize=m.pos_resize,
-        ffn=m.ffn,
-        layer_scale=m.layer_scale,
-        mask_token=True,
-        drop_path=m.drop_path,
-        drop_path_uniform=m.drop_path_uniform,
-        init_scheme='dinov2',
-        dtype=dtype,
-        remat=config.remat,
-    )
-    head = dict(hidden_dim=m.head_hidden_dim, num_layers=m.head_num_layers, dtype=dtype)
-    total = clock('total')
-    warmup = clock('warmup_teacher_temp', m, default=0)
-    return DINOv2(
-        vit=vit,
-        dino_head=heads.DINOHead(m.dino_out_dim, bottleneck_dim=m.dino_bottleneck_dim, **head),
-        ibot_head=heads.DINOHead(m.ibot_out_dim, bottleneck_dim=m.ibot_bottleneck_dim, **head)
-        if m.separate_heads
-        else None,
-        teacher_temp=optim.linear(m.warmup_teacher_temp, m.teacher_temp, warmup),
-        patch_teacher_temp=optim.linear(m.warmup_teacher_temp, m.patch_teacher_temp, warmup),
-        ema_rate=optim.cosine(1 - m.momentum_teacher, 1 - m.final_momentum_teacher, total),
-        warmup_steps=max(clock('warmup', default=0), warmup),
-        local_size=m.local_size,
-        n_local_crops=m.n_local_crops,
-        group_size=m.group_size,
-        subset_drop=m.drop_path_mode == 'subset',
-        dino_weight=m.dino_weight,
-        ibot_weight=m.ibot_weight,
-        koleo_weight=m.koleo_weight,
-        koleo_per_group=m.koleo_per_group,
-        centering=m.centering,
-        center_momentum=m.center_momentum,
-        student_temp=m.student_temp,
-        mask_sampler=m.mask_sampler,
-        mask_probability=m.mask_probability,
-        mask_ratio_min_max=tuple(m.mask_ratio_min_max),
-        global_crops_scale=tuple(m.global_crops_scale),
-        local_crops_scale=tuple(m.local_crops_scale),
-        crop_ratio=tuple(m.crop_ratio),
-        flip=m.flip,
-        photometry=tuple(
-            (name, m[name])
-            for name in ('brightness', 'contrast', 'saturation', 'hue', 'jitter_prob', 'grey_prob')
-        ),
-        blur=augment.BLUR[m.blur],
-        solarize=tuple(m.solarize),
-    )
+def divisor(n, most):
+    """The largest divisor of `n` that is at most `most`."""
+    return next(k for k in range(min(n, most), 0, -1) if n % k == 0)
+
+
+METHOD = DINOv2

@@ -2,62 +2,119 @@
 """MAE and Pixio: hide three quarters of the patches, reconstruct their pixels.
 
 Pixio is MAE with several class tokens, learned positions, masked blocks instead of single patches,
-a deep decoder and no horizontal flip; all of that is configuration.
+a deep decoder and no horizontal flip: the same code with other fields.
 
-Reference: He et al., arXiv 2111.06377, `models_mae.py`; Pixio, arXiv 2512.15715,
-`pretraining/models_pixio.py`.
+References:
+  He et al., arXiv 2111.06377, `models_mae.py`; Pixio, arXiv 2512.15715,
+  `pretraining/models_pixio.py`.
 """
 
 import dataclasses
+import functools
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from ssl_jax import fields
 from ssl_jax.augment import photometry
-from ssl_jax.data import view as view_lib
+from ssl_jax.methods import base
 from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
-from ssl_jax.objectives import losses, masking, reconstruction
+from ssl_jax.objectives import losses, masking
 
 
 @dataclasses.dataclass(frozen=True)
-class MAE:
-    """The method; see `ssl_jax.methods` for the contract."""
+class MAE(base.OneView):
+    """Masked autoencoder; the defaults are MAE's."""
 
-    vit: vit_lib.ViT
-    decoder: Decoder
-    mask_ratio: float = 0.75
-    mask_grid: int = 1
-    norm_pix_loss: bool = True
-    crop_scale: tuple = (0.2, 1.0)
-    crop_ratio: tuple = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    removed = {'crop_ratio': (3 / 4, 4 / 3)}
 
-    @property
-    def grid(self):
-        side = self.vit.img_size // self.vit.patch_size
-        return (side, side)
+    num_cls_tokens: Annotated[int, fields.Range(0, 64)] = 1
+    pos_embed: Literal['sincos', 'learned'] = 'sincos'  # fixed table (MAE) or parameters (Pixio)
+    decoder_embed_dim: int | None = 512
+    decoder_depth: int | None = 8
+    decoder_num_heads: int | None = 16
+    mask_ratio: Annotated[float, fields.Range(0.0, 0.999)] = 0.75  # fraction of patches hidden
+    mask_grid: int | None = 1  # side in patches of the squares that are masked together
+    norm_pix_loss: bool = True  # predict pixels normalised per patch
 
-    def views(self):
-        return (
-            view_lib.View('image', self.vit.img_size, scale=self.crop_scale, ratio=self.crop_ratio),
+    def check(self, run):
+        yield from super().check(run)
+        yield from base.mask_rules(self)
+        for name in ('decoder_embed_dim', 'decoder_depth', 'decoder_num_heads'):
+            if getattr(self, name) is None:
+                yield f'method.{name} is None: set it.'
+        yield from base.divisible(self, 'decoder_embed_dim', 'decoder_num_heads')
+        yield from base.sincos(self, 'embed_dim')
+        yield from base.sincos(self, 'decoder_embed_dim')
+
+    def infer(self, facts, choose):
+        grid = self.infer_grid(facts, choose)
+        dim, depth = self.infer_encoder(facts, choose)
+        width = 96 if dim < 300 else 256 if dim < 700 else 512
+        width = choose('decoder_embed_dim', width, f'for an encoder of {dim}')
+        # Large masked squares need a deep decoder (Pixio, table 13), single patches do not.
+        deep = max(depth * (2 if grid > 1 else 1) // 3, 2)
+        choose('decoder_depth', deep, f'for an encoder of {depth} blocks')
+        heads = width // 32 if width % 32 == 0 else 4
+        choose('decoder_num_heads', heads, '32 channels each')
+
+    def infer_grid(self, facts, choose):
+        """Chooses crop, patch and mask size from the short side; returns `mask_grid`."""
+        short = facts.short_side
+        most = 96 if facts.cpu else 256 if self.mask_grid is None else 224
+        size = self.img_size or min(short, most)
+        patch = choose('patch_size', base.patch_for(size), f'for crops of about {size} pixels')
+        coarse = 1 if self.mask_grid == 1 else 4 if size >= 16 * patch else 2
+        unit = patch * (self.mask_grid or coarse)
+        size = max(size // unit, 2) * unit
+        side = choose('img_size', size, f'short side of the images {short}') // patch
+        grid = coarse if side % coarse == 0 else 1
+        return choose('mask_grid', grid, f'squares on the grid of {side}x{side} patches')
+
+    @functools.cached_property
+    def vit(self):
+        return self.encoder(num_cls_tokens=self.num_cls_tokens, pos_embed=self.pos_embed)
+
+    @functools.cached_property
+    def decoder(self):
+        return Decoder(
+            embed_dim=self.decoder_embed_dim,
+            depth=self.decoder_depth,
+            num_heads=self.decoder_num_heads,
+            num_patches=self.num_patches,
+            num_cls_tokens=self.num_cls_tokens,
+            out_dim=3 * self.patch_size**2,
+            pos_embed=self.pos_embed,
+            mlp_ratio=self.mlp_ratio,
+            eps=self.eps,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
         )
 
     def init(self, rng):
         enc_rng, dec_rng = jax.random.split(rng)
-        vit = self.vit
-        encoder = vit_lib.init_params(vit, enc_rng)
-        n = self.decoder.num_patches
-        latent = jnp.zeros((1, vit.num_cls_tokens + 1, vit.embed_dim))
-        decoder = self.decoder.init(dec_rng, latent, jnp.zeros((1, n), jnp.int32))['params']
-        return {'encoder': encoder, 'decoder': decoder}, {}
+        latent = jnp.zeros((1, self.num_cls_tokens + 1, self.vit.embed_dim))
+        ids = jnp.zeros((1, self.num_patches), jnp.int32)
+        params = {
+            'encoder': vit_lib.init_params(self.vit, enc_rng),
+            'decoder': self.decoder.init(dec_rng, latent, ids)['params'],
+        }
+        return params, {}
 
     def forward(self, params, images, mask, drop_keys=None):
-        """Normalised images (B, H, W, 3) and a masking.Mask -> dict(latent, pred).
+        """Latent tokens and predicted pixels.
 
-        latent (B, C + K, D): after the final norm, class tokens first, kept patches in the order
-        of the noise.  pred (B, N, p*p*3).
+        Args:
+          images: (B, H, W, 3), normalised.
+          mask: `masking.Mask`.
+          drop_keys: (B,), of stochastic depth; None to drop nothing.
+
+        Returns:
+          dict(latent, pred): latent (B, C + K, D) after the final norm, class tokens first, then
+          kept patches in the order of `mask.ids_keep`; pred (B, N, p*p*3).
         """
         out = self.vit.apply(
             {'params': params['encoder']}, images, ids_keep=mask.ids_keep, drop_keys=drop_keys
@@ -67,8 +124,8 @@ class MAE:
         return {'latent': latent, 'pred': pred}
 
     def target(self, images):
-        """What the decoder must predict, (B, N, p*p*3)."""
-        patches = patches_lib.patchify(images, self.vit.patch_size)
+        """Targets of the decoder, (B, N, p*p*3)."""
+        patches = patches_lib.patchify(images, self.patch_size)
         return patches_lib.normalize_patches(patches) if self.norm_pix_loss else patches
 
     def loss(self, params, extra, batch, rng, step):
@@ -85,16 +142,9 @@ class MAE:
         loss = losses.masked_mse(out['pred'], self.target(images), mask.mask)
         return loss, (extra, {})
 
-    def after_update(self, params, extra, step):
-        del params, step
-        return extra
-
-    def backbone(self, params, extra):
-        del extra
-        return self.vit, params['encoder']
-
-    def with_backbone(self, params, extra, encoder):
-        return {**params, 'encoder': encoder}, extra
+    def networks(self, params, extra):
+        networks = super().networks(params, extra)
+        return {**networks, 'decoder': (self.decoder, params['decoder'])}
 
     def flops(self, batch_size):
         vit, dec = self.vit, self.decoder
@@ -109,51 +159,10 @@ class MAE:
         return 3 * batch_size * (encoder + decoder + ends)  # backward costs twice the forward
 
     def reconstruct(self, params, extra, images, keys):
-        """uint8 images (B, S, S, 3), keys (B,) -> pictures, see `reconstruction.from_pixels`."""
         del extra
         mask = masking.random_masking(keys, self.grid, self.mask_ratio, self.mask_grid)
         pred = self.forward(params, photometry.normalize(images), mask)['pred']
-        return reconstruction.from_pixels(
-            images, mask.mask, self.vit.patch_size, pred, self.norm_pix_loss
-        )
+        return patches_lib.from_pixels(images, mask.mask, self.patch_size, pred, self.norm_pix_loss)
 
 
-def from_config(config, clock=None):
-    """Builds the method from `config.method`, `config.dtype` and `config.remat`."""
-    del clock  # nothing here changes from step to step
-    m = config.method
-    dim, depth, heads = vit_lib.SIZES[m.size] if m.size else (None, None, None)
-    common = dict(
-        num_cls_tokens=m.num_cls_tokens,
-        pos_embed=m.pos_embed,
-        mlp_ratio=m.mlp_ratio,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
-    )
-    vit = vit_lib.ViT(
-        embed_dim=m.embed_dim or dim,
-        depth=m.depth or depth,
-        num_heads=m.num_heads or heads,
-        patch_size=m.patch_size,
-        img_size=m.img_size,
-        drop_path=m.drop_path,
-        **common,
-    )
-    decoder = Decoder(
-        embed_dim=m.decoder_embed_dim,
-        depth=m.decoder_depth,
-        num_heads=m.decoder_num_heads,
-        num_patches=(m.img_size // m.patch_size) ** 2,
-        out_dim=3 * m.patch_size**2,
-        **common,
-    )
-    return MAE(
-        vit=vit,
-        decoder=decoder,
-        mask_ratio=m.mask_ratio,
-        mask_grid=m.mask_grid,
-        norm_pix_loss=m.norm_pix_loss,
-        crop_scale=tuple(m.crop_scale),
-        crop_ratio=tuple(m.crop_ratio),
-        flip=m.flip,
-    )
+METHOD = MAE

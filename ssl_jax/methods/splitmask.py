@@ -1,38 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """SplitMask: split an image in two, inpaint either half from the other, match the two.
 
-The patches of one crop are split into two disjoint sets.  One encoder runs on each set, without
+The patches of one crop are split into two disjoint sets. One encoder runs on each set, without
 mask tokens; a shallow decoder completes each with mask embeddings and classifies the visual words
-of the missing patches.  The mean of all decoder outputs describes the image: InfoNCE pulls together
-the two descriptors of an image, against the other images of the batch.  No second view, no teacher.
+of the missing patches. The mean of all decoder outputs describes the image: InfoNCE pulls together
+the two descriptors of an image, against the other images of the batch. No second view, no teacher.
 
-There is no public code.  What the paper leaves open is a field of `config_splitmask.splitmask`,
-marked [I] with the choice made here: the class token (given to both branches, in neither loss), the
-decoder's heads, norm (a LayerNorm before head and pooling) and positions, LayerScale, descriptors
-of length 1, negatives from the other branch and no projector, the weights of the losses, the
-reading of 75 % masking, the tokenizer's scaling and centring.  The start is BEiT's.
+There is no public code. The paper leaves open, and this file chooses: a class token, given to both
+branches, in neither loss; learned positions, added to the mask embeddings in the decoder; the
+encoder's heads and MLP ratio for the decoder, whose LayerNorm is before head and pooling; no
+LayerScale; descriptors of length 1, negatives from the other branch of the global batch, no
+projector; equal weights of both losses; whether 75 % masking hides the same patches from both
+branches (`split_complement`); scaling and centring of the tokenizer. Initializers are BEiT's.
 
-Both branches are rows of one batch, next to each other, so that no image crosses devices.
+Both branches are adjacent rows of one batch, so that no image moves between devices.
 
-Reference: El-Nouby et al., Are large-scale datasets necessary for self-supervised pre-training?,
-arXiv 2112.10740, sections 4 and 5.5.
+References:
+  El-Nouby et al., Are large-scale datasets necessary for self-supervised pre-training?,
+  arXiv 2112.10740, sections 4 and 5.5.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import sharding
+from ssl_jax import fields, sharding
 from ssl_jax.augment import photometry
-from ssl_jax.kernels import ops
 from ssl_jax.methods import beit
 from ssl_jax.models import blocks as blocks_lib
-from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.objectives import losses, masking
+from ssl_jax.objectives import losses
+
+TEMPERATURE = 0.2  # of InfoNCE
 
 
 class Branch(NamedTuple):
@@ -44,8 +47,8 @@ class Branch(NamedTuple):
 def branch(perm, start, count):
     """The branch that sees perm[:, start : start + count], for permutations (B, N) of patches.
 
-    [visible | missing] is perm turned by `start`, so its inverse is that of perm minus `start`,
-    modulo N: one sort serves both branches.
+    [visible | missing] is perm rolled by `start`, so its inverse is that of perm minus `start`,
+    modulo N: both branches share one sort.
     """
     turned = jnp.roll(perm, -start, axis=1)
     restore = (jnp.argsort(perm, axis=1) - start) % perm.shape[1]
@@ -55,8 +58,8 @@ def branch(perm, start, count):
 class Decoder(nn.Module):
     """(latent (B, C + K, D), restore (B, N)) -> (B, C + N, D), after a LayerNorm; raster order.
 
-    A missing patch enters as the mask embedding plus its position; visible patches carry the
-    position of the encoder, and get another one only where `pos` is 'all'.
+    A missing patch is the mask embedding plus its position; visible patches have the position of
+    the encoder.
     """
 
     embed_dim: int
@@ -64,10 +67,7 @@ class Decoder(nn.Module):
     num_heads: int
     num_patches: int
     num_cls_tokens: int
-    pos: str = 'mask'
-    pos_embed: str = 'learned'
     mlp_ratio: float = 4.0
-    layer_scale: float | None = None
     eps: float = 1e-6
     dtype: Any = jnp.float32
     remat: str = 'none'
@@ -76,14 +76,9 @@ class Decoder(nn.Module):
     def __call__(self, latent, restore):
         c, dim, init = self.num_cls_tokens, self.embed_dim, blocks_lib.truncated_normal
         mask_token = self.param('mask_token', init, (1, 1, dim))
-        if self.pos_embed == 'sincos':
-            table = jnp.asarray(pos_embed.sincos(dim, round(self.num_patches**0.5), 0))
-        else:
-            table = self.param('decoder_pos_embed', init, (1, self.num_patches, dim))
+        table = self.param('decoder_pos_embed', init, (1, self.num_patches, dim))
         visible, last = latent[:, c:], latent.shape[1] - c - 1
         seen = jnp.take_along_axis(visible, jnp.minimum(restore, last)[..., None], axis=1)
-        if self.pos == 'all':
-            seen = seen + table.astype(seen.dtype)
         missing = (mask_token + table).astype(seen.dtype)
         patches = jnp.where((restore > last)[..., None], missing, seen)
         x = sharding.constrain(jnp.concatenate([latent[:, :c], patches], axis=1))
@@ -94,7 +89,7 @@ class Decoder(nn.Module):
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
             ffn='mlp',
-            layer_scale=self.layer_scale,
+            layer_scale=None,
             eps=self.eps,
             dtype=self.dtype,
             kernel_init=init,
@@ -104,35 +99,71 @@ class Decoder(nn.Module):
         return blocks_lib.LayerNorm(self.eps, name='decoder_norm')(x)
 
 
-class Projector(nn.Module):
-    """Descriptors (B, D) -> (B, out_dim): Linear, GELU, Linear."""
-
-    out_dim: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        dense = dict(dtype=self.dtype, kernel_init=blocks_lib.truncated_normal)
-        x = blocks_lib.Dense(x.shape[-1], name='0', **dense)(x)
-        return blocks_lib.Dense(self.out_dim, name='2', fn=ops.gelu_dense, **dense)(x)
-
-
 @dataclasses.dataclass(frozen=True)
 class SplitMask(beit.Words):
-    """The method; see `ssl_jax.methods` for the contract and `config_splitmask` for the fields."""
+    """SplitMask; the defaults are those of its runs on ImageNet."""
 
-    decoder: Decoder | None = None
-    projector: Projector | None = None
-    split: str = 'block'
-    split_ratio: float = 0.5
-    split_complement: bool = True
-    w_mim: float = 1.0
-    w_nce: float = 1.0
-    temperature: float = 0.2
-    nce_normalize: bool = True
-    nce_negatives: str = 'other'
-    nce_group_size: int = 0
-    nce_moco_scale: bool = False
+    removed = {
+        **beit.Words.removed,
+        'decoder_num_heads': None,
+        'decoder_pos': 'mask',
+        'layer_scale': None,
+        'nce_group_size': 0,
+        'nce_moco_scale': False,
+        'nce_negatives': 'other',
+        'nce_normalize': True,
+        'num_cls_tokens': 1,
+        'pos_embed': 'learned',
+        'proj_dim': 0,
+        'temperature': 0.2,
+    }
+
+    decoder_depth: int = 2  # of encoder width
+    split: Literal['block', 'uniform'] = 'block'  # masks; 'uniform' for the smallest data sets
+    # Share of the patches hidden from the first branch; 0.75 with 'uniform'.
+    split_ratio: Annotated[float, fields.Range(0.01, 0.99)] = 0.5
+    split_complement: bool = True  # the second branch sees exactly those; False: as many others
+    w_mim: Annotated[float, fields.Range(0.0, 1e6)] = 1.0  # weight of cross-entropy; 0: match only
+    # Weight of InfoNCE, half for each direction; 0: split and inpaint only.
+    w_nce: Annotated[float, fields.Range(0.0, 1e6)] = 1.0
+
+    def check(self, run):
+        yield from super().check(run)
+        if not self.split_complement and (self.split == 'block' or self.split_ratio < 0.5):
+            yield (
+                f"method.split_complement=False needs method.split='uniform' and split_ratio of at "
+                f"least 0.5, not '{self.split}' and {self.split_ratio}: set split_complement=True."
+            )
+        if not self.w_mim and not self.w_nce:
+            yield 'method.w_mim and method.w_nce are both 0, nothing is learned: set w_mim=1.'
+        if self.w_nce and run.batch_size // run.accum_steps < 2:
+            yield (
+                'method.w_nce compares the images of a micro-batch: set batch_size to 2 or more '
+                'times accum_steps, or method.w_nce=0.'
+            )
+
+    @property
+    def min_images(self):
+        return 2 if self.w_nce else 1
+
+    @functools.cached_property
+    def vit(self):
+        return self.encoder(pos_embed='learned', init_scheme='beit')
+
+    @functools.cached_property
+    def decoder(self):
+        vit = self.vit
+        return Decoder(
+            embed_dim=vit.embed_dim,
+            depth=self.decoder_depth,
+            num_heads=vit.num_heads,
+            num_patches=self.num_patches,
+            num_cls_tokens=vit.num_cls_tokens,
+            mlp_ratio=self.mlp_ratio,
+            eps=self.eps,
+            dtype=vit.dtype,
+            remat=self.remat,
+        )
 
     @property
     def hidden(self):
@@ -146,7 +177,7 @@ class SplitMask(beit.Words):
         return ((0, kept), (kept, self.hidden if self.split_complement else kept))
 
     def init(self, rng):
-        rngs = jax.random.split(rng, 5)
+        rngs = jax.random.split(rng, 5)  # the fourth is free
         dim, c = self.vit.embed_dim, self.vit.num_cls_tokens
         latent, restore = jnp.zeros((1, c + 1, dim)), jnp.zeros((1, self.num_patches), jnp.int32)
         params = {
@@ -154,22 +185,13 @@ class SplitMask(beit.Words):
             'decoder': self.decoder.init(rngs[1], latent, restore)['params'],
             'head': self.head.init(rngs[2], latent[:, 0])['params'],
         }
-        if self.projector is not None:
-            params['projector'] = self.projector.init(rngs[3], latent[:, 0])['params']
         return params, self.init_extra(rngs[4])
 
     def permutation(self, keys):
         """(B, N): patches of the first branch, of the second, the rest; each ascending."""
         n = self.num_patches
         if self.split == 'block':
-            mask = masking.block_masks(
-                keys,
-                self.grid,
-                self.hidden,
-                min_patches=self.on_grid(self.min_block),
-                max_patches=self.on_grid(self.max_block),
-                exact=True,
-            )
+            mask = self.block_masks(keys, self.hidden)
             return jnp.argsort(mask, axis=1, stable=True).astype(jnp.int32)
         noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
         order = jnp.argsort(noise, axis=1).astype(jnp.int32)
@@ -179,8 +201,8 @@ class SplitMask(beit.Words):
 
     def loss(self, params, extra, batch, rng, step):
         del step
-        see_rng, split_rng, drop_rng = jax.random.split(rng, 3)
-        images = self.see(batch, see_rng)
+        augment_rng, split_rng, drop_rng = jax.random.split(rng, 3)
+        images = self.augment(batch, augment_rng)
         targets, extra, stats = self.targets(extra, images)
         perm = self.permutation(photometry.sample_keys(split_rng, batch['row']))
         drop_keys = photometry.sample_keys(drop_rng, batch['row'])
@@ -189,14 +211,11 @@ class SplitMask(beit.Words):
             params, photometry.normalize(images), parts, targets, drop_keys
         )
         if 'mim' in metrics:
-            stats = self.log(metrics['mim'], stats)
+            stats = self.metrics(metrics['mim'], stats)
         return loss, (extra, {**metrics, **stats})
 
     def reconstruct(self, params, extra, images, keys):
-        """uint8 images (B, S, S, 3), keys (B,) -> pictures of the first branch, see `draw`.
-
-        {} of matching alone, which predicts no patches.
-        """
+        """Pictures of the first branch; {} of matching alone, which predicts no patches."""
         if not self.w_mim:
             return {}
         part = branch(self.permutation(keys), *self.ranges[0])
@@ -210,7 +229,7 @@ class SplitMask(beit.Words):
         c, loss, metrics = self.vit.num_cls_tokens, 0.0, {}
         if self.w_mim:
             tokens, wanted = [], []
-            for out, part in zip(outs, parts):
+            for out, part in zip(outs, parts, strict=True):
                 ids = part.missing
                 tokens.append(jnp.take_along_axis(out[:, c:], ids[..., None], axis=1))
                 ids = ids if targets.ndim == 2 else ids[..., None]
@@ -222,18 +241,9 @@ class SplitMask(beit.Words):
             loss += self.w_mim * mim
         if self.w_nce:
             x = [out[:, c:].astype(jnp.float32).mean(axis=1) for out in outs]
-            if self.projector is not None:
-                x = [self.projector.apply({'params': params['projector']}, y) for y in x]
-            nce, hits = losses.info_nce(
-                *x,
-                self.temperature,
-                normalize=self.nce_normalize,
-                negatives=self.nce_negatives,
-                groups=len(images) // (self.nce_group_size or len(images)),
-            )
+            nce, hits = losses.info_nce(*x, TEMPERATURE)
             metrics |= {'nce': nce, 'nce_acc': hits}
-            scale = 2 * self.temperature if self.nce_moco_scale else 1.0
-            loss += self.w_nce * scale * nce
+            loss += self.w_nce * nce
         return loss, metrics
 
     def forward(self, params, images, parts, drop_keys=None):
@@ -242,7 +252,9 @@ class SplitMask(beit.Words):
         if drop_keys is not None:
             keys = [jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(drop_keys) for i in (0, 1)]
         if parts[0].visible.shape != parts[1].visible.shape:
-            return [self._one(params, images, part, key) for part, key in zip(parts, keys)]
+            return [
+                self._one(params, images, part, key) for part, key in zip(parts, keys, strict=True)
+            ]
 
         def rows(x, y):  # row 2 i is the first branch of image i, row 2 i + 1 the second
             return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
@@ -270,37 +282,4 @@ class SplitMask(beit.Words):
         return batch_size * (3 * total + self.ends_flops(sum(counts), predicted))
 
 
-def from_config(config, clock=None):
-    """Builds the method from `config.method`, `config.dtype` and `config.remat`."""
-    del clock  # nothing here changes from step to step
-    m = config.method
-    vit = beit.encoder_from_config(config, pos_embed=m.pos_embed, num_cls_tokens=m.num_cls_tokens)
-    decoder = Decoder(
-        embed_dim=vit.embed_dim,
-        depth=m.decoder_depth,
-        num_heads=m.decoder_num_heads or vit.num_heads,
-        num_patches=(m.img_size // m.patch_size) ** 2,
-        num_cls_tokens=m.num_cls_tokens,
-        pos=m.decoder_pos,
-        pos_embed=m.pos_embed,
-        mlp_ratio=m.mlp_ratio,
-        layer_scale=m.layer_scale,
-        dtype=vit.dtype,
-        remat=config.remat,
-    )
-    return SplitMask(
-        vit=vit,
-        decoder=decoder,
-        projector=Projector(m.proj_dim, vit.dtype) if m.proj_dim else None,
-        split=m.split,
-        split_ratio=m.split_ratio,
-        split_complement=m.split_complement,
-        w_mim=m.w_mim,
-        w_nce=m.w_nce,
-        temperature=m.temperature,
-        nce_normalize=m.nce_normalize,
-        nce_negatives=m.nce_negatives,
-        nce_group_size=m.nce_group_size,
-        nce_moco_scale=m.nce_moco_scale,
-        **beit.words_from_config(config),
-    )
+METHOD = SplitMask

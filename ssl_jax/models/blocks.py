@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformer parts shared by every encoder, decoder and predictor.
+"""Transformer blocks of all encoders and decoders, and their parts.
 
-Submodules carry the names of the torch modules (attn/qkv, mlp/fc1, ls1/gamma), so that the weight
-tables are renames and nothing else.  Parameters are float32; `dtype` is what is computed in.
+Submodules have the names of the torch modules (attn/qkv, mlp/fc1, ls1/gamma), so weight tables only
+rename. Parameters are float32; `dtype` is the compute dtype.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +19,9 @@ from ssl_jax import sharding
 from ssl_jax.kernels import attention, ops, subsets
 from ssl_jax.kernels.segments import Segment, tokens_per_row
 
-# 'dots' keeps the results of attention, of the first half of the MLP and of the residual sum
-# between them, or of both sums only the images that are not left out; norms and the fused qkv are
-# computed again, which takes a TPU less time than writing them to memory and reading them back
-# (experiments/tpu).
+# 'dots' keeps the results of attention, of the first layer of the MLP and of the residual sum
+# between them; if images skip branches, only the gathered images of both sums. Norms and the fused
+# qkv are recomputed, which is faster on a TPU than writing and reading them (experiments/tpu).
 HIDDEN, BETWEEN = 'hidden', 'between'
 REMAT = {
     'none': None,
@@ -33,8 +32,8 @@ REMAT = {
 }
 
 
-def torch_uniform(fan_in):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what torch's Conv2d and Linear start with."""
+def torch_uniform(fan_in: int) -> Callable:
+    """Initializer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch's Conv2d and Linear."""
 
     def init(key, shape, dtype=jnp.float32):
         bound = fan_in**-0.5
@@ -43,32 +42,38 @@ def torch_uniform(fan_in):
     return init
 
 
-def truncated_normal(key, shape, dtype=jnp.float32):
-    """N(0, 0.02) cut at one standard deviation, what BEiT starts with."""
-    return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+# BEiT's initializer, N(0, 0.02) truncated at one standard deviation.
+truncated_normal = nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)
 
 
-def swiglu_hidden(embed_dim, mlp_ratio):
+def swiglu_hidden(embed_dim: int, mlp_ratio: float) -> int:
     """Hidden width of DINOv2's SwiGLU: two thirds of the MLP's, rounded up to a multiple of 8."""
     return (int(int(embed_dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
-class Dense(nn.Module):
-    """fn(x, kernel, bias), with the parameters of `flax.linen.Dense`; fn from `ops`.
+def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
+    """Rows x / max(|x|, eps), (..., D) float32; zeros stay zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    squares = jnp.square(x).sum(axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(squares, eps**2))
 
-    A LayerScale behind it, `gamma` (features,), goes into kernel and bias: the same numbers, but
-    the gradient of gamma then comes from that of the kernel, and the results before the scale need
-    neither be kept nor computed again.
+
+class Dense(nn.Module):
+    """fn(x, kernel, bias), with the parameters of `flax.linen.Dense`.
+
+    A LayerScale of the output, `gamma` (features,), is multiplied into kernel and bias. The result
+    is the same, but the gradient of gamma comes from that of the kernel, so the output before the
+    scale is neither kept nor recomputed.
     """
 
-    features: int
+    features: int  # output width
     dtype: Any
     kernel_init: Callable
     bias_init: Callable = nn.initializers.zeros
-    fn: Callable = ops.dense
+    fn: Callable = ops.dense  # or another dense layer of `kernels.ops`
 
     @nn.compact
-    def __call__(self, x, gamma=None):
+    def __call__(self, x: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
         bias = self.param('bias', self.bias_init, (self.features,))
         if gamma is not None:
@@ -82,24 +87,28 @@ class LayerNorm(nn.Module):
     eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x, and_input=False):
+    def __call__(self, x: jax.Array, and_input: bool = False):
+        """Returns the norm of x, or (norm, x) if `and_input`, see `ops.layer_norm_and_input`."""
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
         norm = ops.layer_norm_and_input if and_input else ops.layer_norm
         return norm(x, scale, bias, self.eps)
 
 
-class QKV(nn.Module):
-    """Queries, keys and values side by side, of which keys have no bias (BEiT).
+QKV_BIASES = ('q_bias', 'v_bias')
 
-    A bias of the keys adds the same to all logits of a query: the softmax does not see it.
+
+class QKV(nn.Module):
+    """Fused queries, keys and values, where keys have no bias (BEiT).
+
+    A bias of the keys adds the same number to all logits of a query, which the softmax cancels.
     """
 
     dtype: Any
     kernel_init: Callable
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         dim = x.shape[-1]
         kernel = self.param('kernel', self.kernel_init, (dim, 3 * dim))
         q_bias, v_bias = (self.param(n, nn.initializers.zeros, (dim,)) for n in QKV_BIASES)
@@ -107,17 +116,16 @@ class QKV(nn.Module):
         return ops.dense(*(a.astype(self.dtype) for a in (x, kernel, bias)))
 
 
-QKV_BIASES = ('q_bias', 'v_bias')
-
-
 @functools.lru_cache
-def relative_index(window):
+def relative_index(window: tuple[int, int]) -> np.ndarray:
     """Row of the bias table for every query and key, int (1 + N, 1 + N), N = h * w patches.
 
-    (y_q - y_k + h - 1) (2 w - 1) + x_q - x_k + w - 1 between patches; the last three rows of
-    (2 h - 1) (2 w - 1) + 3 are class token to patch, patch to class token, class to class token.
+    Between patches it is (y_q - y_k + h - 1) (2 w - 1) + x_q - x_k + w - 1. The table has
+    (2 h - 1) (2 w - 1) + 3 rows; the last three are class token to patch, patch to class token,
+    class to class token.
 
-    Reference: BEiT `modeling_finetune.py: RelativePositionBias`.
+    References:
+      BEiT `modeling_finetune.py: RelativePositionBias`
     """
     h, w = window
     y, x = (a.reshape(-1) for a in np.mgrid[:h, :w])
@@ -129,34 +137,31 @@ def relative_index(window):
     return index
 
 
-def relative_bias(table, window):
-    """Table (rows, H) -> what is added to the attention logits, (H, 1 + N, 1 + N) float32."""
+def relative_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """Table (rows, H) -> bias of the attention logits, (H, 1 + N, 1 + N) float32."""
     return jnp.moveaxis(table.astype(jnp.float32)[relative_index(window)], -1, 0)
 
 
-def relative_rows(window):
-    """Rows of the table of `relative_bias`."""
+def relative_rows(window: tuple[int, int]) -> int:
+    """Number of rows of the table of `relative_bias`."""
     return int(relative_index(window)[0, 0]) + 1
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; the fused qkv has rows [q | k | v], each head-major.
 
-    The projections run over all tokens at once, attention within each image.
-
-    Attributes:
-      key_bias: whether keys have a bias.
-      window: (h, w) of the patches, for a table of relative position biases of this layer.
+    The projections run over all tokens at once, attention runs within each image.
     """
 
     num_heads: int
     dtype: Any
     kernel_init: Callable
     key_bias: bool = True
-    window: tuple | None = None
+    window: tuple | None = None  # (h, w) in patches, if this layer has relative position biases
 
     @nn.compact
-    def __call__(self, x, segments, bias=None, gamma=None):  # (B * T, D), see `Block`; (H, T, T)
+    def __call__(self, x, segments: tuple[Segment, ...], bias=None, gamma=None) -> jax.Array:
+        """x (B * T, D), see `Block`; bias (H, T, T) of the logits; gamma (D,), see `Dense`."""
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         if self.key_bias:
@@ -184,7 +189,7 @@ class Mlp(nn.Module):
     kernel_init: Callable
 
     @nn.compact
-    def __call__(self, x, gamma=None):
+    def __call__(self, x: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         y = checkpoint_name(Dense(self.hidden_dim, name='fc1', **dense)(x), HIDDEN)
         return Dense(x.shape[-1], name='fc2', fn=ops.gelu_dense, **dense)(y, gamma)
@@ -198,7 +203,7 @@ class SwiGLU(nn.Module):
     kernel_init: Callable
 
     @nn.compact
-    def __call__(self, x, gamma=None):
+    def __call__(self, x: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         both = checkpoint_name(Dense(2 * self.hidden_dim, name='w12', **dense)(x), HIDDEN)
         gate, value = jnp.split(both, 2, axis=-1)
@@ -206,42 +211,47 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """gamma (dim,), one learned factor per channel of a branch, started at `init`; see `Dense`."""
+    """gamma (dim,), one learned factor per channel of a branch, initially `init`; see `Dense`."""
 
     init: float
 
     @nn.compact
-    def __call__(self, dim):
+    def __call__(self, dim: int) -> jax.Array:
         return self.param('gamma', nn.initializers.constant(self.init), (dim,))
 
 
 class Block(nn.Module):
     """Pre-norm block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
 
-    Tokens are rows, (B * T, D): on TPU an axis of N tokens by itself would be padded to a multiple
-    of 8, or everything moved around. `segments` (of `Segment`) says whose they are.
-
-    `drop` is the stochastic depth of the two residual branches:
-      None           both branches as they are;
-      (B, n, 2)      a factor per image: 0 drops the branch, 1/(1-rate) keeps it;
-      a tuple of (B, 2, k) per segment: the k images of that segment which go through the branch,
-                     weighted by n/k; the others skip it and cost nothing (DINOv2's form).
+    Tokens are flat, (B * T, D): on TPU a separate axis of N tokens would be padded to a multiple of
+    8, or need transposes.
     """
 
     num_heads: int
-    mlp_ratio: float
-    ffn: str
-    layer_scale: float | None
-    eps: float
+    mlp_ratio: float  # hidden width of the MLP / embed_dim
+    eps: float  # of the norms
     dtype: Any
     kernel_init: Callable
-    capture: bool
-    segments: tuple
+    segments: tuple[Segment, ...]  # layout of the T tokens of a row
+    ffn: str = 'mlp'  # or 'swiglu'
+    layer_scale: float | None = None  # initial gamma; None for no LayerScale
+    capture: bool = False  # whether to return the output a second time, for the scan to stack
     key_bias: bool = True
-    window: tuple | None = None
+    window: tuple | None = None  # see `Attention`
 
     @nn.compact
-    def __call__(self, x, drop, bias=None):
+    def __call__(self, x: jax.Array, drop, bias: jax.Array | None = None):
+        """Returns (x, x if `capture` else None).
+
+        Args:
+          x: (B * T, D).
+          drop: stochastic depth of the two residual branches, one of
+            None: both branches run unchanged;
+            (B, n, 2): a factor per image, 0 to drop the branch or 1/(1-rate) to keep it;
+            tuple with (B, 2, k) per segment: positions of the k images that go through the branch,
+              weighted by n/k; the others skip it at no cost (DINOv2's form).
+          bias: (H, T, T) bias of the attention logits.
+        """
         dim = x.shape[-1]
         parts = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         attn = Attention(
@@ -263,33 +273,41 @@ class Block(nn.Module):
 
         for i in (0, 1):
             if isinstance(drop, tuple):
-                some = lambda x, kept, i=i: branch(i, norms[i](x), kept)  # noqa: E731
-                x = subsets.residual(some, x, self.segments, [ids[:, i] for ids in drop])
+                kept_branch = lambda x, kept, i=i: branch(i, norms[i](x), kept)  # noqa: E731
+                x = subsets.residual(kept_branch, x, self.segments, [ids[:, i] for ids in drop])
             else:
                 y, x = norms[i](x, and_input=True)
                 y = branch(i, y, self.segments)
                 if drop is not None:
                     y = y * _per_token(drop[..., i], self.segments).astype(x.dtype)
                 x = checkpoint_name(x + y, BETWEEN)
-        # One constraint per block keeps activations split over the batch.  Without it XLA may
+        # One constraint per block keeps activations split over the batch. Without it XLA may
         # replicate them: measured 12.6 GiB against 3.0 GiB per chip on ViT-L.
         x = sharding.constrain(x, multiple=tokens_per_row(self.segments))
         return x, (x if self.capture else None)
 
 
 def _per_token(factor, segments):
-    """A factor per image (B, n) -> per token (B * T, 1)."""
+    """Factor per image (B, n) -> per token (B * T, 1)."""
     repeats = np.concatenate([np.full(s.images, s.length) for s in segments])
     factor = jnp.repeat(factor, repeats, axis=1, total_repeat_length=int(repeats.sum()))
     return factor.reshape(-1, 1)
 
 
-def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
+def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw) -> Callable:
     """`depth` blocks as one scan: parameters stacked on axis 0, one block compiled.
 
-    Returns a function (x, drop) -> (x, outputs of all blocks or None) of tokens x (B, T, D); drop
-    as `Block` takes it, with a leading depth axis.  With `shared_bias` it is (x, drop, bias), one
-    bias for all blocks.  segments: as `Block` takes them; None: a row is an image.
+    Args:
+      depth: number of blocks.
+      remat: a key of REMAT.
+      name: of the stacked module.
+      shared_bias: whether one bias of the logits is passed for all blocks.
+      segments: layout of the tokens of a row; None if a row is one image.
+      **kw: further fields of `Block`.
+
+    Returns:
+      (x, drop) -> (x, outputs of all blocks or None), or (x, drop, bias) -> ... with `shared_bias`.
+      x is (B, T, D); drop is that of `Block` with a leading depth axis.
     """
     block = Block
     if REMAT[remat] is not None:
@@ -303,16 +321,16 @@ def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw):
     )
 
     def run(x, drop, *bias):
-        owners = segments or (Segment(1, x.shape[1]),)
+        layout = segments or (Segment(1, x.shape[1]),)
         rows = x.reshape(-1, x.shape[-1])
-        rows, captured = stack(name=name, segments=owners, **kw)(rows, drop, *bias)
+        rows, captured = stack(name=name, segments=layout, **kw)(rows, drop, *bias)
         return rows.reshape(x.shape), jax.tree.map(lambda y: y.reshape(depth, *x.shape), captured)
 
     return run
 
 
-def rescale_residuals(blocks):
-    """Divides what block i = 1, 2, ... adds by sqrt(2 i): attn/proj and mlp/fc2 (BEiT, GPT-2)."""
+def rescale_residuals(blocks: dict) -> dict:
+    """Divides attn/proj and mlp/fc2 of block i = 1, 2, ... by sqrt(2 i), as BEiT and GPT-2 do."""
 
     def scaled(dense):
         kernel = dense['kernel']
@@ -323,11 +341,20 @@ def rescale_residuals(blocks):
     return {**blocks, 'attn': attn, 'mlp': {**blocks['mlp'], 'fc2': scaled(blocks['mlp']['fc2'])}}
 
 
-def drop_path_keep(keys, depth, rate, uniform=False, num_images=1):
-    """Per-image stochastic depth, (depth, B, n, 2): 0 with the block's rate, else 1/(1-rate).
+def drop_path_keep(
+    keys: jax.Array, depth: int, rate: float, uniform: bool = False, num_images: int = 1
+) -> jax.Array:
+    """Factors of per-image stochastic depth, (depth, B, n, 2) float32.
 
-    The rate of block i is linspace(0, rate, depth)[i], or `rate` for all where `uniform`.
-    Both residual branches of a block draw independently; one key (B,) per row of n images.
+    A factor is 0 with the block's rate, else 1/(1-rate). The two residual branches of a block draw
+    independently.
+
+    Args:
+      keys: (B,), one key per row of n images.
+      depth: number of blocks.
+      rate: the rate of block i is linspace(0, rate, depth)[i].
+      uniform: whether all blocks have `rate` instead.
+      num_images: n.
     """
     rates = np.full(depth, rate) if uniform else np.linspace(0.0, rate, depth)
     kept = jnp.asarray(1.0 - rates, jnp.float32)[:, None, None]  # (depth, 1, 1)
@@ -335,11 +362,17 @@ def drop_path_keep(keys, depth, rate, uniform=False, num_images=1):
     return jnp.where(draws < kept, 1.0 / kept, 0.0).transpose(1, 0, 2, 3)
 
 
-def drop_path_subsets(keys, depth, rate, counts):
-    """DINOv2's stochastic depth: per segment of n images, (depth, B, 2, k) positions that stay.
+def drop_path_subsets(keys: jax.Array, depth: int, rate: float, counts: Sequence[int]) -> tuple:
+    """Positions of the images that DINOv2's stochastic depth keeps, per segment (depth, B, 2, k).
 
-    k = max(floor(n (1 - rate)), 1), the same for every block as shapes must be; blocks, branches,
-    segments and rows draw independently.  keys: one per row (B,); counts: n of each segment.
+    k = max(floor(n (1 - rate)), 1) images of a segment of n are kept, the same number in every
+    block because shapes are static. Blocks, branches, segments and rows draw independently.
+
+    Args:
+      keys: (B,), one key per row.
+      depth: number of blocks.
+      rate: share of images that skip a branch.
+      counts: n of each segment.
     """
 
     def draw(key, n):
@@ -348,6 +381,6 @@ def drop_path_subsets(keys, depth, rate, counts):
 
     def row(key):
         parts = jax.random.split(key, len(counts))
-        return tuple(draw(k, n) for k, n in zip(parts, counts))
+        return tuple(draw(k, n) for k, n in zip(parts, counts, strict=True))
 
     return tuple(ids.swapaxes(0, 1) for ids in jax.vmap(row)(keys))

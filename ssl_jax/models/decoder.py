@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder of MAE and Pixio: visible tokens and mask tokens in, pixels of every patch out."""
+"""Decoder of MAE and Pixio: visible tokens and mask tokens in, pixels of every patch out."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ssl_jax import sharding
@@ -14,29 +15,27 @@ from ssl_jax.models import pos_embed
 class Decoder(nn.Module):
     """(latent, ids_restore) -> predicted pixels (B, N, p*p*3).
 
-    Class tokens go through the decoder and are dropped from its output; the mask token has no
-    embedding besides its position.
+    Class tokens pass through the decoder and are dropped from its output. Mask tokens differ only
+    by position.
 
-    Attributes:
-      out_dim: p * p * 3.  num_patches: N of the training size.  pos_embed: 'sincos' or 'learned'.
-
-    Reference: MAE `models_mae.py: forward_decoder`; Pixio `models_pixio.py: forward_decoder`.
+    References:
+      MAE `models_mae.py: forward_decoder`; Pixio `models_pixio.py: forward_decoder`
     """
 
     embed_dim: int
     depth: int
     num_heads: int
-    num_patches: int
-    num_cls_tokens: int
-    out_dim: int
-    pos_embed: str = 'learned'
+    num_patches: int  # N at the training size
+    num_cls_tokens: int  # of the encoder
+    out_dim: int  # p * p * 3
+    pos_embed: str = 'learned'  # or 'sincos'
     mlp_ratio: float = 4.0
     eps: float = 1e-6
     dtype: Any = jnp.float32
-    remat: str = 'none'
+    remat: str = 'none'  # a key of `blocks.REMAT`
 
     @nn.compact
-    def __call__(self, latent, ids_restore):
+    def __call__(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
         """latent (B, C + K, D_enc), ids_restore (B, N) -> (B, N, out_dim)."""
         c, normal = self.num_cls_tokens, nn.initializers.normal(0.02)
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
@@ -48,7 +47,7 @@ class Decoder(nn.Module):
         else:
             pos = self.param('decoder_pos_embed', normal, (1, c + self.num_patches, self.embed_dim))
 
-        # Raster order: token j is visible token ids_restore[j], or the mask token beyond them.
+        # Raster order: patch j is visible token ids_restore[j], or the mask token if there is none.
         visible = x[:, c:]
         last = visible.shape[1] - 1
         patches = jnp.take_along_axis(visible, jnp.minimum(ids_restore, last)[..., None], axis=1)
@@ -61,12 +60,8 @@ class Decoder(nn.Module):
             name='decoder_blocks',
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
-            ffn='mlp',
-            layer_scale=None,
             eps=self.eps,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            capture=False,
+            **dense,
         )
         x, _ = blocks(x, None)
         x = blocks_lib.LayerNorm(self.eps, name='decoder_norm')(x)

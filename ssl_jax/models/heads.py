@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projection heads of self-distillation."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -9,37 +10,32 @@ import jax.numpy as jnp
 
 from ssl_jax.kernels import ops
 from ssl_jax.models import blocks
-from ssl_jax.objectives import losses
 
 
 class DINOHead(nn.Module):
     """Tokens (..., D) -> logits (..., K) in float32; class and patch tokens may be concatenated.
 
     An MLP with GELU between its layers, L2 normalisation, then prototypes: column k of the last
-    layer is g_k v_k / |v_k|, so that a logit is g_k times a cosine.  Matrix products are computed
-    in `dtype`, norms and logits in float32.
+    layer is g_k v_k / |v_k|, so a logit is g_k times a cosine. Matrix products are computed in
+    `dtype`, norms and logits in float32.
 
-    Parameters: mlp_0, mlp_2, ... (or `mlp` where num_layers is 1) with kernel (in, out) and bias;
-    last_layer/weight_v (bottleneck, K) and last_layer/weight_g (1, K), which starts at 1.  It is
-    trained and decayed in DINOv2; DINO and iBOT freeze it (`norm_last_layer`): name
-    `last_layer/weight_g` in `optim.freeze`.
+    Parameters: mlp_0, mlp_2, ... (`mlp` if num_layers is 1) with kernel (in, out) and bias;
+    last_layer/weight_v (bottleneck, K) and last_layer/weight_g (1, K), which starts at 1. DINOv2
+    trains and decays weight_g; DINO and iBOT freeze it (`norm_last_layer`): for that, add
+    `last_layer/weight_g` to `optim.freeze`.
 
-    Attributes:
-      out_dim: K, number of prototypes.
-      hidden_dim, bottleneck_dim: widths of the MLP and of its output.
-      num_layers: linear layers of the MLP, 1 or more.
-
-    Reference: DINO `vision_transformer.py: DINOHead`; DINOv2 `layers/dino_head.py`.
+    References:
+      DINO `vision_transformer.py: DINOHead`; DINOv2 `layers/dino_head.py`
     """
 
-    out_dim: int
-    hidden_dim: int = 2048
-    bottleneck_dim: int = 256
-    num_layers: int = 3
+    out_dim: int  # K, number of prototypes
+    hidden_dim: int = 2048  # of the MLP
+    bottleneck_dim: int = 256  # output width of the MLP
+    num_layers: int = 3  # linear layers of the MLP, 1 or more
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         last = self.num_layers - 1
         for i in range(self.num_layers):
             x = blocks.Dense(
@@ -49,7 +45,7 @@ class DINOHead(nn.Module):
                 fn=ops.gelu_dense if i else ops.dense,
                 name=f'mlp_{2 * i}' if last else 'mlp',
             )(x)
-        return Prototypes(self.out_dim, self.dtype, name='last_layer')(losses.l2_normalize(x))
+        return Prototypes(self.out_dim, self.dtype, name='last_layer')(blocks.l2_normalize(x))
 
 
 class Prototypes(nn.Module):
@@ -59,29 +55,25 @@ class Prototypes(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         b = x.shape[-1]
         v = self.param('weight_v', blocks.torch_uniform(b), (b, self.out_dim))
         g = self.param('weight_g', nn.initializers.ones, (1, self.out_dim))
-        # `sum_rows`, as XLA on CPU puts a plain sum into the product below and takes 200 times as
-        # long for 65536 prototypes (42 s against 0.2 s for 8 rows).
+        # `sum_rows`, because XLA on CPU fuses a plain sum into the product below and takes 200
+        # times as long for 65536 prototypes (42 s against 0.2 s for 8 rows).
         norm = jnp.sqrt(jnp.maximum(ops.sum_rows(jnp.square(v)), 1e-24))
-        # The matrix is scaled, not the logits: it has fewer rows than they have.
+        # Scales the matrix, which has fewer rows than the logits.
         w = (v * (g / norm)).astype(self.dtype)
         return _float32_product(x.astype(self.dtype), w)
 
 
 @jax.custom_vjp
 def _float32_product(x, w):
-    """x w, accumulated and returned in float32; in the gradient all factors have one dtype.
+    """x w, accumulated and returned in float32; the products of its gradient have one dtype.
 
-    Differentiated as it stands, it would multiply float32 by bfloat16, which runs as float32.
+    Plain differentiation would multiply float32 by bfloat16, which runs as float32.
     """
     return jnp.matmul(x, w, preferred_element_type=jnp.float32)
-
-
-def _product_forward(x, w):
-    return _float32_product(x, w), (x, w)
 
 
 def _product_backward(residuals, grad):
@@ -91,11 +83,11 @@ def _product_backward(residuals, grad):
     return grad @ w.T, x.reshape(-1, x.shape[-1]).T @ rows
 
 
-_float32_product.defvjp(_product_forward, _product_backward)
+_float32_product.defvjp(lambda x, w: (_float32_product(x, w), (x, w)), _product_backward)
 
 
-def flops_per_token(head, in_dim):
+def flops_per_token(head: DINOHead, in_dim: int) -> int:
     """Forward FLOPs of a `DINOHead` for one token of `in_dim` channels: 2 per multiply-add."""
     hidden = [head.hidden_dim] * (head.num_layers - 1)
     widths = [in_dim, *hidden, head.bottleneck_dim, head.out_dim]
-    return 2 * sum(a * b for a, b in zip(widths, widths[1:]))
+    return 2 * sum(a * b for a, b in itertools.pairwise(widths))

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position tables: the fixed sin-cos table and the official ways to resize a table.
+"""Position tables: the fixed sin-cos table, and the resizing rules of the official codes.
 
-A table is (1, P + M*M, D): P prefix rows (class tokens), then patches in raster order.  One of
-relative positions (BEiT) is (rows, heads), see `layers.relative_index`.
+A table is (1, P + M*M, D): P prefix rows (class tokens), then M*M patches in raster order. A table
+of relative positions (BEiT) is (rows, heads), see `blocks.relative_index`.
 """
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import interpolate
 
 
-def sincos(embed_dim, grid, num_prefix):
+def sincos(embed_dim: int, grid: int, num_prefix: int) -> np.ndarray:
     """MAE's fixed table, float32 (1, num_prefix + grid², embed_dim); prefix rows are zero.
 
-    The first half of the channels encodes the COLUMN, the second half the row (the official
-    variable names say the opposite); each half is [sines | cosines] of pos / 10000^(k / (D/4)).
+    The first half of the D channels encodes the COLUMN, the second half the row (the official
+    variable names say the opposite). Each half is [sines | cosines] of pos / 10000^(k / (D/4)).
 
-    Reference: MAE `util/pos_embed.py: get_2d_sincos_pos_embed`.
+    References:
+      MAE `util/pos_embed.py: get_2d_sincos_pos_embed`
     """
     if embed_dim % 4:
         raise ValueError(f'sin-cos positions need embed_dim divisible by 4, got {embed_dim}.')
@@ -41,17 +43,19 @@ def _cubic(x, a):
 
 
 @functools.lru_cache
-def resize_weights(n_in, n_out, how):
-    """The (n_out, n_in) matrix of one axis of a bicubic resize, float32.
+def resize_weights(n_in: int, n_out: int, how: str) -> np.ndarray:
+    """Matrix (n_out, n_in) of a bicubic resize along one axis, float32.
 
-    how:
-      'bicubic': a = -0.75, half-pixel centres, border clamped, no antialias, scale n_out/n_in
-        (MAE fine-tuning and Pixio).
-      'offset': the same with scale (n_out + 0.1)/n_in (DINOv2 without registers, DINO, iBOT).
-      'antialias': a = -0.5, support widened when shrinking, weights renormalised over the taps
-        inside the table (DINOv2 with registers, timm).
+    Args:
+      how: one of
+        'bicubic': a = -0.75, half-pixel centres, border clamped, no antialias, scale n_out/n_in
+          (MAE fine-tuning and Pixio).
+        'offset': the same with scale (n_out + 0.1)/n_in (DINOv2 without registers, DINO, iBOT).
+        'antialias': a = -0.5, support widened when shrinking, weights renormalised over the taps
+          inside the table (DINOv2 with registers, timm).
 
-    Reference: torch `F.interpolate(mode='bicubic')`; dinov2 `interpolate_pos_encoding`.
+    References:
+      torch `F.interpolate(mode='bicubic')`; dinov2 `interpolate_pos_encoding`
     """
     if how == 'antialias':
         scale = max(1.0, n_in / n_out)
@@ -68,35 +72,35 @@ def resize_weights(n_in, n_out, how):
     return weights.astype(np.float32)
 
 
-def resize(table, grid, num_prefix, how):
-    """Resizes a table to `grid` = (h, w) in float32, prefix rows untouched; differentiable.
+def resize(table: jax.Array, grid: tuple[int, int], num_prefix: int, how: str) -> jax.Array:
+    """Resizes a table (1, P + M*M, D) to (1, P + h*w, D) in float32, see `resize_weights`.
 
-    Left alone only where the grid is square and equal to the table's: all official codes resample
-    a non-square grid even if its number of patches matches.
+    Differentiable; the P prefix rows keep their values. The table is returned unchanged only if
+    `grid` (h, w) is its own square grid. All official codes resample a non-square grid even if its
+    number of patches matches.
     """
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     m = round(patches.shape[1] ** 0.5)
     if grid == (m, m):
         return table
-    h, w = grid
-    rows = jnp.asarray(resize_weights(m, h, how))
-    columns = jnp.asarray(resize_weights(m, w, how))
+    rows, columns = (jnp.asarray(resize_weights(m, n, how)) for n in grid)
     patches = jnp.asarray(patches, jnp.float32).reshape(m, m, -1)
-    # Weights are exact in float32 only if the products are: never bf16, also on a TPU.
+    # Float32 products also on a TPU: bf16 would round the table.
     patches = jnp.einsum('hm,mnd->hnd', rows, patches, precision='highest')
     patches = jnp.einsum('wn,hnd->hwd', columns, patches, precision='highest')
-    return jnp.concatenate([prefix, patches.reshape(1, h * w, -1)], axis=1)
+    return jnp.concatenate([prefix, patches.reshape(1, -1, patches.shape[-1])], axis=1)
 
 
-def relative_distances(n_in, n_out):
-    """Where BEiT puts the distances -(n_in - 1) .. n_in - 1 among those of n_out patches.
+def relative_distances(n_in: int, n_out: int) -> np.ndarray:
+    """BEiT's positions of the distances -(n_in - 1) .. n_in - 1 among those of n_out patches.
 
-    At 0, ±1, ±(1 + q), ±(1 + q + q²), ...: near distances stay what they are, far ones spread.  The
-    ratio q is halved into [1.01, 1.5] so that the farthest reaches n_out - 1.  Both ends are
-    official: fewer patches get q = 1.01, which about cuts the middle out of the table, and beyond
-    1.5 the farthest falls short of n_out - 1.
+    The positions are 0, ±1, ±(1 + q), ±(1 + q + q²), ...: near distances hardly move, far ones
+    spread. The ratio q is found by bisection of [1.01, 1.5] so that the farthest position is
+    n_out - 1. Both limits are official. Fewer patches get q = 1.01, which roughly crops the middle
+    of the table; where q would exceed 1.5, the farthest position is below n_out - 1.
 
-    Reference: BEiT `run_class_finetuning.py`.
+    References:
+      BEiT `run_class_finetuning.py`
     """
     low, high = 1.01, 1.5
     while high - low > 1e-6:
@@ -110,30 +114,31 @@ def relative_distances(n_in, n_out):
 
 
 @functools.lru_cache
-def relative_weights(n_in, n_out):
-    """The (2 n_out - 1, 2 n_in - 1) matrix of one axis of `resize_relative`, float64.
+def relative_weights(n_in: int, n_out: int) -> np.ndarray:
+    """Matrix (2 n_out - 1, 2 n_in - 1) of `resize_relative` along one axis, float64.
 
-    A cubic spline through the values at `relative_distances` (not-a-knot, as FITPACK's) is read at
-    whole distances; beyond the farthest it keeps its last value.
+    A cubic spline (not-a-knot, as in FITPACK) through the values at `relative_distances` is
+    evaluated at integer distances. Beyond the farthest position it keeps its last value.
     """
     if n_in < 3:
         raise ValueError(
             f'a table of relative positions of {n_in}x{n_in} patches is too small for a cubic '
-            f'spline: keep the size of the images, or start from weights with at least 3x3 patches.'
+            f'spline: keep the image size, or start from weights with at least 3x3 patches.'
         )
     x = relative_distances(n_in, n_out)
-    at = np.clip(np.arange(1 - n_out, n_out), x[0], x[-1])
-    return interpolate.CubicSpline(x, np.eye(len(x)), bc_type='not-a-knot')(at)
+    points = np.clip(np.arange(1 - n_out, n_out), x[0], x[-1])
+    return interpolate.CubicSpline(x, np.eye(len(x)), bc_type='not-a-knot')(points)
 
 
-def resize_relative(table, n_in, n_out):
-    """Tables of relative positions for n_in x n_in patches -> for n_out x n_out, numpy float32.
+def resize_relative(table: np.ndarray, n_in: int, n_out: int) -> np.ndarray:
+    """Resizes tables of relative positions from n_in x n_in to n_out x n_out patches.
 
-    Args:
-      table: (..., (2 n_in - 1)² + 3, heads).  The last three rows, of the class token, stay.
+    (..., (2 n_in - 1)² + 3, heads) -> float32 (..., (2 n_out - 1)² + 3, heads). The last three
+    rows, of the class token, are kept.
 
-    Reference: BEiT `run_class_finetuning.py`.  timm does it by linear interpolation on the same
-    distances, transformers bilinearly on evenly spaced ones.
+    References:
+      BEiT `run_class_finetuning.py`. timm interpolates linearly on the same distances, transformers
+      bilinearly on evenly spaced ones.
     """
     table = np.asarray(table)
     if n_in == n_out:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformer of all methods.
+"""Vision Transformer of all methods.
 
-What differs from the textbook: any number of class tokens, each with its own position row;
-register tokens without position; the patch embedding is a matrix product on patches, so that
-masked patches can be left out before it; blocks run as one scan with stacked parameters; biases by
-relative position, keys without bias (BEiT).
+Differences from the original ViT: any number of class tokens, each with a position row; register
+tokens without position; a patch embedding that is a matrix product on patches, so hidden patches
+are dropped before it; blocks as one scan with stacked parameters; relative position biases and keys
+without bias (BEiT).
 
-Reference: Dosovitskiy et al., arXiv 2010.11929; MAE `models_mae.py`; Pixio `pixio.py`;
-DINOv2 `models/vision_transformer.py`; BEiT `modeling_pretrain.py`.
+References:
+  Dosovitskiy et al., arXiv 2010.11929; MAE `models_mae.py`; Pixio `pixio.py`;
+  DINOv2 `models/vision_transformer.py`; BEiT `modeling_pretrain.py`
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -25,6 +27,7 @@ from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import pos_embed
 
+Size = Literal['Ti', 'S', 'B', 'L', 'H', '1B', '5B', 'g']
 # name: (embed_dim, depth, num_heads)
 SIZES = {
     'Ti': (192, 12, 3),
@@ -39,7 +42,7 @@ SIZES = {
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of p x p pixel patches, equal to a convolution of stride p.  (B, N, p*p*3)."""
+    """Linear map of patches (B, N, p*p*3) -> (B, N, D), equal to a convolution of stride p."""
 
     embed_dim: int
     dtype: Any
@@ -47,8 +50,8 @@ class PatchEmbed(nn.Module):
     zero_bias: bool = False
 
     @nn.compact
-    def __call__(self, patches):
-        # MAE and DINOv2 leave torch's default on the bias of this convolution.
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        # MAE and DINOv2 keep torch's default initializer for the bias of this convolution.
         bias_init = blocks_lib.torch_uniform(patches.shape[-1])
         proj = blocks_lib.Dense(
             self.embed_dim,
@@ -61,81 +64,134 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images (B, H, W, 3), normalised -> dict of tokens.
-
-    Attributes:
-      embed_dim, depth, num_heads: see SIZES.
-      patch_size, img_size: pixels; the position table is for img_size, other sizes resize it.
-      num_cls_tokens, num_register_tokens: 0..n each; order in the sequence is cls, reg, patches.
-      pos_embed: 'sincos' (fixed, MAE), 'learned', or 'none'.
-      pos_resize: how the table is resized, see `pos_embed.resize_weights`.
-      rel_pos: biases of attention by relative position, one table for all blocks ('shared', BEiT
-        in pretraining) or for each ('layer', in fine-tuning); None for none.
-      key_bias: False for keys without bias (BEiT).
-      ffn: 'mlp' or 'swiglu'.  layer_scale: start value of gamma, or None for none.
-      mask_token: whether a mask token exists (iBOT, BEiT); it replaces masked patch embeddings.
-      drop_path, drop_path_uniform: stochastic depth, see `layers.drop_path_keep`.
-      init_scheme: 'mae' (Xavier, cls N(0, .02)), 'dinov2' (N(0, .02), cls and registers N(0,
-        1e-6)) or 'beit' (all N(0, .02) within one deviation; `init_params` scales it by depth).
-      remat: 'none', 'dots' or 'full', see `layers.REMAT`.
-    """
+    """Normalised images (B, H, W, 3) -> dict of tokens."""
 
     embed_dim: int
     depth: int
     num_heads: int
-    patch_size: int = 16
-    img_size: int = 224
-    mlp_ratio: float = 4.0
-    num_cls_tokens: int = 1
+    patch_size: int = 16  # pixels
+    img_size: int = 224  # pixels per side that the position table is for; it is resized for others
+    mlp_ratio: float = 4.0  # hidden width of the MLP / embed_dim
+    num_cls_tokens: int = 1  # the sequence is class tokens, registers, patches
     num_register_tokens: int = 0
-    pos_embed: str = 'learned'
-    pos_resize: str = 'bicubic'
+    pos_embed: str = 'learned'  # or 'sincos' (fixed, MAE), or 'none'
+    pos_resize: str = 'bicubic'  # see `pos_embed.resize_weights`
+    # Relative position biases of attention: one table for all blocks ('shared', BEiT in
+    # pretraining), one per block ('layer', in fine-tuning), or None.
     rel_pos: str | None = None
-    key_bias: bool = True
-    ffn: str = 'mlp'
-    layer_scale: float | None = None
-    mask_token: bool = False
-    drop_path: float = 0.0
+    key_bias: bool = True  # not in BEiT
+    ffn: str = 'mlp'  # or 'swiglu'
+    layer_scale: float | None = None  # initial gamma; None for no LayerScale
+    mask_token: bool = False  # it replaces masked patch embeddings (iBOT, BEiT)
+    drop_path: float = 0.0  # rate of stochastic depth, see `blocks.drop_path_keep`
     drop_path_uniform: bool = False
+    # 'mae' (Xavier, cls N(0, .02)), 'dinov2' (N(0, .02), cls and registers N(0, 1e-6)) or 'beit'
+    # (all N(0, .02) within one deviation; `init_params` scales it by depth).
     init_scheme: str = 'mae'
-    eps: float = 1e-6
+    eps: float = 1e-6  # of the norms
     dtype: Any = jnp.float32
-    remat: str = 'none'
+    remat: str = 'none'  # a key of `blocks.REMAT`
 
     @nn.compact
-    def __call__(self, images, *, ids_keep=None, mask=None, drop_keys=None, drop=None, capture=()):
+    def __call__(
+        self,
+        images: jax.Array | tuple[jax.Array, ...],
+        *,
+        ids_keep: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        drop_keys: jax.Array | None = None,
+        drop: jax.Array | tuple[jax.Array, ...] | None = None,
+        capture: Sequence[int] = (),
+    ) -> dict[str, jax.Array] | list[dict[str, jax.Array]]:
         """Runs the encoder on images of one size, or on crops of several sizes at once.
 
         Args:
           images: (B, H, W, 3), multiples of patch_size; or a tuple of (B, n, H, W, 3), one per
-            size.  The tokens of all crops of a row then share the dense layers in one pass, while
+            size. The tokens of all crops of a row then share the dense layers in one pass, while
             each crop attends to itself.
-          ids_keep: (B, K) patches to keep, dropped before the embedding (MAE); all if None.
+          ids_keep: (B, K) patches to keep; others are dropped before the embedding (MAE). None
+            keeps all.
           mask: bool (B, N), patches whose embedding becomes the mask token (iBOT); (B, n, N) for
             the first of several sizes.
-          drop_keys: one key per row (B,); per-image stochastic depth acts only where given.
-          drop: stochastic depth drawn by the caller, see `layers.drop_path_subsets`.
-          capture: block numbers whose raw outputs are wanted (one size only).
+          drop_keys: (B,), one key per row for per-image stochastic depth; None for none.
+          drop: stochastic depth drawn by the caller, see `blocks.Block`.
+          capture: indices of blocks whose raw outputs are returned (one size only).
 
         Returns:
-          A dict, for several sizes a list of dicts with a crop axis after B:
-          cls_tokens (B, C, D), reg_tokens (B, R, D), patch_tokens (B, K or N, D) after the final
-          norm; pre_norm (B, C + R + patches, D) before it; blocks (len(capture), B, ., D).
+          dict of
+            cls_tokens (B, C, D), reg_tokens (B, R, D), patch_tokens (B, K or N, D): after the final
+              norm;
+            pre_norm (B, C + R + patches, D): before the final norm;
+            blocks (len(capture), B, ., D): only with `capture`.
+          For several sizes, a list of dicts with a crop axis after B.
         """
+        if capture and max(capture) >= self.depth:
+            raise ValueError(
+                f'capture={capture} names a block beyond depth {self.depth}: use 0 to '
+                f'{self.depth - 1}.'
+            )
         single = not isinstance(images, tuple)
         if single:
             images = (images[:, None],)
             mask = mask if mask is None else mask[:, None]
-        batch, c, r = images[0].shape[0], self.num_cls_tokens, self.num_register_tokens
+        parts = self._embed(images, ids_keep, mask)
+        # If images skip branches, or for the kernels of long images, each image starts in a new
+        # register (8 rows).
+        long = max(p.shape[2] for p in parts) > tpu_attention.SHORT and not self.rel_pos
+        multiple = tpu_rows.SUBLANES if isinstance(drop, tuple) or long else 1
+        segments = tuple(Segment(*p.shape[1:3], -p.shape[2] % multiple) for p in parts)
+        x = sharding.constrain(join(parts, segments))  # (B, all tokens, D)
+
+        if drop_keys is not None and self.drop_path:
+            num_images = sum(s.images for s in segments)
+            drop = blocks_lib.drop_path_keep(
+                drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
+            )
+        window = self._window(images, ids_keep) if self.rel_pos else None
+        shared = self.rel_pos == 'shared'
+        same = ('num_heads', 'mlp_ratio', 'ffn', 'layer_scale', 'eps', 'dtype', 'key_bias', 'remat')
+        blocks = blocks_lib.block_stack(
+            self.depth,
+            name='blocks',
+            shared_bias=shared,
+            window=None if shared else window,
+            kernel_init=self._inits[0],
+            capture=bool(capture),
+            segments=segments,
+            **{field: getattr(self, field) for field in same},
+        )
+        bias = ()
+        if shared:
+            shape = (blocks_lib.relative_rows(window), self.num_heads)
+            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
+            bias = (blocks_lib.relative_bias(table, window),)
+        x, captured = blocks(x, drop, *bias)
+        norm = blocks_lib.LayerNorm(self.eps, name='norm')
+        parts = list(map(self._named, split(norm(x), segments), split(x, segments)))
+        if not single:
+            return parts
+        out = jax.tree.map(lambda t: t[:, 0], parts[0])
+        if capture:
+            out['blocks'] = captured[jnp.asarray(list(capture))]
+        return out
+
+    @property
+    def _inits(self):
+        """Initializers of kernels, of class tokens and registers, and of the mask token."""
         normal = nn.initializers.normal(0.02)
-        kernel_init, token_init, mask_init = {
+        return {
             'mae': (nn.initializers.xavier_uniform(), normal, nn.initializers.zeros),
             'dinov2': (normal, nn.initializers.normal(1e-6), nn.initializers.zeros),
             'beit': (blocks_lib.truncated_normal,) * 3,
         }[self.init_scheme]
+
+    def _embed(self, images, ids_keep, mask):
+        """Tokens with positions, (B, n, C + R + patches, D) per size."""
+        batch, c, r = images[0].shape[0], self.num_cls_tokens, self.num_register_tokens
+        kernel_init, token_init, mask_init = self._inits
         dinov2, beit = self.init_scheme == 'dinov2', self.init_scheme == 'beit'
 
-        # Whole before rows are picked from it, or their channels would go to all chips and back.
+        # Replicated before rows are gathered, or their channels would go to all chips and back.
         table = sharding.whole(self.position_table())
         patches, positions = [], []
         for crops in images:
@@ -164,64 +220,17 @@ class ViT(nn.Module):
         registers = [parameter('register_tokens', r)] if r else []
         cls_token = parameter('cls_token', c) if c else None
         parts = []
-        for x, pos, patch_pos in zip(tokens, positions, patch_positions):
-            first = [cls_token + pos[:, None, :c]] if c else []
-            first = [
+        for x, pos, patch_pos in zip(tokens, positions, patch_positions, strict=True):
+            prefix = [cls_token + pos[:, None, :c]] if c else []
+            prefix = [
                 jnp.broadcast_to(p, (*x.shape[:2], *p.shape[2:])).astype(x.dtype)
-                for p in first + registers
+                for p in prefix + registers
             ]
-            parts.append(jnp.concatenate([*first, x + patch_pos.astype(x.dtype)], axis=2))
-        # Where whole images are left out, and for the kernels of long ones, each begins in a
-        # register of its own (8 rows).
-        long = max(p.shape[2] for p in parts) > tpu_attention.SHORT and not self.rel_pos
-        whole = tpu_rows.SUBLANES if isinstance(drop, tuple) or long else 1
-        segments = tuple(Segment(*p.shape[1:3], -p.shape[2] % whole) for p in parts)
-        x = sharding.constrain(join(parts, segments))  # (B, all tokens, D)
-
-        if drop_keys is not None and self.drop_path:
-            num_images = sum(s.images for s in segments)
-            drop = blocks_lib.drop_path_keep(
-                drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
-            )
-        window = self._window(images, ids_keep) if self.rel_pos else None
-        shared = self.rel_pos == 'shared'
-        blocks = blocks_lib.block_stack(
-            self.depth,
-            remat=self.remat,
-            name='blocks',
-            shared_bias=shared,
-            key_bias=self.key_bias,
-            window=None if shared else window,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            ffn=self.ffn,
-            layer_scale=self.layer_scale,
-            eps=self.eps,
-            dtype=self.dtype,
-            kernel_init=kernel_init,
-            capture=bool(capture),
-            segments=segments,
-        )
-        bias = ()
-        if shared:
-            shape = (blocks_lib.relative_rows(window), self.num_heads)
-            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
-            bias = (blocks_lib.relative_bias(table, window),)
-        x, captured = blocks(x, drop, *bias)
-        norm = blocks_lib.LayerNorm(self.eps, name='norm')
-        parts = [self._named(*p) for p in zip(*[split(t, segments) for t in (norm(x), x)])]
-        if single:
-            out = jax.tree.map(lambda t: t[:, 0], parts[0])
-            if capture:
-                ids = list(capture)
-                if max(ids) >= self.depth:
-                    raise ValueError(f'capture={capture} names a block beyond depth {self.depth}.')
-                out['blocks'] = captured[jnp.asarray(ids)]
-            return out
+            parts.append(jnp.concatenate([*prefix, x + patch_pos.astype(x.dtype)], axis=2))
         return parts
 
     def _named(self, y, x):
-        """Tokens (..., C + R + N, D) after and before the final norm -> the dict of `__call__`."""
+        """Tokens (..., C + R + N, D) after and before the final norm -> dict of `__call__`."""
         c, r = self.num_cls_tokens, self.num_register_tokens
         return {
             'cls_tokens': y[..., :c, :],
@@ -231,7 +240,7 @@ class ViT(nn.Module):
         }
 
     def _window(self, images, ids_keep):
-        """(h, w) of the patches whose relative positions the table has."""
+        """Grid (h, w) of the table of relative positions; checks that the images have it."""
         side = self.img_size // self.patch_size
         size = images[0].shape[2:4]
         if len(images) > 1 or size != (self.img_size,) * 2 or ids_keep is not None:
@@ -242,13 +251,14 @@ class ViT(nn.Module):
             )
         if self.num_cls_tokens != 1 or self.num_register_tokens:
             raise ValueError(
-                f'relative positions know one class token and no registers, not '
-                f'{self.num_cls_tokens} and {self.num_register_tokens}: set num_cls_tokens=1.'
+                f'relative positions need one class token and no registers, not '
+                f'{self.num_cls_tokens} and {self.num_register_tokens}: set num_cls_tokens=1 and '
+                f'num_register_tokens=0.'
             )
         return side, side
 
-    def position_table(self):
-        """The (1, C + M*M, D) table in float32 for the native grid of M x M patches."""
+    def position_table(self) -> jax.Array:
+        """Position table (1, C + M*M, D) in float32 for the native grid of M x M patches."""
         native = self.img_size // self.patch_size
         if self.pos_embed == 'sincos':
             return jnp.asarray(pos_embed.sincos(self.embed_dim, native, self.num_cls_tokens))
@@ -260,20 +270,21 @@ class ViT(nn.Module):
         return self.param('pos_embed', init, shape)
 
 
-def final_norm(params, tokens, eps=1e-6):
-    """The final norm applied to any tokens (B, ., D), as Pixio does to every tapped block."""
+def final_norm(params: dict, tokens: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Applies the final norm to tokens (B, ., D), as Pixio does to every tapped block."""
     return blocks_lib.LayerNorm(eps).apply({'params': params['norm']}, tokens)
 
 
-def last_attention(vit, params, images):
+def last_attention(vit: ViT, params: dict, images: jax.Array) -> jax.Array:
     """Attention weights of the last block, (B, heads, tokens, tokens) float32, rows sum to 1.
 
-    Tokens are ordered cls, registers, patches: [:, :, 0, C + R:] is where the class token looks.
-    Needs memory for all of them at once, so pass few images.
+    Tokens are ordered cls, registers, patches: [:, :, 0, C + R:] is the attention of the class
+    token to patches. All weights are in memory at once, so pass few images.
 
-    Reference: DINO `visualize_attention.py`.
+    References:
+      DINO `visualize_attention.py`
     """
-    # A block whose parameters are all zero adds nothing: what comes out is the last block's input.
+    # A block of zero parameters adds nothing, so the output is the last block's input.
     skipped = jax.tree.map(lambda p: p.at[-1].set(0), params['blocks'])
     x = vit.apply({'params': {**params, 'blocks': skipped}}, images)['pre_norm']
     last = jax.tree.map(lambda p: p[-1], params['blocks'])
@@ -294,17 +305,16 @@ def last_attention(vit, params, images):
     return jax.nn.softmax(logits, axis=-1)
 
 
-def flops_per_image(embed_dim, depth, num_tokens, mlp_ratio=4.0):
+def flops_per_image(embed_dim: int, depth: int, num_tokens: int, mlp_ratio: float = 4.0) -> float:
     """Forward FLOPs of the blocks for one image: 2 per multiply-add, attention included."""
     dense = 2 * num_tokens * embed_dim**2 * (4 + 2 * mlp_ratio)
     attention = 4 * num_tokens**2 * embed_dim
     return depth * (dense + attention)
 
 
-def init_params(vit, rng, img_size=None):
-    """Parameters of a fresh ViT (float32)."""
-    size = img_size or vit.img_size
-    params = vit.init(rng, jnp.zeros((1, size, size, 3)))['params']
+def init_params(vit: ViT, rng: jax.Array) -> dict:
+    """Parameters of a fresh ViT, float32."""
+    params = vit.init(rng, jnp.zeros((1, vit.img_size, vit.img_size, 3)))['params']
     if vit.init_scheme == 'beit':
         params = {**params, 'blocks': blocks_lib.rescale_residuals(params['blocks'])}
     return params

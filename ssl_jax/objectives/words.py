@@ -1,85 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visual words: what the masked patches of BEiT and SplitMask are classified into.
+"""Visual words, the classes of masked patches in BEiT and SplitMask.
 
-A tokenizer turns the patches of an image into V words.  Its codebook is a pytree of arrays that is
-stored with the checkpoints, for it is part of the task.  Four kinds:
+A tokenizer maps every patch of an image to one of V words. Its codebook is a pytree of arrays that
+is stored in checkpoints, because it is part of the task. There are four kinds:
 
   random_patches     words are patches of training images
   kmeans             words are centroids of training patches
-  random_projection  words are drawn element-wise from U(low, high); needs no data
-  dvae               words of DALL-E's encoder, whose weights are given
+  random_projection  words are drawn element-wise from U(-1, 1); needs no data
+  dvae               words of DALL-E's encoder, with given weights
 
-The first three assign argmax_i <x, e_i> with |e_i| = 1, where x is a patch in pixel space.
-SplitMask found all four equally good (75.3, 75.0, 75.2, 75.2 % on iNaturalist 2019, table 2) but
-does not say how pixels are scaled or centred, or the range of the uniform.  That decides whether a
-random projection works at all: brightness dominates the product, and of 8,192 words as few as 5 are
-effectively used.  So `statistics` are logged by every run and `check` refuses poor codebooks.
+The first three assign argmax_i <x, e_i> with |e_i| = 1, where x is a patch in pixel space, scaled
+by ImageNet's mean and std. SplitMask found all four equally good (75.3, 75.0, 75.2, 75.2 % on
+iNaturalist 2019, table 2), but does not specify the scaling and centring of pixels or the range of
+the uniform. These decide whether a random projection works at all: if brightness dominates the
+product, as few as 5 of 8,192 words are effectively used. A random projection therefore subtracts
+the mean colour of each patch, every run logs `statistics`, and `check` rejects poor codebooks.
 
-The tokenizer looks at a smaller image: patches of 16 pixels of the encoder are averaged to 8.
-(BEiT renders the crop a second time at half the size, with a Lanczos filter.)
+The tokenizer sees a smaller image: 16-pixel patches of the encoder are averaged to 8 pixels. (BEiT
+renders the crop a second time at half the size, with a Lanczos filter.)
 
-Reference: SplitMask, arXiv 2112.10740, section 3.3, equation 1; BEiT, arXiv 2106.08254, section
-2.1; DALL-E, arXiv 2102.12092, and `dall_e/encoder.py` of its code.
+References:
+  SplitMask, arXiv 2112.10740, section 3.3, equation 1; BEiT, arXiv 2106.08254, section 2.1;
+  DALL-E, arXiv 2102.12092, and `dall_e/encoder.py` of its code
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.augment import photometry
+from ssl_jax.models import blocks
 from ssl_jax.models import patches as patches_lib
-from ssl_jax.objectives import losses
 
-KINDS = ('random_patches', 'random_projection', 'kmeans', 'dvae')
-FITTED = ('random_patches', 'kmeans')  # words are made of training patches, and look like them
-NORMS = ('imagenet', 'signed', 'none')
-CENTRES = ('auto', 'none', 'patch', 'channel')
-CHUNK = 1024  # words that are compared at a time: all 8,192 for a large batch are gigabytes
-MAX_BATCHES = 32  # from which random patches are drawn, and words counted before step 0
+FITTED = ('random_patches', 'kmeans')  # words come from training patches and look like them
+CHUNK = 1024  # words compared at a time: scores of all 8,192 for a large batch take gigabytes
+MAX_BATCHES = 32  # batches for random patches, and for the counts of words before step 0
 COUNTED = 65_536  # patches whose words are counted before step 0
+FIT_PATCHES = 3_000_000  # for k-means
+DVAE_WIDTH = 256  # channels of the first group of DALL-E's encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A rule from images to words; the numbers it needs are in the codebook.
+    """Static settings of a tokenizer; its arrays are in the codebook.
 
     Attributes:
-      kind: one of KINDS.
-      vocab: V.
-      image_patch: pixels, side of the encoder's patches.
-      patch: pixels, side of a patch after averaging; divides image_patch.
-      norm: pixels as (x - mean) / std of ImageNet ('imagenet'), in [-1, 1] ('signed') or [0, 1]
-        ('none').
-      centre: what is subtracted from a patch: its mean over all values ('patch'), over the pixels
-        of each colour ('channel'), nothing ('none'); 'auto' is 'channel' for a random projection.
-      low, high: range of a random projection.
-      fit_patches: patches that k-means sees.
-      width: hidden channels of the dVAE's first group.
+      kind: 'random_patches', 'kmeans', 'random_projection' or 'dvae'.
+      vocab: V, number of words.
+      image_patch: side of the encoder's patches, pixels.
+      patch: side of a patch after averaging, pixels; divides image_patch.
     """
 
     kind: str
     vocab: int = 8192
     image_patch: int = 16
     patch: int = 8
-    norm: str = 'imagenet'
-    centre: str = 'auto'
-    low: float = -1.0
-    high: float = 1.0
-    fit_patches: int = 3_000_000
-    width: int = 256
 
     def __post_init__(self):
-        for name, words in (('kind', KINDS), ('norm', NORMS), ('centre', CENTRES)):
-            if getattr(self, name) not in words:
-                raise ValueError(
-                    f'tokenizer {name}={getattr(self, name)!r} is unknown: use one of '
-                    f'{", ".join(words)}.'
-                )
         if self.patch < 1 or self.image_patch % self.patch:
             raise ValueError(
                 f'method.token_patch_size={self.patch} does not divide method.patch_size='
@@ -87,14 +70,12 @@ class Tokenizer:
             )
         if self.kind == 'dvae' and self.patch != 8:
             raise ValueError(
-                f'the dVAE makes a word of every 8 pixels: set method.token_patch_size=8, not '
+                f'the dVAE has patches of 8 pixels: set method.token_patch_size=8, not '
                 f'{self.patch}.'
             )
-        if not self.low < self.high:
-            raise ValueError(f'method.token_range=({self.low}, {self.high}) is empty: use (-1, 1).')
 
     @property
-    def dim(self):
+    def dim(self) -> int:
         """Length of a patch vector."""
         return 3 * self.patch**2
 
@@ -103,8 +84,8 @@ def _divisor(n, near):
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
 
 
-def small_image(tok, x):
-    """(B, H, W, 3) -> what the tokenizer sees: means over squares of image_patch / patch pixels."""
+def small_image(tok: Tokenizer, x: jax.Array) -> jax.Array:
+    """(B, H, W, 3) -> tokenizer input: means over squares of image_patch / patch pixels."""
     f = tok.image_patch // tok.patch
     if f == 1:
         return x
@@ -112,59 +93,46 @@ def small_image(tok, x):
     return x.reshape(b, h // f, f, w // f, f, c).mean(axis=(2, 4))
 
 
-def patches(tok, x):
-    """(B, H, W, 3) in [0, 1] -> patch vectors (B, N, dim), float32, as `norm` and `centre` say."""
-    x = _scaled(tok, x)
-    return x - _mean(tok, x)
-
-
-def _scaled(tok, x):
+def patches(tok: Tokenizer, x: jax.Array) -> jax.Array:
+    """(B, H, W, 3) in [0, 1] -> patch vectors (B, N, dim), float32, as the words compare them."""
     x = small_image(tok, x.astype(jnp.float32))
-    if tok.norm == 'imagenet':
-        x = (x - jnp.asarray(photometry.MEAN)) / jnp.asarray(photometry.STD)
-    elif tok.norm == 'signed':
-        x = 2 * x - 1
-    return patches_lib.patchify(x, tok.patch)
+    x = (x - jnp.asarray(photometry.MEAN)) / jnp.asarray(photometry.STD)
+    x = patches_lib.patchify(x, tok.patch)
+    if tok.kind != 'random_projection':
+        return x
+    return x - jnp.tile(x.reshape(*x.shape[:2], -1, 3).mean(axis=2), tok.patch**2)
 
 
-def _mean(tok, x):
-    """What `centre` subtracts from patches (B, N, dim)."""
-    centre = tok.centre
-    if centre == 'auto':
-        centre = 'channel' if tok.kind == 'random_projection' else 'none'
-    if centre == 'patch':
-        return x.mean(axis=-1, keepdims=True)
-    if centre == 'channel':
-        return jnp.tile(x.reshape(*x.shape[:2], -1, 3).mean(axis=2), tok.patch**2)
-    return 0.0
-
-
-def init(tok, rng):
-    """A codebook to start from: that of a random projection, or zeros for the dVAE."""
+def init(tok: Tokenizer, rng: jax.Array) -> dict[str, jax.Array]:
+    """Initial codebook: that of a random projection, or zeros for the dVAE."""
     if tok.kind == 'dvae':
-        return {k: jnp.zeros(s) for k, s in dvae_shapes(tok.width, tok.vocab).items()}
+        return {k: jnp.zeros(s) for k, s in dvae_shapes(tok.vocab).items()}
     shape = (tok.vocab, tok.dim)
-    words = jax.random.uniform(rng, shape, minval=tok.low, maxval=tok.high)
-    return {'vectors': losses.l2_normalize(words)}
+    words = jax.random.uniform(rng, shape, minval=-1.0, maxval=1.0)
+    return {'vectors': blocks.l2_normalize(words)}
 
 
-def fit(tok, codebook, batches, seed):
-    """The codebook of random patches or k-means from training images; others come back unchanged.
+def fit(tok: Tokenizer, codebook: dict, batches: Iterator[np.ndarray], seed: int) -> dict:
+    """Fits the codebook of random patches or k-means to training images.
 
     Args:
-      codebook: of `init`.
-      batches: iterator of uint8 (B, H, W, 3); as many are taken as are needed.
-      seed: int; with the images it determines the codebook.
+      tok: the tokenizer.
+      codebook: result of `init`; returned unchanged for kinds that are not FITTED.
+      batches: iterator of uint8 (B, H, W, 3); only the batches needed are consumed.
+      seed: seed of the sampling; it determines the codebook together with the images.
+
+    Returns:
+      The codebook.
     """
     if tok.kind not in FITTED:
         return codebook
-    unit = jax.jit(losses.l2_normalize)
+    unit = jax.jit(blocks.l2_normalize)
     vectors, seen = _sample(tok, batches, seed)
     if tok.kind == 'random_patches':
         return {'vectors': unit(vectors)}
     means, counts = unit(vectors), np.zeros(tok.vocab, np.float32)
     done, batches = 0, itertools.chain(seen, batches)
-    while done < tok.fit_patches and (images := next(batches, None)) is not None:
+    while done < FIT_PATCHES and (images := next(batches, None)) is not None:
         x = _patches(tok, images)
         means, counts = kmeans_step(means, counts, unit(x.reshape(-1, tok.dim)))
         done += math.prod(x.shape[:2])
@@ -177,38 +145,44 @@ def _patches(tok, images):
 
 
 def _sample(tok, batches, seed):
-    """V patches, from different images as far as there are enough, and the batches taken."""
+    """Returns V patches, from different images where possible, and the batches consumed."""
     rng = np.random.default_rng(seed)
     batches = iter(batches)
     seen = [next(batches)]
     size = len(seen[0])
     seen += itertools.islice(batches, min(-(-tok.vocab // size), MAX_BATCHES) - 1)
-    each = -(-tok.vocab // (size * len(seen)))  # of every image
-    found = []
+    per_image = -(-tok.vocab // (size * len(seen)))
+    sampled = []
     for images in seen:
         x = np.asarray(_patches(tok, images))
-        if each > x.shape[1]:
+        if per_image > x.shape[1]:
             raise ValueError(
                 f'method.vocab={tok.vocab} is more than the {len(seen) * size * x.shape[1]} '
                 f'patches of {len(seen)} batches: lower it.'
             )
-        # A patch without contrast has no direction once it is centred: the last choice.
+        # A patch without contrast has no direction once it is centred: it is the last choice.
         flat = np.square(x).sum(axis=-1) < 1e-6
-        order = np.argsort(rng.random(x.shape[:2]) + 2 * flat, axis=1)[:, :each]
-        found.append(np.take_along_axis(x, order[..., None], axis=1))
-    return np.concatenate([x.reshape(-1, tok.dim) for x in found])[: tok.vocab], seen
+        order = np.argsort(rng.random(x.shape[:2]) + 2 * flat, axis=1)[:, :per_image]
+        sampled.append(np.take_along_axis(x, order[..., None], axis=1))
+    return np.concatenate([x.reshape(-1, tok.dim) for x in sampled])[: tok.vocab], seen
 
 
 @jax.jit
-def kmeans_step(means, counts, x):
-    """One mini-batch of spherical k-means: every mean moves to that of all x it was given so far.
+def kmeans_step(means: jax.Array, counts: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One mini-batch of spherical k-means: each mean becomes that of all x assigned to it so far.
 
     Args:
-      means: (V, d).  counts: (V,), vectors each mean is of.  x: (M, d) of length 1.
+      means: (V, d).
+      counts: (V,), number of vectors in each mean.
+      x: (M, d) unit vectors.
 
-    Reference: Sculley, Web-scale k-means clustering, 2010: a rate of 1 / count for each centre.
+    Returns:
+      New means and counts.
+
+    References:
+      Sculley, Web-scale k-means clustering, 2010: a rate of 1 / count for each centre
     """
-    words = nearest(losses.l2_normalize(means), x)
+    words = nearest(blocks.l2_normalize(means), x)
     new = jax.ops.segment_sum(jnp.ones(len(x)), words, len(means))
     total = jax.ops.segment_sum(x, words, len(means))
     share = (1 / jnp.maximum(counts + new, 1))[:, None]
@@ -216,10 +190,10 @@ def kmeans_step(means, counts, x):
     return jnp.where((counts + new)[:, None] > 0, moved, means), counts + new
 
 
-def nearest(vectors, x):
-    """argmax_i <x, vectors_i>, the first of equals: (V, d), (..., d) -> int32 (...).
+def nearest(vectors: jax.Array, x: jax.Array) -> jax.Array:
+    """argmax_i <x, vectors_i>, the first in a tie: (V, d), (..., d) -> int32 (...).
 
-    In float32 also on accelerators: rounded products would give other words to close calls.
+    Float32 also on accelerators: rounded products would change words that nearly tie.
     """
     v = len(vectors)
     chunk = CHUNK if v % CHUNK == 0 else v
@@ -242,7 +216,7 @@ def nearest(vectors, x):
     return jax.lax.scan(compare, none, (starts, parts))[0][1]
 
 
-def tokens(tok, codebook, x):
+def tokens(tok: Tokenizer, codebook: dict, x: jax.Array) -> jax.Array:
     """Images (B, H, W, 3) in [0, 1] -> words int32 (B, N), raster order; no gradient."""
     codebook, x = jax.lax.stop_gradient((codebook, x))
     if tok.kind == 'dvae':
@@ -251,50 +225,49 @@ def tokens(tok, codebook, x):
     return nearest(codebook['vectors'], patches(tok, x))
 
 
-def draw(tok, codebook, words, x):
-    """Images (B, H, W, 3) in [0, 1] with words (B, N) for patches.
+def draw(tok: Tokenizer, codebook: dict, words: jax.Array, x: jax.Array) -> jax.Array:
+    """Draws words (B, N) of a FITTED tokenizer as images (B, H, W, 3) in [0, 1].
 
-    A word is a direction, so the length is given, of each patch of x, and so is the mean that
-    `centre` took away.  Only words that were made of patches look like something (`FITTED`).
+    A word is only a direction; each patch of x provides its length.
     """
-    whole = _scaled(tok, x)
-    mean = _mean(tok, whole)
-    length = jnp.linalg.norm(whole - mean, axis=-1, keepdims=True)
+    length = jnp.linalg.norm(patches(tok, x), axis=-1, keepdims=True)
     grid = x.shape[1] // tok.image_patch, x.shape[2] // tok.image_patch
-    drawn = patches_lib.unpatchify(codebook['vectors'][words] * length + mean, grid, tok.patch)
-    if tok.norm == 'imagenet':
-        drawn = photometry.denormalize(drawn)
-    elif tok.norm == 'signed':
-        drawn = (drawn + 1) / 2
+    drawn = patches_lib.unpatchify(codebook['vectors'][words] * length, grid, tok.patch)
+    drawn = photometry.denormalize(drawn)
     for axis in (1, 2):
         drawn = drawn.repeat(tok.image_patch // tok.patch, axis=axis)
-    return jnp.clip(drawn, 0.0, 1.0)
+    return drawn
 
 
-def flops_per_patch(tok):
-    """FLOPs of finding the word of one patch: 2 per multiply-add."""
+def flops_per_patch(tok: Tokenizer) -> int:
+    """FLOPs to find the word of one patch: 2 per multiply-add."""
     if tok.kind != 'dvae':
         return 2 * tok.vocab * tok.dim
     total = 0
-    for name, shape in dvae_shapes(tok.width, tok.vocab).items():
+    for name, shape in dvae_shapes(tok.vocab).items():
         group = int(name.split('_')[1]) if 'group' in name else 1 if 'input' in name else 4
         total += 2 * math.prod(shape) * 4 ** (4 - group) if len(shape) == 4 else 0
     return total
 
 
-def count(words, vocab):
-    """How often each word occurs, float32 (V,)."""
+def count(words: jax.Array, vocab: int) -> jax.Array:
+    """Occurrences of each word, float32 (V,)."""
     words = words.reshape(-1)
     return jnp.zeros(vocab).at[words].add(1.0)
 
 
-def statistics(counts):
-    """How a codebook is used, from the counts (V,) of its words; float32 scalars.
+def statistics(counts: jax.Array) -> dict[str, jax.Array]:
+    """Statistics of the use of a codebook.
 
-    token_perplexity: exp(entropy); V if all words are equally frequent, 1 if there is one.
-    token_top:        share of the most frequent word.
-    token_unigram:    entropy in nats, the cross-entropy of a model that knows the frequencies and
-                      no image: what is learned is how far the loss is below it.
+    Args:
+      counts: (V,), occurrences of each word.
+
+    Returns:
+      dict of float32 scalars:
+        token_perplexity: exp(entropy); V if all words are equally frequent, 1 if there is one.
+        token_top: share of the most frequent word.
+        token_unigram: entropy in nats, the cross-entropy of a model that knows the frequencies but
+          no image; a trained model must be below it.
     """
     p = counts / jnp.maximum(counts.sum(), 1e-30)
     entropy = -jax.scipy.special.xlogy(p, p).sum()
@@ -305,7 +278,7 @@ def statistics(counts):
     }
 
 
-def survey(tok, codebook, batches):
+def survey(tok: Tokenizer, codebook: dict, batches: Iterator[np.ndarray]) -> np.ndarray:
     """Counts (V,) of the words of COUNTED patches, or of MAX_BATCHES batches if they have fewer."""
     run = jax.jit(lambda book, x: count(tokens(tok, book, x / 255.0), tok.vocab))
     counts = np.zeros(tok.vocab, np.float32)
@@ -316,78 +289,81 @@ def survey(tok, codebook, batches):
     return counts
 
 
-def check(tok, stats, minimum):
-    """Raises ValueError where the perplexity is below `minimum`: the task would be trivial."""
-    found = float(stats['token_perplexity'])
-    if found >= minimum:
+def check(tok: Tokenizer, stats: dict, minimum: float) -> None:
+    """Checks that a codebook is not trivial.
+
+    Args:
+      tok: the tokenizer.
+      stats: result of `statistics`.
+      minimum: lowest perplexity allowed.
+
+    Raises:
+      ValueError: the perplexity is below `minimum`.
+    """
+    perplexity = float(stats['token_perplexity'])
+    if perplexity >= minimum:
         return
-    hint = 'method.tokenizer=random_patches'
-    if tok.kind == 'random_projection' and tok.centre not in ('auto', 'channel'):
-        hint = 'method.token_centre=channel'
+    other = 'kmeans' if tok.kind == 'random_patches' else 'random_patches'
     raise ValueError(
-        f'The {tok.vocab} words of tokenizer={tok.kind} are used as if there were {found:.1f} '
-        f'(perplexity; the commonest has {float(stats["token_top"]):.0%}), fewer than '
-        f'method.min_perplexity={minimum:g}: set {hint}, or min_perplexity=0 to train on them.'
+        f'The {tok.vocab} words of tokenizer={tok.kind} have a perplexity of {perplexity:.1f} (the '
+        f'most frequent has {float(stats["token_top"]):.0%}), below method.min_perplexity='
+        f'{minimum:g}: set method.tokenizer={other}, or min_perplexity=0 to train on them.'
     )
 
 
-def dvae_shapes(width, vocab):
-    """name -> shape of the weights of DALL-E's encoder (out, in, height, width), and its biases.
+def dvae_shapes(vocab: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights (out, in, height, width) and biases of DALL-E's encoder, by name.
 
     Names are those of the published module with `_` for dots, without the leading `blocks`.
     """
-    shapes = {'input_w': (width, 3, 7, 7)}
-    before = width
+    shapes = {'input_w': (DVAE_WIDTH, 3, 7, 7)}
+    before = DVAE_WIDTH
     for group in range(1, 5):
-        after = width * 2 ** (group - 1)
+        after = DVAE_WIDTH * 2 ** (group - 1)
         for block in (1, 2):
             name, hidden = f'group_{group}_block_{block}', after // 4
             if before != after:
                 shapes[f'{name}_id_path_w'] = (after, before, 1, 1)
             channels = (before, hidden, hidden, hidden, after)
-            for i in range(4):
-                side = 3 if i < 3 else 1
-                shapes[f'{name}_res_path_conv_{i + 1}_w'] = (
-                    channels[i + 1],
-                    channels[i],
-                    side,
-                    side,
-                )
+            for i, side in enumerate((3, 3, 3, 1)):
+                shape = (channels[i + 1], channels[i], side, side)
+                shapes[f'{name}_res_path_conv_{i + 1}_w'] = shape
             before = after
     shapes['output_conv_w'] = (vocab, before, 1, 1)
     return shapes | {k[:-1] + 'b': (s[0],) for k, s in shapes.items()}
 
 
-def dvae_codebook(tok, weights):
-    """The codebook of given weights of DALL-E's encoder.
+def dvae_codebook(tok: Tokenizer, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Codebook of given weights of DALL-E's encoder.
 
     Args:
-      weights: name -> array in the names of its state dict, `blocks.group_1.block_1.…`; the
-        published `encoder.pkl` is a pickled module: save its `state_dict()` as safetensors first.
+      tok: the tokenizer.
+      weights: {name: array} of its state dict, `blocks.group_1.block_1.…`. The published
+        `encoder.pkl` is a pickled module: save its `state_dict()` as safetensors first.
 
     Raises:
-      ValueError: naming the first weight that is missing, or has another shape.
+      ValueError: names the first weight that is missing or has another shape.
     """
-    found = {k.removeprefix('blocks.').replace('.', '_'): k for k in weights}
+    keys = {k.removeprefix('blocks.').replace('.', '_'): k for k in weights}
     codebook = {}
-    for name, shape in dvae_shapes(tok.width, tok.vocab).items():
-        value = np.asarray(weights[found[name]], np.float32) if name in found else None
+    for name, shape in dvae_shapes(tok.vocab).items():
+        value = np.asarray(weights[keys[name]], np.float32) if name in keys else None
         if value is None or value.shape != shape:
-            what = 'is missing' if value is None else f'has shape {value.shape}'
+            problem = 'is missing' if value is None else f'has shape {value.shape}'
             raise ValueError(
-                f'The dVAE does not fit, nothing was loaded: {name} {what}, expected {shape}; give '
-                f"the state dict of DALL-E's encoder, with method.vocab and method.dvae_width as "
-                f'there.'
+                f'The dVAE does not fit, nothing was loaded: {name} {problem}, expected {shape}; '
+                f"give the state dict of DALL-E's encoder, and set method.vocab to its number of "
+                f'words (8192 in the published one).'
             )
         codebook[name] = value
     return codebook
 
 
-def dvae_logits(weights, x):
+def dvae_logits(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """DALL-E's encoder: images (B, H, W, 3) in [0, 1] -> logits (B, H / 8, W / 8, V).
 
-    Pixels enter as 0.8 x + 0.1.  Blocks: identity (1x1 convolution where the width changes) plus
-    1/64 of ReLU-conv3 three times and ReLU-conv1; maxima of 2x2 after the first three groups.
+    The input is 0.8 x + 0.1. A block is the identity (a 1x1 convolution where the width changes)
+    plus 1/64 of three ReLU-conv3 and one ReLU-conv1. The first three groups end in a 2x2 max pool.
     """
 
     def conv(name, x):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU chips in numbers, and their topologies as devices that libtpu compiles for without a TPU."""
+"""Numbers of TPU chips, and topologies as devices that libtpu compiles for without a TPU."""
 
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import math
@@ -13,19 +12,21 @@ import tempfile
 
 import jax
 
+from ssl_jax.run import errors
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One chip.
 
     Attributes:
-      hbm_gib: what a program may use; the compiler keeps the rest of the nominal size.
+      hbm_gib: usable by a program; the compiler keeps the rest of the nominal size.
       peak: dense bfloat16 FLOP/s.
-      clock: Hz at which the matrix units reach that peak, so that cycles are seconds x clock.
+      clock: Hz at which the matrix units reach that peak: cycles = seconds x clock.
       hbm: bytes/s to and from memory.
-      ici: bytes/s that a chip can send to its neighbours, all links together.
-      dims: of its torus.  largest: chips of the largest slice.
-      cores: among which the steps of a kernel are divided.
+      ici: bytes/s sent to neighbours, all links together.
+      dims: of its torus.
+      cores: that share the steps of a kernel.
     """
 
     name: str
@@ -35,23 +36,22 @@ class Chip:
     hbm: float
     ici: float
     dims: int
-    largest: int
     cores: int = 1
 
     @property
-    def flops_per_cycle(self):
+    def flops_per_cycle(self) -> float:
         return self.peak / self.clock
 
 
 # Peak, nominal HBM (32, 16, 95, 32 GB; 1.23, 0.82, 2.77, 1.64 TB/s) and interconnect (2400, 1600,
-# 4800, 3584 Gbit/s one way) are those of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.  hbm_gib is
-# what libtpu says it has when a program does not fit.  The clock is peak / (2 x units x width^2): 8
-# units of 128 x 128 in v4 and v5p, 4 in v5e, 4 of 256 x 256 in v6e.
+# 4800, 3584 Gbit/s one way) are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. hbm_gib is what
+# libtpu reports when a program does not fit. The clock is peak / (2 x units x width^2): 8 units of
+# 128 x 128 in v4 and v5p, 4 in v5e, 4 of 256 x 256 in v6e.
 CHIPS = {
-    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 1.23e12, 300e9, 3, 4096, cores=2),
-    'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 0.82e12, 200e9, 2, 256),
-    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 2.77e12, 600e9, 3, 6144, cores=2),
-    'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 1.64e12, 448e9, 2, 256),
+    'v4': Chip('v4', 30.5, 275e12, 1.05e9, 1.23e12, 300e9, 3, cores=2),
+    'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 0.82e12, 200e9, 2),
+    'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 2.77e12, 600e9, 3, cores=2),
+    'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 1.64e12, 448e9, 2),
 }
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 CUBES = (
@@ -60,38 +60,42 @@ CUBES = (
 )  # fmt: skip
 
 
-def names():
+def names() -> list[str]:
     """Topologies as one rents them."""
     return [f'{c.name}:{s}' for c in CHIPS.values() for s in (FLAT if c.dims == 2 else CUBES)]
 
 
-def parse(name):
-    """'v5e:4x4' -> (Chip, (4, 4)); ValueError in one sentence with the nearest valid name."""
-    found = re.fullmatch(r'(v\w+):(\d+(?:x\d+)+)', name)
-    chip = CHIPS.get(found.group(1)) if found else None
-    if chip is None or name not in names():
-        raise ValueError(f"There is no topology '{name}'; did you mean '{nearest(name)}'?")
-    return chip, tuple(map(int, found.group(2).split('x')))
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """'v5e:4x4' -> (Chip, (4, 4)).
+
+    Raises:
+      UserError: there is no such topology; it names the nearest.
+    """
+    if name not in names():
+        raise errors.UserError(f"There is no topology '{name}'; did you mean '{_nearest(name)}'?")
+    chip, _, shape = name.partition(':')
+    return CHIPS[chip], tuple(map(int, shape.split('x')))
 
 
-def nearest(name):
-    """The valid name that is most like `name`: the same chip, about as many of them."""
+def _nearest(name):
+    """The valid name with a similar chip and a similar number of chips."""
     kind, _, shape = name.partition(':')
-    sides = [int(s) for s in re.findall(r'\d+', shape)]
-    kinds = [c.name for c in CHIPS.values() if c.dims == len(sides)] or list(CHIPS)
-    near = kind if kind in CHIPS else difflib.get_close_matches(kind, kinds, n=1, cutoff=0.0)[0]
-    own = [n for n in names() if n.startswith(f'{near}:')]
-    if not sides:
-        return own[3]
-    count = math.prod(sides)
-    return min(own, key=lambda n: abs(math.prod(map(int, n.partition(':')[2].split('x'))) - count))
+    dims = len(re.findall(r'\d+', shape))
+    kinds = [c.name for c in CHIPS.values() if c.dims == dims] or list(CHIPS)
+    kind = kind if kind in CHIPS else errors.close(kind, kinds, cutoff=0.0)[0]
+    valid = [n for n in names() if n.startswith(f'{kind}:')]
+
+    def count(name):
+        return math.prod(map(int, re.findall(r'\d+', name.partition(':')[2])))
+
+    return min(valid, key=lambda n: abs(count(n) - count(name))) if dims else valid[3]
 
 
 @functools.cache
 def _schedules():
-    """The folder, gone with the process, to which libtpu writes the schedules of its programs.
+    """Temporary folder for the schedules of libtpu's programs.
 
-    libtpu reads the flag when it is loaded, so this comes before.
+    libtpu reads the flag when it is loaded: call this before.
     """
     folder = tempfile.TemporaryDirectory(prefix='ssl_jax_plan_')
     flags = (
@@ -103,11 +107,11 @@ def _schedules():
     return folder
 
 
-def compile_program(lowered):
-    """(compiled, {name: bundles}): a lowered program, and how long each of its kernels is.
+def compile_program(lowered) -> tuple[jax.stages.Compiled, dict[str, int]]:
+    """(compiled, {name: bundles}) of a lowered program and its kernels.
 
-    A bundle is what a core issues in a cycle. XLA has no estimate for kernels of our own (Pallas);
-    this counts the instructions that they became, loops once.
+    A bundle is what a core issues in a cycle. XLA has no estimate for Pallas kernels; this counts
+    their instructions, loops once.
     """
     folder = pathlib.Path(_schedules().name)
     for old in folder.iterdir():
@@ -121,16 +125,16 @@ def compile_program(lowered):
     return compiled, found
 
 
-def devices(name, slices=1):
+def devices(name: str, slices: int = 1) -> list:
     """Devices of `slices` slices of a topology: they compile and cannot run.
 
     Raises:
-      ValueError: libtpu is missing, or there is no such topology.
+      UserError: libtpu is missing, or there is no such topology.
     """
     chip, shape = parse(name)
     if importlib.util.find_spec('libtpu') is None:
-        raise ValueError(
-            "planning compiles with libtpu, which is missing: pip install 'ssl_jax[tpu]'."
+        raise errors.UserError(
+            "planning compiles with libtpu, which is missing: pip install 'ssl_jax[plan]'."
         )
     quiet = {
         'TPU_SKIP_MDS_QUERY': '1',  # it would wait for the metadata server of a TPU VM
@@ -146,11 +150,11 @@ def devices(name, slices=1):
     from jax.experimental import topologies
 
     options = {'num_slices': slices} if slices > 1 else {}
-    if chip.name == 'v4':  # else the two cores of a chip are devices of their own
+    if chip.name == 'v4':  # else the two cores of a chip are two devices
         options['chip_config_name'] = 'megacore'
     if math.prod(shape) == 1:
         options['chips_per_host_bounds'] = [1, 1, 1]
     try:
         return topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f'libtpu has no topology {name} x {slices}: {error}') from error
+        raise errors.UserError(f'libtpu has no topology {name} x {slices}: {error}') from error

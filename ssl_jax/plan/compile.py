@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the step of the loop for a topology and takes its numbers.
+"""Numbers of the training step, compiled for a topology.
 
-The program is `train.make_program`'s, from abstract state and batch: what runs is what is planned.
+The program is `step.make_program`'s, from abstract state and batch: the one that runs.
 """
 
 import collections
@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from ssl_jax import config as config_lib
-from ssl_jax import methods, sharding, train
+from ssl_jax import methods, sharding
+from ssl_jax import step as step_lib
 from ssl_jax.plan import chips, hlo
+from ssl_jax.run import clock as clock_lib
 
 GIB = 2**30
-# Durations in epochs need a number of images; they change constants of the schedule, no shape.
+# For durations in epochs: it changes constants of the schedule, no shape.
 NUM_EXAMPLES = 1_281_167
-MATMUL = 8192  # side of the product that the scale is checked with
-# Words of a name scope that tell which part of the step an operation belongs to, in this order.
+MATMUL = 8192  # side of the product that checks the scale
+# Parts of the step and the words of name scopes that mark them; the first match counts.
 PARTS = (
     ('optimizer', ('optimizer',)),
     ('teacher', ('teacher',)),
@@ -36,27 +37,23 @@ NOISE = re.compile(
 )
 
 
-def program(config, devices):
-    """(method, Program) of a config on these devices."""
-    clock = config_lib.clock(config, NUM_EXAMPLES)
-    method = methods.from_config(config, clock)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    return method, train.make_program(config, method, clock, mesh=mesh)
-
-
-def lower(built):
-    """The lowered step of a Program."""
+def lower(built: step_lib.Program) -> jax.stages.Lowered:
+    """The lowered step."""
     with jax.set_mesh(built.mesh):
         return built.step.lower(built.abstract, built.batch)
 
 
-def plan(config, devices, chip):
-    """Compiles one step and returns its numbers, a dict that JSON can hold.
+def plan(config, devices: list, chip: chips.Chip) -> dict:
+    """Compiles one step and returns its numbers as JSON can hold them.
 
-    What does not fit is no error: then `fits` is False, `over_gib` says by how much, and what only
-    a compiled program tells is missing.
+    A program that does not fit is no error: `fits` is False, `over_gib` is the missing memory, and
+    numbers of the compiled program are left out.
     """
-    method, built = program(config, devices)
+    method = methods.make(config, clock_lib.Clock.of(config, NUM_EXAMPLES))
+    built = step_lib.make_program(
+        config, method, sharding.make_mesh(**config.mesh, devices=devices)
+    )
+    ways = built.mesh.shape['data'] * built.mesh.shape['fsdp']
     out = {
         'name': config.name or config.method.name,
         'batch_size': config.batch_size,
@@ -64,15 +61,14 @@ def plan(config, devices, chip):
         'remat': config.remat,
         'dtype': config.dtype,
         'mesh': dict(built.mesh.shape),
-        'slices': len({getattr(d, 'slice_index', 0) for d in devices}),
+        'slices': sharding.num_slices(devices),
         'chip': chip.name,
         'chips': len(devices),
         'flops': float(method.flops(config.batch_size)),
         'parameters': sum(x.size for x in jax.tree.leaves(built.abstract.params)),
+        'warnings': list(method.warnings(config.batch_size // config.accum_steps, ways)),
+        'hbm': {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)},
     }
-    slow = sharding.uneven_groups(method, config.batch_size // config.accum_steps, built.mesh)
-    out['warnings'] = [slow] if slow else []
-    out['hbm'] = {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)}
     started = time.monotonic()
     lowered = lower(built)
     out['seconds_to_trace'] = round(time.monotonic() - started, 1)
@@ -80,9 +76,10 @@ def plan(config, devices, chip):
     try:
         compiled, bundles = chips.compile_program(lowered)
     except jax.errors.JaxRuntimeError as error:
+        out.update(out_of_memory(str(error), out['hbm']['capacity']))
+        return out
+    finally:
         out['seconds_to_compile'] = round(time.monotonic() - started, 1)
-        return {**out, **out_of_memory(str(error), out['hbm']['capacity'])}
-    out['seconds_to_compile'] = round(time.monotonic() - started, 1)
     memory = compiled.memory_analysis()
     state = sum(out['hbm'][k] for k in ('parameters', 'moments', 'extra'))
     used = {
@@ -93,18 +90,21 @@ def plan(config, devices, chip):
     }
     out['hbm'].update(used, total=state + sum(used.values()))
     free = out['hbm']['capacity'] - out['hbm']['total']
-    out.update(fits=bool(free >= 0), over_gib=round(max(-free, 0) / GIB, 2))
     module = hlo.parse(compiled.as_text())
-    out.update(timing(module, out, chip, bundles))
-    out['collectives'] = communication(module, built.mesh)
-    within = sum(c['bytes'] for c in out['collectives'] if not c['between_slices'])
-    out['link_seconds'] = within / chip.ici
-    out['slice_bytes'] = sum(c['bytes'] for c in out['collectives'] if c['between_slices'])
-    return out
+    sent = communication(module, built.mesh)
+    return {
+        **out,
+        'fits': bool(free >= 0),
+        'over_gib': round(max(-free, 0) / GIB, 2),
+        **timing(module, out, chip, bundles),
+        'collectives': sent,
+        'link_seconds': sum(c['bytes'] for c in sent if not c['between_slices']) / chip.ici,
+        'slice_bytes': sum(c['bytes'] for c in sent if c['between_slices']),
+    }
 
 
-def state_bytes(state):
-    """Bytes per device of a TrainState with shardings, without padding."""
+def state_bytes(state: step_lib.TrainState) -> dict[str, int]:
+    """Bytes per device of a state with shardings, without padding."""
 
     def size(tree):
         return sum(
@@ -113,31 +113,32 @@ def state_bytes(state):
             if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         )
 
-    return {
-        'parameters': size(state.params),
-        'moments': size(state.opt_state),
-        'extra': size(state.extra),
-    }
+    fields = {'parameters': state.params, 'moments': state.opt_state, 'extra': state.extra}
+    return {name: size(tree) for name, tree in fields.items()}
 
 
-def out_of_memory(message, capacity):
-    """What the compiler says of a program that does not fit.
+def out_of_memory(message: str, capacity: float) -> dict:
+    """The compiler's numbers of a program that does not fit.
 
     Raises:
       RuntimeError: the message is of something else.
     """
-    used = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', message)
-    total = re.search(r'HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM', message)
-    if not used and not total:
+    found = re.search(r'Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm', message) or re.search(
+        r'HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM', message
+    )
+    if not found:
         raise RuntimeError(f'the step does not compile: {message.splitlines()[0][:500]}')
-    scale = {'K': 2**-20, 'M': 2**-10, 'G': 1.0, 'T': 2.0**10}
-    found = used or total
-    needed = float(found.group(1)) * scale[found.group(2)]
+    needed = float(found.group(1)) * {'K': 2**-20, 'M': 2**-10, 'G': 1, 'T': 2**10}[found.group(2)]
     return {'fits': False, 'needed_gib': needed, 'over_gib': round(needed - capacity / GIB, 2)}
 
 
-def timing(module, out, chip, bundles=None):
-    """Cycles of a step as time, images per second and utilisation; what costs most."""
+def timing(module: hlo.Module, out: dict, chip: chips.Chip, bundles: dict | None = None) -> dict:
+    """Cycles of a step as time, images per second and utilisation; the costliest operations.
+
+    Args:
+      out: batch_size, chips and flops of a plan.
+      bundles: of `chips.compile_program`.
+    """
     unknown = []
     kernels = hlo.kernel_cycles(module, bundles or {}, chip.cores)
     operations = hlo.operations(module, unknown, kernels, chip.hbm / chip.clock)
@@ -148,26 +149,24 @@ def timing(module, out, chip, bundles=None):
         part, direction, detail = scope(o.op_name)
         parts[part, direction] += o.cycles * o.times
         costly[part, direction, detail, o.opcode] += o.cycles * o.times
+
+    def rows(counts, *names):
+        return [dict(zip(names, key, strict=True), cycles=c, share=c / cycles) for key, c in counts]
+
     return {
         'cycles': cycles,
         'step_seconds': seconds,
         'images_per_second': out['batch_size'] / seconds,
         'images_per_second_per_chip': out['batch_size'] / seconds / out['chips'],
         'mfu': out['flops'] / out['chips'] / (cycles * chip.flops_per_cycle),
-        'parts': [
-            {'part': p, 'direction': d, 'cycles': c, 'share': c / cycles}
-            for (p, d), c in parts.most_common()
-        ],
-        'costliest': [
-            {'part': p, 'direction': d, 'scope': s, 'opcode': op, 'cycles': c, 'share': c / cycles}
-            for (p, d, s, op), c in costly.most_common(25)
-        ],
+        'parts': rows(parts.most_common(), 'part', 'direction'),
+        'costliest': rows(costly.most_common(25), 'part', 'direction', 'scope', 'opcode'),
         'loops_counted_once': unknown,
         'kernels_without_estimate': [name for name, c in kernels.items() if c is None],
     }
 
 
-def scope(op_name):
+def scope(op_name: str) -> tuple[str, str, str]:
     """op_name -> (part of the step, 'forward' | 'backward' | 'recomputed' | '', finer scope).
 
     'jit(step)/transpose(jvp(ViT))/while/body/.../blocks/mlp/fc1/dot_general' is ('encoder',
@@ -183,10 +182,10 @@ def scope(op_name):
     return part, direction, '/'.join(path[:4] + path[4:][-1:])
 
 
-def communication(module, mesh):
-    """Rows of collectives by kind, axes and type; bytes are what one device sends in a step.
+def communication(module: hlo.Module, mesh: jax.sharding.Mesh) -> list[dict]:
+    """Rows of collectives by kind, axes and type, with the bytes that a device sends in a step.
 
-    Between slices it is data alone (`sharding.mesh_sizes`).
+    Between slices the axis is always data (`sharding.mesh_sizes`).
     """
     rows = collections.defaultdict(lambda: [0, 0.0])
     for c in hlo.collectives(module, mesh.size):
@@ -200,8 +199,8 @@ def communication(module, mesh):
     ]
 
 
-def matmul_scale(device, chip):
-    """Estimated over ideal cycles of one large bfloat16 product: how far the estimate can be."""
+def matmul_scale(device: jax.Device, chip: chips.Chip) -> dict:
+    """Estimated and ideal cycles of one large bfloat16 product: the error of the estimate."""
     x = jax.ShapeDtypeStruct((MATMUL,) * 2, jnp.bfloat16, sharding=SingleDeviceSharding(device))
     compiled = jax.jit(jnp.matmul).lower(x, x).compile()
     cycles = sum(o.cycles * o.times for o in hlo.operations(hlo.parse(compiled.as_text())))

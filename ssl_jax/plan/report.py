@@ -11,8 +11,8 @@ LIMITS = (
 )
 
 
-def text(plan):
-    """The report of one plan (a dict of `compile.plan`), a few dozen lines."""
+def text(plan: dict) -> str:
+    """The report of a plan of `compile.plan`, a few dozen lines."""
     lines = [
         f'{plan["name"]} on {_where(plan)}',
         f'  {plan["command"]}',
@@ -48,18 +48,17 @@ def _where(plan):
 
 
 def _memory(plan):
-    hbm, rest = plan['hbm'], None
+    hbm = plan['hbm']
+    total, capacity = hbm.get('total', plan.get('needed_gib', 0) * GIB), hbm['capacity']
     rows = [(k, v) for k, v in hbm.items() if k not in ('capacity', 'total')]
-    lines = ['HBM per chip, GiB']
-    lines += [f'  {name:<28}{size / GIB:9.2f}' for name, size in rows]
-    total = hbm.get('total', plan.get('needed_gib', 0) * GIB)
-    rest = hbm['capacity'] - total
-    lines.append(f'  {"total, of the usable":<28}{total / GIB:9.2f} of {hbm["capacity"] / GIB:.2f}')
-    if plan['fits']:
-        lines.append(f'  fits, {rest / GIB:.2f} GiB are free')
-    else:
-        lines.append(f'  DOES NOT FIT, by {plan["over_gib"]:.2f} GiB')
-    return lines
+    return [
+        'HBM per chip, GiB',
+        *(f'  {name:<28}{size / GIB:9.2f}' for name, size in rows),
+        f'  {"total, of the usable":<28}{total / GIB:9.2f} of {capacity / GIB:.2f}',
+        f'  fits, {(capacity - total) / GIB:.2f} GiB are free'
+        if plan['fits']
+        else f'  DOES NOT FIT, by {plan["over_gib"]:.2f} GiB',
+    ]
 
 
 def _time(plan):
@@ -101,21 +100,17 @@ def _communication(plan):
 
 
 def _parts(plan):
-    lines = ['where the cycles go']
-    for row in plan['parts']:
-        if row['share'] >= 0.002:
-            lines.append(f'  {row["share"]:6.1%}  {row["part"]:<22}{row["direction"]}')
-    lines += ['', 'costliest operations']
-    for row in plan['costliest']:
-        if row['share'] >= 0.002:
-            lines.append(
-                f'  {row["share"]:6.1%}  {row["part"]:<22}{row["direction"]:<12}'
-                f'{row["opcode"]:<10}{row["scope"]}'
-            )
-    return lines
+    def line(row, *more):
+        return f'  {row["share"]:6.1%}  {row["part"]:<22}{row["direction"]:<12}{"".join(more)}'
+
+    parts = [line(r) for r in plan['parts'] if r['share'] >= 0.002]
+    costly = [r for r in plan['costliest'] if r['share'] >= 0.002]
+    costly = [line(r, f'{r["opcode"]:<10}', r['scope']) for r in costly]
+    lines = ['where the cycles go', *parts, '', 'costliest operations', *costly]
+    return [text.rstrip() for text in lines]
 
 
-def picture(plan, path):
+def picture(plan: dict, path) -> None:
     """Draws where the cycles go: parts of the step, and the costliest operations."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -123,30 +118,26 @@ def picture(plan, path):
     fig = Figure(figsize=(14, 5))
     left, right = fig.subplots(1, 2, width_ratios=(1, 1.2))
     names = list(dict.fromkeys(row['part'] for row in plan['parts']))
-    colours = dict(zip(names, matplotlib.colormaps['tab10'].colors * 2))
+    colours = dict(zip(names, matplotlib.colormaps['tab10'].colors * 2, strict=False))
     shade = {'forward': 0.55, 'recomputed': 0.75, 'backward': 1.0, '': 1.0}
-    reached = dict.fromkeys(names, 0.0)
+    starts = dict.fromkeys(names, 0.0)
     for row in plan['parts']:
-        start = reached[row['part']]
-        reached[row['part']] += row['share']
-        left.barh(
-            row['part'], row['share'], left=start, color=colours[row['part']],
-            alpha=shade[row['direction']], edgecolor='white',
+        part, share = row['part'], row['share']
+        bar = left.barh(
+            part, share, left=starts[part], color=colours[part], alpha=shade[row['direction']],
+            edgecolor='white',
         )  # fmt: skip
-        if row['share'] > 0.04:
-            left.text(
-                start + row['share'] / 2, row['part'], row['direction'] or 'all',
-                ha='center', va='center', fontsize=8,
-            )  # fmt: skip
-    left.invert_yaxis()
-    left.set_xlabel('share of the estimated cycles')
+        starts[part] += share
+        if share > 0.04:
+            left.bar_label(bar, [row['direction'] or 'all'], label_type='center', fontsize=8)
     rows = plan['costliest'][:18]
     labels = [f'{r["part"]} {r["direction"]} {r["scope"]} ({r["opcode"]})' for r in rows]
     bars = [colours[r['part']] for r in rows]
     right.barh(range(len(rows)), [r['share'] for r in rows], color=bars)
     right.set_yticks(range(len(rows)), labels, fontsize=8)
-    right.invert_yaxis()
-    right.set_xlabel('share of the estimated cycles')
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.set_xlabel('share of the estimated cycles')
     fig.suptitle(
         f'{plan["name"]} on {_where(plan)}\n{plan["step_seconds"] * 1e3:,.1f} ms estimated, '
         f'MFU {plan["mfu"]:.2f}', fontsize=11,

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checksum per tensor that is the same on any devices, to tell restored numbers from garbage."""
+"""Checksums of tensors, and the manifest of a checkpoint: its tensors, versions and settings.
 
+A checksum is the same on any devices, so it shows whether restored numbers are those saved.
+"""
+
+import importlib.metadata
 import itertools
+import json
+import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssl_jax import __version__
+from ssl_jax.run import trees
+
 # XLA on CPU starts at most 32 programs per device before the first has ended. One more waits in a
-# thread that another device may need for its part of a collective that all wait for: on sharded
-# tensors of several processes that is a deadlock. So no more than these are started without
-# waiting for their results.
+# thread that another device may need for its part of a collective: on sharded tensors of several
+# processes that is a deadlock. So no more than these are started without waiting for results.
 IN_FLIGHT = 16
+SHOWN = 20  # tensors listed in a sentence
 
 
-def of(tree):
+def of(tree: Any) -> dict[str, int]:
     """A number per tensor that changes with any bit, and with no sharding.
 
     With u_i the i-th element's bits as an unsigned integer, mixed by an invertible function, it is
@@ -27,7 +37,7 @@ def of(tree):
     Returns:
       dict name -> int, names as in ``params/blocks/norm1/scale``.
     """
-    leaves, sums = iter(named(tree).items()), {}
+    leaves, sums = iter(trees.named(tree).items()), {}
     while some := dict(itertools.islice(leaves, IN_FLIGHT)):
         is_device = {k: isinstance(x, jax.Array) for k, x in some.items()}
         now = {k: (_device_checksum if is_device[k] else _host_checksum)(some[k]) for k in some}
@@ -76,7 +86,54 @@ def _checksum(x, xp, start=0):
     return xp.sum((x ^ x >> np.uint32(13)) * weight, dtype=np.uint32)
 
 
-def named(tree):
-    """dict name -> leaf; attribute, dict and sequence keys look alike, as Orbax stores them."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+def manifest(items: dict) -> dict:
+    """Tensors with type and checksum, versions, PRNG settings, mesh, devices and processes."""
+    sums, tensors = of(items), trees.named(items)
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint')
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    shardings = [getattr(x, 'sharding', None) for x in tensors.values()]  # numpy has none
+    meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+    return {
+        'tensors': {k: {'type': _spell(tensors[k]), 'sum': sums[k]} for k in tensors},
+        'versions': {'ssl_jax': __version__, **versions},
+        'prng': prng(),
+        'mesh': dict(meshes[0].shape) if meshes else {},
+        'devices': jax.device_count(),
+        'processes': jax.process_count(),
+    }
+
+
+def prng() -> dict:
+    """The settings that the stream of random numbers depends on."""
+    return {
+        'impl': str(jax.config.jax_default_prng_impl),
+        'threefry_partitionable': bool(jax.config.jax_threefry_partitionable),
+    }
+
+
+def seal(meta: dict) -> dict:
+    """`meta` as JSON gives it back, with a checksum of its own; sealing twice changes nothing."""
+    meta = json.loads(json.dumps({k: v for k, v in meta.items() if k != 'crc'}, default=str))
+    return {**meta, 'crc': zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+
+
+def difference(abstract: dict, tensors: dict) -> str:
+    """Names, types and shapes that differ, as part of a sentence; '' if none do.
+
+    Args:
+      abstract: dict item -> tree of the tensors asked for.
+      tensors: 'tensors' of `manifest`; items that `abstract` lacks are left out.
+    """
+    want = {k: _spell(v) for k, v in trees.named(abstract).items()}
+    have = {k: v['type'] for k, v in tensors.items() if k.split('/')[0] in abstract}
+    wrong = [k for k in {**want, **have} if want.get(k) != have.get(k)]
+    if not wrong:
+        return ''
+    pairs = [(k, want.get(k, 'nothing'), have.get(k, 'nothing')) for k in wrong[:SHOWN]]
+    listed = ', '.join(f'{k} (expected {x}, found {y})' for k, x, y in pairs)
+    more = f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''
+    return f'{len(wrong)} tensors differ: {listed}{more}'
+
+
+def _spell(x):
+    return f'{np.dtype(x.dtype).name}{list(x.shape)}'

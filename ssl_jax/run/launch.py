@@ -1,30 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process does before it trains: joins the other hosts, keeps compiled programs."""
+"""Processes and devices of a run: joining hosts, agreement between them, hardware."""
 
 import importlib.util
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# Dense bfloat16 TFLOP/s of one jax device, by the prefix of its device_kind; the longest match
+# counts. From the vendors' data sheets. A v2, v3 or 7x chip appears as two devices.
+PEAK_TFLOPS = {
+    'TPU v2': 22.5,
+    'TPU v3': 61.5,
+    'TPU v4': 275,
+    'TPU v5 lite': 197,
+    'TPU v5e': 197,
+    'TPU v5': 459,
+    'TPU v5p': 459,
+    'TPU v6 lite': 918,
+    'TPU v6e': 918,
+    'TPU7x': 1153.5,
+    'TPU v7x': 1153.5,
+    'NVIDIA A100': 312,
+    'NVIDIA H100': 989,
+    'NVIDIA H100 PCIe': 756,
+    'NVIDIA H200': 989,
+    'NVIDIA GH200': 989,
+    'NVIDIA L4': 121,
+}
 
 
-def enable_compile_cache():
-    """Keeps compiled programs on disk, so that a restart does not compile again.
-
-    Not where a CPU plays several devices: some programs read back from disk never finish there
-    (jax 0.10.2: devices wait in a collective for others that do not come), and XLA aborts.
-    """
-    if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
-        return
-    if jax.config.jax_compilation_cache_dir is None:
-        default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
-        jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-
-
-def initialize_distributed():
+def initialize_distributed() -> None:
     """Joins the other hosts of a pod: nothing to do on one host, no arguments on Cloud TPU.
 
-    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who takes part.
+    Elsewhere it reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     env = os.environ
     if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
@@ -42,3 +52,58 @@ def _is_tpu_vm():
     """Whether libtpu is installed and chips are attached (libtpu alone also compiles without)."""
     chips = any(map(os.path.exists, ('/dev/accel0', '/dev/vfio')))
     return chips and importlib.util.find_spec('libtpu') is not None
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which writes and prints."""
+    return jax.process_index() == 0
+
+
+def log(*lines: str) -> None:
+    """Prints on process 0."""
+    if is_main():
+        for line in lines:
+            print(line, flush=True)
+
+
+def main_says(flag: bool) -> bool:
+    """The flag of process 0, on all processes."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(flag))))
+
+
+def any_says(flag: bool) -> bool:
+    """Whether the flag is true on any process."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(multihost_utils.process_allgather(np.asarray(bool(flag))).any())
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs on disk, so that a restart does not compile again.
+
+    Off where a CPU simulates several devices: some programs read from disk never finish (jax
+    0.10.2: devices wait in a collective for devices that never enter it), and XLA aborts.
+    """
+    if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
+        return
+    if jax.config.jax_compilation_cache_dir is None:
+        default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
+        jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device, None if unknown.
+
+    Args:
+      device_kind: as in ``jax.devices()[0].device_kind``.
+    """
+    matches = [kind for kind in PEAK_TFLOPS if device_kind.startswith(kind)]
+    return PEAK_TFLOPS[max(matches, key=len)] * 1e12 if matches else None

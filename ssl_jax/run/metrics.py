@@ -2,8 +2,8 @@
 """Metrics: one row per log in ``metrics.jsonl``, one line on the terminal, TensorBoard if wanted.
 
 A row is ``{"step": 40, "loss": 0.71, ..., "time": {...}}``. Everything that depends on the clock is
-under ``time``, so two runs are equal when their rows are equal without it. JSON knows no NaN: not
-finite numbers are the strings ``"nan"``, ``"inf"``, ``"-inf"``, which `read` turns back.
+under ``time``, so two runs are equal when their rows are equal without it. JSON knows no NaN:
+non-finite numbers are the strings ``"nan"``, ``"inf"``, ``"-inf"``, which `read` turns back.
 """
 
 import collections
@@ -13,34 +13,15 @@ import math
 import sys
 import time
 import zlib
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import jax
 import numpy as np
 from etils import epath
 
-from ssl_jax.run import workdir as workdir_lib
+from ssl_jax.run import launch, storage
 
-# Dense bfloat16 TFLOP/s of one jax device, by the beginning of its device_kind; the longest match
-# counts. From the vendors' data sheets. A v2, v3 or 7x chip appears as two devices.
-PEAK_TFLOPS = {
-    'TPU v2': 22.5,
-    'TPU v3': 61.5,
-    'TPU v4': 275,
-    'TPU v5 lite': 197,
-    'TPU v5e': 197,
-    'TPU v5': 459,
-    'TPU v5p': 459,
-    'TPU v6 lite': 918,
-    'TPU v6e': 918,
-    'TPU7x': 1153.5,
-    'TPU v7x': 1153.5,
-    'NVIDIA A100': 312,
-    'NVIDIA H100': 989,
-    'NVIDIA H100 PCIe': 756,
-    'NVIDIA H200': 989,
-    'NVIDIA GH200': 989,
-    'NVIDIA L4': 121,
-}
 REMOTE_SECONDS = 60  # objects in a bucket cannot be appended to: they are rewritten this often
 
 
@@ -54,43 +35,51 @@ class NonFinite:
     The step counts on the device (`TrainState.skipped`); this compares on the host.
 
     Args:
-      in_a_row: how many updates in a row may be skipped.
-      total: how many updates may be skipped since step 0.
+      in_a_row: updates in a row that may be skipped.
+      total: updates that may be skipped since step 0.
     """
 
-    def __init__(self, in_a_row, total):
-        self._in_a_row, self._total = in_a_row, total
+    def __init__(self, in_a_row: int, total: int):
+        self._budgets = {'in a row': in_a_row, 'in total': total}
+        self._pending = collections.deque()
 
-    def update(self, in_a_row, total):
-        """Raises NonFiniteError if a count is above its budget."""
-        for count, budget, what in (
-            (in_a_row, self._in_a_row, 'in a row'),
-            (total, self._total, 'in total'),
-        ):
-            if count > budget:
-                raise NonFiniteError(
-                    f'The loss or a gradient was not finite in {count} steps {what} (allowed: '
-                    f'{budget}); no such update was applied, so lower optim.lr or optim.clip, or '
-                    f'use dtype=float32, and start the same command again.'
-                )
+    def push(self, metrics: dict) -> None:
+        """Takes the metrics of a step and checks those of two steps before, surely computed."""
+        self._pending.append((metrics['skipped_in_a_row'], metrics['skipped_total']))
+        self._check(leave=2)
+
+    def flush(self) -> None:
+        """Checks what is left; waits for the device."""
+        self._check(leave=0)
+
+    def _check(self, leave):
+        while len(self._pending) > leave:
+            counts = map(int, self._pending.popleft())
+            for count, (what, budget) in zip(counts, self._budgets.items(), strict=True):
+                if count > budget:
+                    raise NonFiniteError(
+                        f'The loss or a gradient was not finite in {count} steps {what} (allowed: '
+                        f'{budget}); no such update was applied, so lower optim.lr or optim.clip, '
+                        f'or use dtype=float32, and start the same command again.'
+                    )
 
 
 class Timers:
     """Seconds spent per phase: ``with timers('data'): ...``; the same name adds up."""
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._sums = collections.Counter()
 
     @contextlib.contextmanager
-    def __call__(self, name):
+    def __call__(self, name: str) -> Iterator[None]:
         start = self._clock()
         try:
             yield
         finally:
             self._sums[name] += self._clock() - start
 
-    def take(self):
+    def take(self) -> dict[str, float]:
         """dict name -> seconds since the last call."""
         sums, self._sums = dict(self._sums), collections.Counter()
         return sums
@@ -113,40 +102,40 @@ class Writer:
 
     def __init__(
         self,
-        workdir,
+        workdir: epath.PathLike,
         *,
-        total_steps,
-        batch_size,
-        flops_per_step=None,
-        tensorboard=True,
-        wandb=False,
-        start_step=0,
-        is_main=True,
-        clock=time.monotonic,
-        stream=None,
+        total_steps: int,
+        batch_size: int,
+        flops_per_step: float | None = None,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        start_step: int = 0,
+        is_main: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        stream: TextIO | None = None,
     ):
         self.timers = Timers(clock)
         self._clock, self._stream = clock, stream or sys.stdout
         self._total_steps, self._batch_size = total_steps, batch_size
         self._flops_per_step = flops_per_step
-        self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._devices = jax.device_count()
+        self._peak = launch.peak_flops(jax.devices()[0].device_kind)
         self._is_main = is_main
         self._held = None  # (step, device arrays, time fields) of the last log
         self._last = {}  # the newest value of every metric
         self._window_step = start_step
         self._seconds_per_step = None
-        self._rows = self._sinks = None
+        self._sinks = {}  # name: (add, close)
         if is_main:
             self._rows = _Rows(epath.Path(workdir) / 'metrics.jsonl', start_step, clock)
-            self._sinks = []
             if tensorboard:
-                self._sinks.append(_Sink('TensorBoard', lambda: _tensorboard(workdir, start_step)))
+                with self._may_fail('TensorBoard'):
+                    self._sinks['TensorBoard'] = _tensorboard(workdir, start_step)
             if wandb:
-                self._sinks.append(_Sink('Weights & Biases', lambda: _wandb(workdir)))
+                with self._may_fail('Weights & Biases'):
+                    self._sinks['Weights & Biases'] = _wandb(workdir)
         self._start = self._window_start = clock()
 
-    def log(self, step, metrics):
+    def log(self, step: int, metrics: dict) -> None:
         """Takes the metrics of `step` and writes those of the call before.
 
         Reading a device scalar waits until it is computed. Those of the call before are long done,
@@ -160,43 +149,37 @@ class Writer:
         self.flush()
         self._held = (step, metrics, timing)
 
-    def flush(self):
+    def flush(self) -> None:
         """Writes what is held; waits for the device. Call it before a checkpoint is saved, or a
         kill before the next log would lose the row."""
-        if self._held is None:
-            return
-        step, metrics, timing = self._held
-        self._held = None
-        values = {k: _scalar(v) for k, v in metrics.items()}
-        self._write(step, values, timing)
-        if self._is_main:
-            self._show(self._line(step, values, timing))
+        if self._held is not None:
+            (step, metrics, timing), self._held = self._held, None
+            self._show(self._line(step, self._write(step, metrics, timing), timing))
 
     @property
-    def last(self):
+    def last(self) -> dict[str, float]:
         """The newest value written of every metric."""
         return dict(self._last)
 
-    def eval(self, step, metrics):
+    def eval(self, step: int, metrics: dict) -> None:
         """Writes the results of an evaluation at once, as a row of their own."""
         self.flush()
-        values = {k: _scalar(v) for k, v in metrics.items()}
-        self._write(step, values, {'elapsed': round(self._clock() - self._start, 3)})
-        if self._is_main and values:
+        values = self._write(step, metrics, {'elapsed': round(self._clock() - self._start, 3)})
+        if values:
             shown = '  '.join(f'{k} {_number(v)}' for k, v in values.items())
             self._show(f'step {step:,}  {shown}', keep=True)
 
-    def close(self):
-        """Writes what is held and closes the files; returns the newest value of every metric."""
+    def close(self) -> dict[str, float]:
+        """Writes what is held and closes the files; returns `last`."""
         self.flush()
         if self._is_main:
             if self._stream.isatty():
                 print(file=self._stream, flush=True)
             self._rows.close()
-            for sink in self._sinks:
-                sink.close()
-            self._is_main = False
-        return dict(self._last)
+            for name, (_, close) in list(self._sinks.items()):
+                with self._may_fail(name):
+                    close()
+        return self.last
 
     def _measure(self, step):
         now = self._clock()
@@ -215,36 +198,49 @@ class Writer:
             'eta': (self._total_steps - step) * self._seconds_per_step,
             'seconds_per_step': each,
             'images_per_second': rate,
-            'images_per_second_per_chip': rate / self._devices,
+            'images_per_second_per_chip': rate / jax.device_count(),
             'data_wait': spent.get('data', 0) / training,
             **{f'{k}_seconds': v for k, v in sorted(spent.items())},
         }
         if self._flops_per_step and self._peak:
-            timing['mfu'] = self._flops_per_step / each / (self._peak * self._devices)
+            timing['mfu'] = self._flops_per_step / each / (self._peak * jax.device_count())
         return {k: float(f'{v:.5g}') for k, v in timing.items()}
 
-    def _write(self, step, values, timing):
+    def _write(self, step, metrics, timing):
+        """Writes a row; returns its values as Python numbers."""
+        values = {k: _scalar(v) for k, v in metrics.items()}
         self._last.update(values)
-        if not self._is_main:
-            return
-        self._rows.add(
-            {'step': step, **{k: _jsonable(v) for k, v in values.items()}, 'time': timing}
-        )
-        for sink in self._sinks:
-            sink.add(step, values | {f'time/{k}': v for k, v in timing.items()})
+        if self._is_main:
+            row = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+            self._rows.add({'step': step, **row, 'time': timing})
+            for name, (add, _) in list(self._sinks.items()):
+                with self._may_fail(name):
+                    add(step, values | {f'time/{k}': v for k, v in timing.items()})
+        return values
+
+    @contextlib.contextmanager
+    def _may_fail(self, name):
+        """The first failure of a destination is printed, then it is left alone."""
+        try:
+            yield
+        except Exception as e:  # whatever it is, training matters more
+            self._sinks.pop(name, None)
+            print(
+                f'{name} is off for the rest of this run ({type(e).__name__}: {e}); '
+                'metrics.jsonl goes on.',
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _line(self, step, values, timing):
         """The progress line."""
         parts = [
             f'step {step:,}/{self._total_steps:,} {step / self._total_steps:.1%}',
             f'eta {duration(timing["eta"])}',
-        ]
-        names = ('loss', 'lr', 'learning_rate')
-        parts += [f'{k} {_number(values[k])}' for k in names if k in values]
-        parts.append(
+            *(f'{k} {_number(values[k])}' for k in ('loss', 'lr') if k in values),
             f'{_rate(timing["images_per_second"])} img/s '
-            f'({_rate(timing["images_per_second_per_chip"])}/chip)'
-        )
+            f'({_rate(timing["images_per_second_per_chip"])}/chip)',
+        ]
         if 'mfu' in timing:
             parts.append(f'MFU {timing["mfu"]:.1%}')
         parts.append(f'data_wait {timing["data_wait"]:.0%}')
@@ -254,40 +250,30 @@ class Writer:
 
     def _show(self, line, keep=False):
         """Redraws the line on a terminal, prints it elsewhere."""
-        if self._stream.isatty():
-            line = f'\r{line}\x1b[K' + ('\n' if keep else '')
-            print(line, end='', file=self._stream, flush=True)
-        else:
+        if self._is_main and self._stream.isatty():
+            line, end = f'\r{line}\x1b[K', '\n' if keep else ''
+            print(line, end=end, file=self._stream, flush=True)
+        elif self._is_main:
             print(line, file=self._stream, flush=True)
 
 
-def read(path):
+def read(path: epath.PathLike) -> list[dict]:
     """The rows of a ``metrics.jsonl``, or of the one in a workdir, with floats where they were.
 
-    Lines that are not complete rows, as a kill may leave at the end, are left out.
+    Incomplete lines, as a kill may leave at the end, are left out.
     """
     path = epath.Path(path)
     path = path / 'metrics.jsonl' if path.is_dir() else path
     return [row for row, _ in _parse(path.read_text())]
 
 
-def has_evaluation(workdir, step):
+def has_evaluation(workdir: epath.PathLike, step: int) -> bool:
     """Whether ``metrics.jsonl`` in `workdir` has the row that `Writer.eval` wrote for `step`."""
     path = epath.Path(workdir) / 'metrics.jsonl'
     return path.exists() and any(row['step'] == step and 'loss' not in row for row in read(path))
 
 
-def peak_flops(device_kind):
-    """Dense bfloat16 FLOP/s of one device, None where it is not known.
-
-    Args:
-      device_kind: as in ``jax.devices()[0].device_kind``.
-    """
-    found = [k for k in PEAK_TFLOPS if device_kind.startswith(k)]
-    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
-
-
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds as ``4:05`` (minutes), ``1:04:05`` or ``2d 3h``."""
     seconds = int(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
@@ -297,78 +283,42 @@ def duration(seconds):
 
 
 class _Rows:
-    """metrics.jsonl: appended to and flushed per row; in a bucket, rewritten now and then."""
+    """metrics.jsonl: appended to on a disk; in a bucket, rewritten now and then."""
 
     def __init__(self, path, start_step, clock):
         self._path, self._clock = path, clock
-        self._is_remote = '://' in str(path)
         old = _parse(path.read_text()) if path.exists() else []
-        self._text = ''.join(line + '\n' for row, line in old if row['step'] <= start_step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workdir_lib.atomic_write(path, self._text)
+        self._text = ''.join(f'{line}\n' for row, line in old if row['step'] <= start_step)
+        storage.atomic_write(path, self._text)
         self._written = clock()
-        self._file = None if self._is_remote else open(path, 'a')  # noqa: SIM115
 
     def add(self, row):
         line = json.dumps(row, allow_nan=False) + '\n'
-        if not self._is_remote:
-            self._file.write(line)
-            self._file.flush()
+        if not storage.is_remote(self._path):
+            with self._path.open('a') as file:
+                file.write(line)
             return
         self._text += line
         if self._clock() - self._written > REMOTE_SECONDS:
+            self.close()
+
+    def close(self):
+        if storage.is_remote(self._path):
             self._path.write_text(self._text)
             self._written = self._clock()
-
-    def close(self):
-        if self._is_remote:
-            self._path.write_text(self._text)
-        else:
-            self._file.close()
-
-
-class _Sink:
-    """A destination that may fail: the first failure is printed, then it is left alone."""
-
-    def __init__(self, name, make):
-        self._name = name
-        self._target = None
-        self._try(lambda: setattr(self, '_target', make()))
-
-    def add(self, step, values):
-        if self._target is not None:
-            self._try(lambda: self._target[0](step, values))
-
-    def close(self):
-        if self._target is not None:
-            self._try(self._target[1])
-
-    def _try(self, call):
-        try:
-            call()
-        except Exception as e:  # whatever it is, training matters more
-            self._target = None
-            print(
-                f'{self._name} is off for the rest of this run ({type(e).__name__}: {e}); '
-                'metrics.jsonl goes on.',
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def _tensorboard(workdir, start_step):
     """(add, close) of an event file in the workdir; events after `start_step` are hidden."""
     import tensorboardX
 
-    writer = tensorboardX.SummaryWriter(
-        str(epath.Path(workdir) / 'tensorboard'), purge_step=start_step + 1
-    )
+    folder = str(epath.Path(workdir) / 'tensorboard')
+    writer = tensorboardX.SummaryWriter(folder, purge_step=start_step + 1)
 
     def add(step, values):
         for name, value in values.items():
-            if not math.isfinite(value):
-                continue  # a gap in the curve; tensorboardX prints a warning for each
-            writer.add_scalar(name, value, step)
+            if math.isfinite(value):  # else a gap; tensorboardX prints a warning for each
+                writer.add_scalar(name, value, step)
         writer.flush()
 
     return add, writer.close
@@ -397,7 +347,8 @@ def _parse(text):
             row['step'] + 0
         except (ValueError, TypeError, KeyError):
             continue
-        rows.append(({k: _unjson(v) for k, v in row.items()}, line))
+        row = {k: float(v) if v in ('nan', 'inf', '-inf') else v for k, v in row.items()}
+        rows.append((row, line))
     return rows
 
 
@@ -407,14 +358,6 @@ def _scalar(x):
     if x.dtype.kind in 'iub':
         return int(x)
     return float(x) if x.dtype == np.float64 else float(str(np.float32(x)))
-
-
-def _jsonable(x):
-    return x if math.isfinite(x) else str(x)
-
-
-def _unjson(x):
-    return float(x) if x in ('nan', 'inf', '-inf') else x
 
 
 def _number(x):

@@ -2,16 +2,19 @@
 """Ending a run on SIGTERM or SIGINT: at the next step, on all processes at the same one.
 
 A handler sets a flag, which costs nothing to poll. A second signal ends the process at once.
-With several processes jax's own preemption service spreads the news: a SIGTERM to one process is
-enough, and all are told the same step. It listens to SIGTERM below Python, where it would lose it
-to a handler of ours; so only SIGINT gets one, which sends SIGTERM. (A SIGTERM while several
-processes compile is therefore heard at the first step; nothing is lost by then.)
+With several processes jax's preemption service spreads a SIGTERM to one process, and all end at the
+same step. It listens to SIGTERM below Python, and a Python handler would take the signal away; so
+only SIGINT has a handler, which sends SIGTERM. (A SIGTERM while several processes compile therefore
+ends the run at the first step; nothing is lost by then.)
 """
 
+import concurrent.futures
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -53,7 +56,7 @@ class Preemption:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def agreed(self, step):
+    def agreed(self, step: int) -> bool:
         """Whether the run should end before `step`; the same answer on all processes.
 
         Every process has to ask at every step.
@@ -75,46 +78,32 @@ class Preemption:
             self.requested = True
 
 
-def run_interruptible(fn, p, on_stop=None):
-    """Runs `fn()`, a long call that holds no Python code, and gives up when `p.requested`.
+def run_interruptible(fn: Callable[[], Any], p: Preemption) -> Any:
+    """Returns `fn()`, a long call that holds no Python code; gives up when `p.requested`.
 
     XLA compiles for minutes and Python runs signal handlers only between its own instructions, on
     the main thread; so `fn` runs in a daemon thread and this thread polls. The thread cannot be
     killed: after `Stopped`, end the process with `exit_now`.
 
-    Args:
-      fn: called without arguments.
-      p: a `Preemption`.
-      on_stop: called before `Stopped` is raised.
-
-    Returns:
-      What `fn` returns; what it raises is raised.
-
     Raises:
-      Stopped: if a signal came first.
+      Stopped: if a signal came first; else whatever `fn` raises.
     """
-    result = {}
+    future = concurrent.futures.Future()
 
     def work():
         try:
-            result['value'] = fn()
+            future.set_result(fn())
         except BaseException as e:
-            result['error'] = e
+            future.set_exception(e)
 
-    thread = threading.Thread(target=work, name='interruptible', daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        if p.requested and thread.is_alive():
-            if on_stop is not None:
-                on_stop()
+    threading.Thread(target=work, name='interruptible', daemon=True).start()
+    while not concurrent.futures.wait([future], POLL_SECONDS).done:
+        if p.requested:
             raise Stopped
-    if 'error' in result:
-        raise result['error']
-    return result['value']
+    return future.result()
 
 
-def exit_now(code):
+def exit_now(code: int) -> None:
     """Ends the process with `code` at once, whatever threads still compile; flushes output."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: reconstructions, contact sheets, PCA of patch tokens, training curves.
+"""Pictures: reconstructions, contact sheets, attention, PCA of patch tokens, training curves.
 
-Every function writes one PNG and imports matplotlib when called.  Sheets are laid out in whole
-pixels and tiny images are repeated, not interpolated, so that what is seen is what the model saw.
+Every function writes one PNG to `path`, makes its folder and imports matplotlib when called. Sheets
+are laid out in whole pixels. Tiny images are repeated, not interpolated: they show the pixels that
+the model saw.
 """
 
 import io
@@ -27,78 +28,60 @@ COLUMNS = (  # key of a reconstruction, header
 )
 
 
-def reconstruction_grid(pictures, path):
-    """One row per image, columns as in COLUMNS.
+def reconstruction_grid(pictures: dict[str, np.ndarray], path) -> None:
+    """Draws one row per image, with the columns of COLUMNS that are in `pictures`.
 
     Args:
-      pictures: what `reconstruction.pictures` makes, (B, H, W, 3) in [0, 1] or uint8: image,
-        masked, stitched and those of the other columns that there are.
-      path: of the PNG; its folder is made.
+      pictures: of `Method.reconstruct`, (B, H, W, 3) in [0, 1] or uint8.
+      path: of the PNG.
     """
-    missing = [k for k in ('image', 'masked', 'stitched') if k not in pictures]
-    if missing:
-        raise ValueError(
-            f"The reconstruction lacks {', '.join(missing)}; pass what the method's reconstruct "
-            f'returns (a checkpoint without a decoder cannot be reconstructed from).'
-        )
     columns = [(key, name) for key, name in COLUMNS if key in pictures]
-    rows = list(zip(*(_uint8(pictures[key]) for key, _ in columns)))
+    rows = list(zip(*(_uint8(pictures[key]) for key, _ in columns), strict=True))
     _sheet(rows, [name for _, name in columns], path)
 
 
-def attention_maps(weights, images, path, num_heads=6):
-    """Each image beside the attention of the first heads, as brightness.
+def attention_maps(weights: np.ndarray, images: np.ndarray, path) -> None:
+    """Draws each image beside the attention of the first six heads, as brightness.
 
     Args:
-      weights: (B, heads, h, w), non-negative; each map is scaled by its own largest value.
+      weights: (B, heads, h, w), non-negative; each map is scaled by its largest value.
       images: (B, H, W, 3) uint8 or in [0, 1].
       path: of the PNG.
     """
-    weights, images = np.asarray(weights, np.float32)[:, :num_heads], _uint8(images)
-    (b, heads, h, w), (height, width) = weights.shape, images.shape[1:3]
+    weights, images = np.asarray(weights, np.float32)[:, :6], _uint8(images)
     bright = weights / np.maximum(weights.max(axis=(2, 3), keepdims=True), 1e-12)
-    rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
-    large = _uint8(np.repeat(bright[:, :, rows][..., columns][..., None], 3, axis=-1))
-    headers = ['image', *(f'head {i + 1}' for i in range(heads))]
-    _sheet([[images[i], *large[i]] for i in range(b)], headers, path)
+    maps = _uint8(np.stack([_enlarge(x, images.shape[1:3]) for x in bright]))
+    rows = [
+        [image, *np.repeat(x[..., None], 3, axis=-1)] for image, x in zip(images, maps, strict=True)
+    ]
+    _sheet(rows, ['image', *(f'head {i + 1}' for i in range(maps.shape[1]))], path)
 
 
-def contact_sheet(images, path, columns=None):
-    """All images (B, H, W, 3), uint8 or in [0, 1], in raster order on one sheet.
-
-    Args:
-      columns: how many side by side; by default about as many as rows.
-    """
+def contact_sheet(images: np.ndarray, path) -> None:
+    """Draws images (B, H, W, 3), uint8 or in [0, 1], in raster order on an about square sheet."""
     images = _uint8(images)
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    columns = math.ceil(math.sqrt(len(images)))
     rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
     _sheet(rows, None, path)
 
 
-def pca_patches(tokens, grid, images, path):
-    """The first three principal components of patch tokens as red, green, blue.
+def pca_patches(tokens: np.ndarray, grid: tuple[int, int], images: np.ndarray, path) -> np.ndarray:
+    """Draws the first three principal components of patch tokens as red, green, blue.
 
-    The components are those of all tokens of all images together, so that equal colours mean
-    similar features across images; each channel spans its 1st to 99th percentile.
+    The components are those of the tokens of all images together, so that equal colours mean
+    similar features across images. Each channel spans its 1st to 99th percentile.
 
     Args:
       tokens: (B, N, D), N = h * w in raster order, D at least 3.
       grid: (h, w).
-      images: (B, H, W, 3) uint8 or in [0, 1], shown beside.
+      images: (B, H, W, 3) uint8 or in [0, 1], shown beside the colours.
       path: of the PNG.
 
     Returns:
-      (B, h, w, 3) uint8, the colours.
+      The colours, (B, h, w, 3) uint8.
     """
-    tokens = np.asarray(tokens, np.float32)
-    b, n, d = tokens.shape
-    h, w = grid
-    if n != h * w or d < 3:
-        raise ValueError(
-            f'Tokens {tokens.shape} do not fill a {h}x{w} grid with 3 components; pass patch '
-            f'tokens only, without class and register tokens.'
-        )
-    flat = np.nan_to_num(tokens.reshape(-1, d).astype(np.float64))
+    b, _, d = np.shape(tokens)
+    flat = np.nan_to_num(np.asarray(tokens, np.float64).reshape(-1, d))
     flat = flat - flat.mean(axis=0)
     _, vectors = np.linalg.eigh(flat.T @ flat)  # ascending
     vectors = vectors[:, :-4:-1]
@@ -108,41 +91,37 @@ def pca_patches(tokens, grid, images, path):
     x = flat @ vectors
     low, high = np.percentile(x, (1, 99), axis=0)
     x = np.clip((x - low) / np.maximum(high - low, 1e-12), 0, 1)
-    colours = _uint8(x.reshape(b, h, w, 3))
-
+    colours = _uint8(x.reshape(b, *grid, 3))
     images = _uint8(images)
-    size = images.shape[1:3]
-    rows_of = np.arange(size[0]) * h // size[0]
-    columns_of = np.arange(size[1]) * w // size[1]
-    large = colours[:, rows_of][:, :, columns_of]
-    pairs = [tile for pair in zip(images, large) for tile in pair]
+    large = _enlarge(colours, images.shape[1:3])
+    pairs = [tile for pair in zip(images, large, strict=True) for tile in pair]
     per_row = 2 if b == 1 else 4
     rows = [pairs[i : i + per_row] for i in range(0, len(pairs), per_row)]
     _sheet(rows, ['image', 'PCA of patches'] * (per_row // 2), path)
     return colours
 
 
-def curves(metrics_path, path):
-    """Loss, learning rate, kNN accuracy and images per second over steps, from `metrics.jsonl`.
+def curves(metrics_path, path) -> None:
+    """Draws loss, learning rate, kNN accuracy and images per second over steps.
 
-    Panels without data are left out; lines that are not complete rows and values that are not
-    finite are passed over, so this works at any moment of a run.
+    Panels without data, incomplete lines and values that are not finite are left out, so this works
+    at any moment of a run.
 
     Args:
-      metrics_path: the file; it need not exist yet.
+      metrics_path: `metrics.jsonl`; it need not exist yet.
       path: of the PNG.
     """
     series = _series(metrics_path)
     knn = {k: v for k, v in series.items() if 'knn' in k.split('/')}
+
+    def only(key):
+        return {k: v for k, v in series.items() if k == key}
+
     panels = [
-        ('loss', 'training loss', _first(series, 'loss')),
-        ('lr', 'learning rate', _first(series, 'lr', 'learning_rate')),
+        ('loss', 'training loss', only('loss')),
+        ('lr', 'learning rate', only('lr')),
         ('knn', 'kNN top-1, %  (thin: other k)' if len(knn) > 1 else 'kNN top-1, %', knn),
-        (
-            'speed',
-            'images per second',
-            _first(series, 'time/images_per_second', 'images_per_second'),
-        ),
+        ('speed', 'images per second', only('time/images_per_second')),
     ]
     panels = [p for p in panels if p[2]]
     columns = 2 if len(panels) > 1 else 1
@@ -153,14 +132,17 @@ def curves(metrics_path, path):
     for i, (kind, title, data) in enumerate(panels):
         axes = figure.add_subplot(height, columns, i + 1)
         axes.set_title(title, loc='left', fontsize=11, color=INK, pad=8)
-        _plot_knn(axes, data) if kind == 'knn' else _plot(axes, kind, *next(iter(data.values())))
+        if kind == 'knn':
+            _plot_knn(axes, data)
+        else:
+            _plot(axes, kind, *next(iter(data.values())))
         _decorate(axes, kind, data)
     figure.tight_layout(pad=1.6, w_pad=2.2, h_pad=2.2)
     _save(figure, path)
 
 
 def _plot(axes, kind, x, y):
-    if kind != 'lr' and len(x) > 200:  # the noise stays visible behind a mean over 2 % of the run
+    if kind != 'lr' and len(x) > 200:  # noise stays visible behind a mean over 2 %
         axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.25)
         width = len(x) // 50
         kernel = np.ones(width) / width
@@ -176,7 +158,7 @@ def _plot_knn(axes, data):
         if not k.isdigit():
             feature, k = key, '0'
         features.setdefault(feature.removeprefix('knn/') or 'kNN', {})[int(k)] = xy
-    for colour, (feature, by_k) in zip(COLOURS * len(features), features.items()):
+    for colour, (feature, by_k) in zip(COLOURS * len(features), features.items(), strict=False):
         bold = min(by_k, key=lambda k: abs(math.log(max(k, 1) / 20)))
         for k, (x, y) in sorted(by_k.items()):
             if k != bold:
@@ -228,7 +210,7 @@ def _series(path):
     """{key: (steps, values)} of all finite numbers, nested keys joined by '/', steps ascending."""
     path = epath.Path(path)
     text = path.read_text() if path.exists() else ''
-    found = {}
+    values = {}
     for line in text.splitlines():
         try:
             row = json.loads(line)
@@ -237,12 +219,8 @@ def _series(path):
             continue  # torn by a kill, or not a row
         for key, value in _flatten(row):
             if key != 'step':
-                found.setdefault(key, {})[step] = value
-    out = {}
-    for key, by_step in found.items():
-        steps = sorted(by_step)
-        out[key] = np.array(steps, float), np.array([by_step[s] for s in steps], float)
-    return out
+                values.setdefault(key, {})[step] = value
+    return {key: np.array(sorted(x.items()), float).T for key, x in values.items()}
 
 
 def _flatten(row, prefix=''):
@@ -253,10 +231,6 @@ def _flatten(row, prefix=''):
             yield prefix + key, value
 
 
-def _first(series, *keys):
-    return next(({k: series[k]} for k in keys if k in series), {})
-
-
 def _uint8(x):
     x = np.asarray(x)
     if x.dtype == np.uint8:
@@ -265,10 +239,14 @@ def _uint8(x):
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def _enlarge(x, size):
+    """Repeats the cells of (B, h, w, ...) to (B, *size, ...)."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(size, x.shape[1:3], strict=True))
+    return x[:, rows][:, :, columns]
+
+
 def _sheet(rows, headers, path):
-    """Tiles (H, W, 3) of one size in rows, one header per column (None: no headers)."""
-    if not rows or not len(rows[0]):
-        raise ValueError(f'There is no image to draw in {path}; pass at least one.')
+    """Draws tiles (H, W, 3) of one size in rows, one header per column (None: no headers)."""
     h, w = rows[0][0].shape[:2]
     scale = max(1, math.ceil(MIN_TILE / w))
     h, w = h * scale, w * scale
@@ -291,7 +269,7 @@ def _sheet(rows, headers, path):
 
 
 def _figure(width, height):
-    """A white figure of so many pixels, not registered with pyplot: nothing to close."""
+    """A white figure, sides in pixels; not registered with pyplot, so nothing has to be closed."""
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 

@@ -7,30 +7,33 @@ from etils import epath
 from ssl_jax.augment import photometry
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.evals import online
+from ssl_jax.evals import pictures
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import runs
+from ssl_jax.run import errors, weights
 from ssl_jax.viz import draw
 
 
-def show(workdir, data=None, out=None, num=8):
-    """Writes the pictures of a run and returns their paths.
+def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
+    """Writes the pictures of a run and returns their paths: `ssl_jax show`.
 
     Args:
-      workdir: a run, or an imported encoder (then without what belongs to training).
-      data: images to show, a path or spec; default the run's own training set.
-      out: folder; default workdir/pictures.  num: how many images.
+      workdir: of a run, or an imported encoder (without crops, reconstructions and curves).
+      data: images to show, a path or spec; default the training set of the run.
+      out: folder; default workdir/pictures.
+      num: number of images.
     """
-    run = runs.open_run(workdir)
+    run = weights.open_run(workdir)
     if run.method is None and not data:
-        raise ValueError(f'{workdir} holds an imported encoder, which has no images: give --data.')
+        raise errors.UserError(
+            f'{workdir} holds an imported encoder, which has no images: give --data.'
+        )
     source = sources.open_source(data or run.config.data.train)
     num = min(num, len(source))
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')
     out.mkdir(parents=True, exist_ok=True)
-    vit, params = run.backbone()
-    images = online.spread_images(source, vit.img_size, num)
-    paths = _inside(vit, params, images, run.transform, out)
+    vit, params = run.networks()['encoder']
+    images = pictures.spread_images(source, vit.img_size, num)
+    paths = _features(vit, params, images, run.transform, out)
     if run.method is not None:
         paths += _training(run, source, images, num, out)
     if (workdir / 'metrics.jsonl').exists():
@@ -39,8 +42,8 @@ def show(workdir, data=None, out=None, num=8):
     return paths
 
 
-def _inside(vit, params, images, transform, out):
-    """Principal components of the patch tokens, and where the class token looks."""
+def _features(vit, params, images, transform, out):
+    """Draws principal components of the patch tokens and the attention of the class token."""
     side = vit.img_size // vit.patch_size
     x = photometry.normalize(images, transform['mean'], transform['std'])
     paths = [out / 'pca.png']
@@ -48,15 +51,15 @@ def _inside(vit, params, images, transform, out):
     draw.pca_patches(tokens, (side, side), images, paths[0])
     if vit.num_cls_tokens:
         paths.append(out / 'attention.png')
-        weights = jax.jit(lambda p, x: vit_lib.last_attention(vit, p, x))(params, x)
+        attention = jax.jit(lambda p, x: vit_lib.last_attention(vit, p, x))(params, x)
         first = vit.num_cls_tokens + vit.num_register_tokens
-        maps = weights[:, :, 0, first:].reshape(len(images), vit.num_heads, side, side)
+        maps = attention[:, :, 0, first:].reshape(len(images), vit.num_heads, side, side)
         draw.attention_maps(maps, images, paths[1])
     return paths
 
 
 def _training(run, source, images, num, out):
-    """Crops as the run trains on them, and reconstructions where the method makes them."""
+    """Draws training crops, and reconstructions if the method makes them."""
     paths, views = [], run.method.views()
     with stream_lib.train_stream(
         source, views, batch_size=num, seed=run.config.seed, start_step=run.step
@@ -66,10 +69,9 @@ def _training(run, source, images, num, out):
         crops = batch[view.name]
         paths.append(out / f'crops_{view.name}.png')
         draw.contact_sheet(crops.reshape(-1, *crops.shape[2:]), paths[-1])
-    if hasattr(run.method, 'reconstruct'):
-        keys = jax.random.split(jax.random.key(run.config.seed), len(images))
-        made = jax.jit(run.method.reconstruct)(run.params, run.extra, images, keys)
-        if made:
-            paths.append(out / f'reconstruction_{run.step:07d}.png')
-            draw.reconstruction_grid(made, paths[-1])
+    keys = jax.random.split(jax.random.key(run.config.seed), len(images))
+    drawn = jax.jit(run.method.reconstruct)(run.params, run.extra, images, keys)
+    if drawn:
+        paths.append(out / f'reconstruction_{run.step:07d}.png')
+        draw.reconstruction_grid(drawn, paths[-1])
     return paths

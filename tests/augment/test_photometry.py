@@ -2,6 +2,7 @@
 """Photometry does what torchvision's operations do, with their odds, and as a function of keys."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -52,6 +53,16 @@ def apply(images, threshold=128, **draws):
     spread = [np.broadcast_to(np.asarray(v), (len(images), *np.shape(v))) for v in draws]
     draws = photometry.Photometry(*spread)
     return np.asarray(apply_photometry(images, draws, threshold=threshold))
+
+
+@pytest.mark.parametrize('p', [0.0, 0.25, 0.5, 1.0])
+def test_a_flip_mirrors_the_columns_with_its_probability(p):
+    image = pictures(1)
+    n = 4000
+    out = np.asarray(photometry.random_flip(keys(n), np.repeat(image, n, axis=0), p))
+    mirrored = (out == image[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert ((out == image).all(axis=(1, 2, 3)) != mirrored).all()
+    assert abs(mirrored.mean() - p) < 4 * (p * (1 - p) / n) ** 0.5 + 1e-9
 
 
 def torch_hsv_shift(x, turns):
@@ -169,7 +180,7 @@ def test_the_order_of_the_jitter_is_the_one_drawn():
     x = pictures(1)
     args = dict(jitter=True, factors=(1.9, 0.3, 1.8), hue=0.2)
     results = [apply(x, order=o, **args) for o in ((0, 1, 2, 3), (1, 0, 2, 3), (3, 2, 1, 0))]
-    assert all(np.abs(a - b).max() > 5 for a, b in zip(results, results[1:]))
+    assert all(np.abs(a - b).max() > 5 for a, b in itertools.pairwise(results))
 
 
 def test_grey_has_three_equal_channels():

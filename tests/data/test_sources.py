@@ -8,13 +8,14 @@ import pickle
 import sys
 
 import ml_collections
+import msgpack
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssl_jax.data import host, parquet, records, sources
+from ssl_jax.data import folder, host, parquet, sources
 
 
 def png(value, side=4):
@@ -105,8 +106,8 @@ def test_the_fingerprint_follows_the_list_of_images(tmp_path):
 def test_remote_folders_are_listed_like_local_ones(tmp_path):
     for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
         write(tmp_path / name)
-    listed = sources._list_remote(str(tmp_path))
-    assert listed == sources._list_local(str(tmp_path)) == (['0.png', 'a/x/1.jpg', 'b/2.png'], 1)
+    listed = folder._list_remote(str(tmp_path))
+    assert listed == folder._list_local(str(tmp_path)) == (['0.png', 'a/x/1.jpg', 'b/2.png'], 1)
 
 
 def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
@@ -232,9 +233,12 @@ def test_array_records_hold_raw_images_or_maps_with_labels(tmp_path):
     source = sources.open_source(raw)
     assert [pixel(source, i) for i in range(2)] == [3, 4] and source.classes is None
 
-    arrays = sources.Arrays([png(5), png(6)], [1, 0], ('owl', 'yak'))
-    records.write_array_record(arrays, tmp_path / 'made.array_record')
-    source = pickle.loads(pickle.dumps(sources.open_source(str(tmp_path / 'made.array_record'))))
+    maps = str(tmp_path / 'maps.array_record')
+    writer = array_record_module.ArrayRecordWriter(maps, 'group_size:1')
+    writer.write(msgpack.packb(dict(image=png(5), label=1)))
+    writer.close()
+    (tmp_path / 'classes.txt').write_text('owl\nyak\n')
+    source = pickle.loads(pickle.dumps(sources.open_source(maps)))
     assert source.classes == ('owl', 'yak') and source[0] == dict(image=png(5), label=1)
 
 

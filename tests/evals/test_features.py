@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import sharding
+from ssl_jax import encoder, sharding
 from ssl_jax.augment import photometry
 from ssl_jax.data import sources
-from ssl_jax.evals import features, online
+from ssl_jax.evals import features
 from ssl_jax.models import vit as vit_lib
 
 
@@ -50,7 +50,7 @@ def test_a_mesh_gives_the_features_of_one_device():
     if len(jax.devices()) < 8:
         pytest.skip(f'needs 8 devices, this process sees {len(jax.devices())}')
     source, _ = arrays()
-    forward = features.make_forward(*make_vit())
+    forward = encoder.make_forward(*make_vit())
     one, _ = features.extract(forward, source, size=8, batch_size=10)
     mesh = sharding.make_mesh(data=4, fsdp=2)
     many, labels = features.extract(forward, source, size=8, batch_size=10, mesh=mesh)
@@ -86,7 +86,7 @@ def test_limit_takes_images_of_all_classes_from_a_sorted_source():
 def test_encoder_features_are_the_stated_means():
     vit, params = make_vit()
     images = arrays(3)[1]
-    got = features.make_forward(vit, params)(images)
+    got = encoder.make_forward(vit, params)(images)
     tokens = vit.apply({'params': params}, photometry.normalize(images))
     close = dict(atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(got['cls'], tokens['cls_tokens'].mean(1), **close)
@@ -96,7 +96,7 @@ def test_encoder_features_are_the_stated_means():
 
 
 def test_encoder_without_class_tokens_has_only_patch_features():
-    got = features.make_forward(*make_vit(num_cls_tokens=0))(arrays(3)[1])
+    got = encoder.make_forward(*make_vit(num_cls_tokens=0))(arrays(3)[1])
     assert set(got) == {'patch', 'grid2'}
 
 
@@ -106,7 +106,7 @@ def test_means_over_cells_are_torchs_adaptive_average_pooling(grid, cells):
     x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 3)).astype(np.float32)
     square = torch.tensor(x.reshape(2, *grid, 3)).permute(0, 3, 1, 2)
     want = torch.nn.functional.adaptive_avg_pool2d(square, cells).permute(0, 2, 3, 1)
-    got = features.cell_means(x, grid, cells)
+    got = encoder.cell_means(x, grid, cells)
     np.testing.assert_allclose(got, want.reshape(2, -1), atol=1e-6)
 
 
@@ -115,13 +115,13 @@ def test_means_over_cells_are_torchs_adaptive_average_pooling(grid, cells):
     [((8, 8), 128, 4), ((2, 3), 128, 2), ((1, 9), 128, 1), ((14, 14), 768, 3), ((14, 14), 3200, 1)],
 )
 def test_the_grid_has_at_most_4_cells_a_side_and_8192_numbers(grid, embed_dim, want):
-    assert features.grid_cells(grid, embed_dim) == want
+    assert encoder.grid_cells(grid, embed_dim) == want
 
 
 def test_half_precision_forward_returns_float32():
     vit, params = make_vit()
-    full = features.make_forward(vit, params)(arrays(3)[1])
-    half = features.make_forward(vit, params, dtype=jnp.bfloat16)(arrays(3)[1])
+    full = encoder.make_forward(vit, params)(arrays(3)[1])
+    half = encoder.make_forward(vit.clone(dtype=jnp.bfloat16), params)(arrays(3)[1])
     for name in full:
         assert half[name].dtype == jnp.float32
         assert 0 < np.abs(half[name] - full[name]).max() < 0.2
@@ -159,36 +159,15 @@ def test_golden_dinov2_eval_depth_knn_linear_inputs_of_the_linear_classifier(gol
     for name in found:
         n, avgpool = (int(part.strip('navg')) for part in name.split('_')[2:])
         patch = patches[-1].mean(axis=1) if avgpool else None
-        f.check(f'out/{name}', features.linear_input(cls[-n:], patch))
+        f.check(f'out/{name}', encoder.linear_input(cls[-n:], patch))
 
 
 def test_class_tokens_of_the_last_blocks_end_with_the_usual_one():
     vit = vit_lib.ViT(embed_dim=16, depth=3, num_heads=2, patch_size=4, img_size=8)
     params = vit_lib.init_params(vit, jax.random.key(0))
     images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
-    out = features.make_forward(vit, params, last_blocks=2)(images)
+    out = encoder.make_forward(vit, params, last_blocks=2)(images)
     assert out['cls2'].shape == (2, 32) and out['cls2_patch'].shape == (2, 48)
     np.testing.assert_allclose(out['cls2'][:, 16:], out['cls'], atol=1e-6)
     np.testing.assert_array_equal(out['cls2_patch'][:, 32:], out['patch'])
     assert np.abs(out['cls2'][:, :16] - out['cls']).max() > 1e-3
-
-
-def test_the_images_shown_come_from_all_over_a_source():
-    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
-    got = online.spread_images(sources.Arrays(images), 8, 4)
-    assert (got[:, 0, 0, 0] // 10).tolist() == [0, 1, 2, 3]
-    assert len(online.spread_images(sources.Arrays(images[:3]), 8, 4)) == 3
-
-
-def test_of_classes_that_take_turns_the_images_shown_have_many():
-    images = np.arange(1000)[:, None, None, None] % 10 * np.ones((8, 8, 3), np.uint8)
-    got = online.spread_images(sources.Arrays(images.astype(np.uint8)), 8, 8)
-    assert len(set(got[:, 0, 0, 0].tolist())) >= 5
-
-
-def test_an_image_to_show_that_does_not_decode_gives_way_to_another():
-    images = [np.full((8, 8, 3), i, np.uint8) for i in range(40)]
-    shown = online.spread_images(sources.Arrays(images), 8, 4)[:, 0, 0, 0].tolist()
-    images[shown[1]] = b'broken'
-    got = online.spread_images(sources.Arrays(images), 8, 4)[:, 0, 0, 0].tolist()
-    assert got == [shown[0], *shown[2:], shown[0] + 1]

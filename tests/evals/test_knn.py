@@ -19,7 +19,7 @@ def brute_force(train_x, train_y, test_x, test_y, k, temperature, classes):
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     similarity = unit(test_x.astype(np.float64)) @ unit(train_x.astype(np.float64)).T
     top1 = top5 = 0
-    for s, label in zip(similarity, test_y):
+    for s, label in zip(similarity, test_y, strict=True):
         votes = np.zeros(classes)
         for j in np.argsort(-s, kind='stable')[:k]:
             votes[train_y[j]] += np.exp(s[j] / temperature)
@@ -37,10 +37,9 @@ def mesh_of(data, fsdp):
     return jax.make_mesh((data, fsdp, 1), ('data', 'fsdp', 'tensor'), auto, devices=devices)
 
 
-@pytest.mark.parametrize('protocol', knn.PROTOCOLS)
-def test_accuracy_equals_brute_force(protocol):
+def test_accuracy_equals_brute_force():
     data = make_data()
-    got = knn.knn(*data, ks=(20, 1, 5), temperature=0.07, num_classes=7, protocol=protocol)
+    got = knn.knn(*data, ks=(20, 1, 5), temperature=0.07, num_classes=7)
     for k in (20, 1, 5):
         assert got[k] == pytest.approx(brute_force(*data, k, 0.07, 7)), k
 
@@ -51,10 +50,11 @@ def test_k_beyond_the_database_uses_every_row():
     assert got[200] == pytest.approx(brute_force(*data, 23, 0.07, 7))
 
 
-def test_chunks_do_not_change_the_result():
+def test_chunks_do_not_change_the_result(monkeypatch):
     data = make_data(m=37)
     whole = knn.knn(*data, ks=(5, 20), num_classes=7)
-    assert knn.knn(*data, ks=(5, 20), num_classes=7, chunk=8) == whole
+    monkeypatch.setattr(knn, 'CHUNK_ELEMENTS', 1)  # the least: 16 queries
+    assert knn.knn(*data, ks=(5, 20), num_classes=7) == whole
 
 
 @pytest.mark.parametrize('n', [203, 16, 13, 5])
@@ -70,7 +70,7 @@ def test_ties_fall_to_the_first_database_row_on_any_mesh():
     x = np.tile(np.eye(4, dtype=np.float32), (8, 1))  # every direction eight times
     valid, labels = np.ones(32, bool), np.arange(32)
     for k in (3, 8, 20):
-        _, one = knn.neighbours(x, labels, valid, x[:4], k)
+        _, one = knn.neighbours(x, labels, valid, x[:4], k, mesh_of(1, 1))
         with jax.set_mesh(mesh):
             _, many = jax.jit(lambda *a, k=k: knn.neighbours(*a, k, mesh))(x, labels, valid, x[:4])
         np.testing.assert_array_equal(one, many)
@@ -90,10 +90,10 @@ def test_small_temperature_does_not_overflow():
     assert got[20]['top1'] == pytest.approx(got[1]['top1'], abs=3.0)
 
 
-def test_dinov2_votes_are_a_softmax_over_the_largest_k():
+def test_votes_are_exponentials_of_similarity_over_temperature():
     s = jnp.asarray([[0.9, 0.8, 0.5]])
-    got = knn.votes(s, jnp.asarray([[0, 1, 0]]), (1, 3), 0.1, 2, 'dinov2')
-    p = np.exp([9, 8, 5]) / np.exp([9, 8, 5]).sum()
+    got = knn.votes(s, jnp.asarray([[0, 1, 0]]), (1, 3), 0.1, 2)
+    p = np.exp([0, -1, -4])  # relative to the nearest
     np.testing.assert_allclose(got[3][0], [p[0] + p[2], p[1]], rtol=1e-6)
     np.testing.assert_allclose(got[1][0], [p[0], 0], rtol=1e-6)
 
@@ -111,7 +111,7 @@ def test_non_finite_features_are_refused():
         knn.knn(train_x, train_y, test_x, test_y, num_classes=7)
 
 
-def golden_accuracy(z, protocol):
+def golden_accuracy(z):
     return knn.knn(
         z['in/knn_train'],
         z['in/knn_train_labels'],
@@ -120,13 +120,12 @@ def golden_accuracy(z, protocol):
         ks=tuple(z.hyper['knn_k']),
         temperature=z.hyper['knn_temperature'],
         num_classes=z.hyper['knn_classes'],
-        protocol=protocol,
     )
 
 
 def test_golden_pixio_eval_heads_metrics_knn_accuracy(golden):
     z = golden('pixio_eval_heads_metrics')
-    got = golden_accuracy(z, 'pixio')
+    got = golden_accuracy(z)
     for k in z.hyper['knn_k']:
         z.check(f'out/knn_top1_k{k}', np.float32(got[k]['top1']))
         z.check(f'out/knn_top5_k{k}', np.float32(got[k]['top5']))
@@ -134,7 +133,7 @@ def test_golden_pixio_eval_heads_metrics_knn_accuracy(golden):
 
 def test_golden_dinov2_eval_depth_knn_linear_knn_accuracy(golden):
     z = golden('dinov2_eval_depth_knn_linear')
-    got = golden_accuracy(z, 'dinov2')
+    got = golden_accuracy(z)
     for k in z.hyper['knn_k']:
         z.check(f'out/knn_top1_k{k}', np.float32(got[k]['top1']))
 
@@ -142,7 +141,10 @@ def test_golden_dinov2_eval_depth_knn_linear_knn_accuracy(golden):
 def test_golden_dinov2_eval_depth_knn_linear_knn_probabilities(golden):
     z = golden('dinov2_eval_depth_knn_linear')
     train, labels, ks = z['in/knn_train'], z['in/knn_train_labels'], tuple(z.hyper['knn_k'])
-    s, y = knn.neighbours(train, labels, np.ones(len(train), bool), z['in/knn_test'], max(ks))
-    options = z.hyper['knn_temperature'], z.hyper['knn_classes'], 'dinov2'
-    for k, probabilities in knn.votes(s, y, ks, *options).items():
-        z.check(f'out/knn_probas_k{k}', probabilities)
+    valid = np.ones(len(train), bool)
+    s, y = knn.neighbours(train, labels, valid, z['in/knn_test'], max(ks), mesh_of(1, 1))
+    votes = knn.votes(s, y, ks, z.hyper['knn_temperature'], z.hyper['knn_classes'])
+    # DINOv2 divides all of them by the sum over the largest k.
+    total = votes[max(ks)].sum(axis=1, keepdims=True)
+    for k in ks:
+        z.check(f'out/knn_probas_k{k}', votes[k] / total)

@@ -18,20 +18,20 @@ def make_data(noise=0.5, n=500, m=200, d=12, seed=0):
 
 
 def test_probe_learns_a_separable_problem():
-    _, best = linear.probe(*make_data(), **OPTIONS)
+    _, best, _ = linear.probe(*make_data(), **OPTIONS)
     assert best['test_top1'] == 100.0
 
 
 def test_lars_learns_it_too_with_more_steps():
     # Its steps are a thousandth of the weight's norm times the rate, so it needs many of them.
     options = dict(epochs=20, warmup_epochs=2, batch_size=16, lrs=(10.0,), optimizer='lars')
-    _, best = linear.probe(*make_data(), num_classes=4, **options)
+    _, best, _ = linear.probe(*make_data(), num_classes=4, **options)
     assert best['test_top1'] == 100.0
 
 
 def test_probe_gets_chance_on_labels_that_mean_nothing():
     train, train_y, test, _ = make_data()
-    _, best = linear.probe(train, train_y, test, np.arange(200) % 4, **OPTIONS)
+    _, best, _ = linear.probe(train, train_y, test, np.arange(200) % 4, **OPTIONS)
     assert 10 < best['test_top1'] < 40
 
 
@@ -41,7 +41,7 @@ def test_choice_is_made_on_held_out_training_images_not_on_test():
     # On test only `bad` is informative, on train only `good`.
     train = {'good': train['x'], 'bad': noise['x']}
     test = {'good': noise['x'][:200], 'bad': test['x']}
-    _, best = linear.probe(train, train_y, test, test_y, **OPTIONS)
+    _, best, _ = linear.probe(train, train_y, test, test_y, **OPTIONS)
     assert best['feature'] == 'good'
     assert best['test_top1'] < 60
 
@@ -49,7 +49,7 @@ def test_choice_is_made_on_held_out_training_images_not_on_test():
 def test_every_feature_and_rate_has_a_row_and_only_the_choice_has_a_test_score():
     train, train_y, test, test_y = make_data()
     train['half'], test['half'] = train['x'][:, :5], test['x'][:, :5]
-    rows, best = linear.probe(train, train_y, test, test_y, **OPTIONS)
+    rows, best, _ = linear.probe(train, train_y, test, test_y, **OPTIONS)
     assert {(r['feature'], r['lr']) for r in rows} == {
         (f, lr) for f in ('x', 'half') for lr in OPTIONS['lrs']
     }
@@ -59,34 +59,34 @@ def test_every_feature_and_rate_has_a_row_and_only_the_choice_has_a_test_score()
 
 def test_a_rate_of_the_sweep_trains_as_it_would_alone():
     data = make_data(noise=4.0)
-    together, _ = linear.probe(*data, **OPTIONS)
-    alone, _ = linear.probe(*data, **dict(OPTIONS, lrs=(0.1,)))
+    together, *_ = linear.probe(*data, **OPTIONS)
+    alone, *_ = linear.probe(*data, **dict(OPTIONS, lrs=(0.1,)))
     assert alone[0]['train_loss'] == pytest.approx(together[1]['train_loss'], rel=1e-5)
 
 
 def test_same_seed_gives_the_same_rows_and_another_seed_does_not():
     data = make_data(noise=4.0)
-    first, _ = linear.probe(*data, **OPTIONS)
+    first, *_ = linear.probe(*data, **OPTIONS)
     assert linear.probe(*data, **OPTIONS)[0] == first
     assert linear.probe(*data, **OPTIONS, seed=1)[0] != first
 
 
 def test_best_rate_at_the_edge_of_the_sweep_is_reported():
     data = make_data(noise=4.0)
-    _, best = linear.probe(*data, **dict(OPTIONS, lrs=(1e-6, 1e-5)))
+    _, best, _ = linear.probe(*data, **dict(OPTIONS, lrs=(1e-6, 1e-5)))
     assert best['at_edge']
-    _, best = linear.probe(*data, **dict(OPTIONS, lrs=(1e-9, 0.1, 1e9)))
+    _, best, _ = linear.probe(*data, **dict(OPTIONS, lrs=(1e-9, 0.1, 1e9)))
     assert best['lr'] == 0.1 and not best['at_edge']
 
 
 def test_diverged_rate_is_not_chosen():
-    rows, best = linear.probe(*make_data(), **dict(OPTIONS, lrs=(0.1, 1e38)))
+    rows, best, _ = linear.probe(*make_data(), **dict(OPTIONS, lrs=(0.1, 1e38)))
     assert best['lr'] == 0.1
     assert rows[1]['val_top1'] < 50
 
 
 def test_held_out_part_is_disjoint_and_of_the_stated_size():
-    fit, val = linear.split(101, 0.1, 3)
+    fit, val = linear.split(101, 3)
     assert len(val) == 10 and not set(fit) & set(val) and len(fit) + len(val) == 101
 
 
@@ -121,7 +121,7 @@ def test_batch_norm_matches_torch():
 def test_one_step_of_sgd_is_the_textbook_step():
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     y = np.arange(8) % 2
-    options = dict(num_classes=2, epochs=1, warmup_epochs=0, steps=1, batch_size=8, optimizer='sgd')
+    options = dict(num_classes=2, epochs=1, warmup_epochs=0, batch_size=8, optimizer='sgd')
     rates = jnp.asarray([0.0, 0.5])
     head, losses = linear._train(x, y, rates, jax.random.key(0), **options)
     start, moved = np.asarray(head['params']['kernel'], np.float64)
@@ -137,3 +137,9 @@ def test_labels_beyond_num_classes_are_refused():
     train, train_y, test, test_y = make_data()
     with pytest.raises(ValueError, match='num_classes=3'):
         linear.probe(train, train_y, test, test_y, **dict(OPTIONS, num_classes=3))
+
+
+def test_one_training_image_is_refused():
+    train, train_y, test, test_y = make_data(n=1)
+    with pytest.raises(ValueError, match='1 training image cannot be fitted and held out'):
+        linear.probe(train, train_y, test, test_y, **OPTIONS)

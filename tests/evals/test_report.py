@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import methods
 from ssl_jax.data import sources
 from ssl_jax.evals import features, report
-from ssl_jax.run import runs
 
 OPTIONS = dict(
     size=8, ks=(1, 5), linear_options=dict(epochs=3, batch_size=32, lrs=(0.1, 1.0)), log=None
@@ -115,22 +112,8 @@ def test_unlabelled_images_are_refused():
         report.evaluate({'good': mean_colour}, source, **OPTIONS)
 
 
-def test_json_is_replaced_whole(rows, tmp_path):
-    path = tmp_path / 'new' / 'eval.json'
-    report.write_json(rows, path)
-    assert json.loads(path.read_text()) == rows
-    with pytest.raises(TypeError):
-        report.write_json([{'x': object()}], path)
-    assert json.loads(path.read_text()) == rows
-    assert [p.name for p in path.parent.iterdir()] == ['eval.json']
-
-
-def test_a_run_is_evaluated_beside_an_untrained_twin_and_raw_pixels(tmp_path, monkeypatch, capsys):
-    config = tiny.config()
-    method = methods.from_config(config)
-    params, extra = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
-    opened = runs.Run(config, method, params, extra, step=7)
-    monkeypatch.setattr(runs, 'open_run', lambda workdir, step: opened)
+def test_a_run_is_evaluated_beside_an_untrained_twin_and_raw_pixels(tmp_path, capsys):
+    tiny.save(tiny.config(), tmp_path, step=7)
     data = dict(source='scenes', n=60, size=32)
     rows = report.evaluate_run(tmp_path, data=data, ks=(5,), batch_size=8, linear_options=False)
     assert {r['model'] for r in rows} == {'trained', 'untrained', 'raw_pixels'}
@@ -141,9 +124,7 @@ def test_a_run_is_evaluated_beside_an_untrained_twin_and_raw_pixels(tmp_path, mo
     assert 'disc' in capsys.readouterr().out  # class names are shown
 
 
-def test_a_run_without_an_evaluation_set_asks_for_one(tmp_path, monkeypatch):
-    config = tiny.config()
-    opened = runs.Run(config, methods.from_config(config), {}, {}, step=7)
-    monkeypatch.setattr(runs, 'open_run', lambda workdir, step: opened)
+def test_a_run_without_an_evaluation_set_asks_for_one(tmp_path):
+    tiny.save(tiny.config(), tmp_path)
     with pytest.raises(ValueError, match='--data'):
         report.evaluate_run(tmp_path)

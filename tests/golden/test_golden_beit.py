@@ -10,9 +10,8 @@ import pytest
 
 from golden import load
 from ssl_jax import config as config_lib
-from ssl_jax import config_splitmask
+from ssl_jax import methods
 from ssl_jax.interop import layouts
-from ssl_jax.methods import beit
 from ssl_jax.models import blocks, vit
 from ssl_jax.objectives import losses
 
@@ -24,9 +23,8 @@ INDEX = 'relative_position_index'  # not a weight; checked by itself
 
 def make_method(h):
     """The method of a golden file's hyper-parameters."""
-    c = config_lib.default()
-    c.method = m = config_splitmask.beit()
-    m.update(
+    c = config_lib.default('beit')
+    c.method.update(
         size=None,
         embed_dim=h['embed_dim'],
         depth=h['depth'],
@@ -38,7 +36,7 @@ def make_method(h):
         token_patch_size=h['patch_size'],
         vocab=h['vocab'],
     )
-    return beit.from_config(c)
+    return methods.make(c)
 
 
 @functools.lru_cache
@@ -175,7 +173,7 @@ def test_golden_hf_beit_model_keys_numbers_and_config_come_back():
     f = load('hf_BeitModel')
     config, weights = f.hyper['resolved_config'], f.under('w')
     found = layouts.recognise(weights, config)
-    assert layouts.hf_class(found.family, found.vit) == f.hyper['class']
+    assert layouts.family(found).hf_class(found) == f.hyper['class']
     back, extra = layouts.to_layout(found, layouts.to_ours(found, weights))
     assert not extra and set(back) == set(weights)
     for key, x in back.items():

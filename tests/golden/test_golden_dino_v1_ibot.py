@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from golden import ibot_weights
 from ssl_jax import optim
 from ssl_jax.interop import tables
+from ssl_jax.interop.families import dinov2 as dinov2_family
 from ssl_jax.models import heads, vit
 from ssl_jax.objectives import losses
 
@@ -43,7 +45,7 @@ def build(f, weights):
     rows = [
         (f'backbone/{ours}', f'backbone.{key}', how)
         for ours, key, how in tables.encoder(model, ours='')
-    ] + tables.dino_head('head', 'head')
+    ] + dinov2_family.head_rows('head', 'head')
     params = tables.from_torch(rows, weights, jax.eval_shape(init, jax.random.key(0)))
     return model, head, params, rows
 
@@ -181,9 +183,7 @@ def test_golden_dino_v1_ibot_class_and_patch_terms_match_over_steps(golden):
     center, patch_center = jnp.zeros(k), jnp.zeros(h['Kp'])
 
     def patch_loss(student, targets, mask):
-        return losses.ibot_loss(
-            targets, student, losses.mask_weights(mask), len(mask), STUDENT_TEMP
-        )
+        return losses.ibot_loss(targets, student, ibot_weights(mask), len(mask), STUDENT_TEMP)
 
     for s, temp, patch_temp in steps(f):
         teacher = jnp.asarray(f['in/teacher'][s])

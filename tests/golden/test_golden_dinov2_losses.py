@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from golden import ibot_weights
 from ssl_jax.interop import tables
+from ssl_jax.interop.families import dinov2 as dinov2_family
 from ssl_jax.models import heads
 from ssl_jax.objectives import losses
 
@@ -23,7 +25,7 @@ def build(h, weights):
     )
     x = jnp.zeros((1, h['in_dim']))
     abstract = jax.eval_shape(lambda key: head.init(key, x)['params'], jax.random.key(0))
-    rows = tables.dino_head('head', 'head', h['nlayers'])
+    rows = dinov2_family.head_rows('head', 'head', h['nlayers'])
     weights = {f'head.{key}': value for key, value in weights.items()}
     return head, tables.from_torch(rows, weights, {'head': abstract}), rows
 
@@ -119,7 +121,7 @@ def test_golden_dinov2_heads_losses_masked_patch_loss_matches(golden, target):
     f = golden('dinov2_heads_losses')
     for s, _, targets, mask in patch_targets(f):
         logits = jnp.asarray(f['in/student_patch'][s])
-        weights = losses.mask_weights(mask).reshape(-1)
+        weights = ibot_weights(mask).reshape(-1)
         valid = np.asarray(mask).reshape(-1)
         f.check(f'out/masks_weight/{s}', weights[valid])
 
@@ -143,7 +145,7 @@ def test_golden_dinov2_heads_losses_dense_patch_loss_matches(golden):
         loss = losses.ibot_loss(
             targets,
             jnp.asarray(f['in/student_patch'][s]),
-            losses.mask_weights(mask),
+            ibot_weights(mask),
             len(mask),
             STUDENT_TEMP,
         )

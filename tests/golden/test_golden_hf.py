@@ -48,7 +48,7 @@ def check_recognised(f):
     got = (vit.embed_dim, vit.depth, vit.num_heads, vit.patch_size, vit.img_size, vit.eps)
     names = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'patch_size', 'image_size')
     assert got == tuple(config[k] for k in (*names, 'layer_norm_eps'))
-    assert layouts.hf_class(found.family, vit, found.what) == f.hyper['class']
+    assert layouts.family(found).hf_class(found) == f.hyper['class']
     written = layouts.config_json(
         found, **{k: config[k] for k in ('mask_ratio', 'norm_pix_loss') if k in config}
     )
@@ -119,11 +119,11 @@ def test_golden_hf_ViTMAEForPreTraining_predicts_and_loses_the_same(golden):
     found, params = build(f)
     config = f.hyper['resolved_config']
     method = mae.MAE(
-        vit=found.vit,
-        decoder=found.decoder,
+        patch_size=found.vit.patch_size,
+        img_size=found.vit.img_size,
         mask_ratio=config['mask_ratio'],
         norm_pix_loss=config['norm_pix_loss'],
-    )
+    ).with_modules(encoder=found.vit, decoder=found.decoder)
     images = jnp.asarray(f.images('in/pixel_values'))
     mask = masking.from_noise(f['in/noise'], method.grid, method.mask_ratio)
     out = jax.jit(method.forward)(params, images, mask)

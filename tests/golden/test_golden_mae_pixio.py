@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from ssl_jax import config as config_lib
-from ssl_jax import optim
+from ssl_jax import methods, optim
 from ssl_jax import step as step_lib
-from ssl_jax.interop import tables
-from ssl_jax.methods import mae
+from ssl_jax.interop import layouts, tables
+from ssl_jax.interop.families import mae as mae_family
 from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import pos_embed, vit
 from ssl_jax.objectives import losses, masking
+from ssl_jax.run import clock as clock_lib
 
 PROBE = 2.0**-9
 # What writes to the residual stream; the epsilon probe of the golden set scales these.
@@ -45,15 +46,16 @@ def make_method(h, norm_pix_loss=True):
         mask_grid=h.get('mask_grid', 1),
         norm_pix_loss=norm_pix_loss,
         drop_path=h.get('drop_path', 0.0),
+        eps=h['ln_eps'],
     )
-    return mae.from_config(c)
+    return methods.make(c)
 
 
 def load(method, weights):
     """Official weights through the rename table that export uses."""
     abstract, _ = jax.eval_shape(method.init, jax.random.key(0))
-    fixed = tables.fixed_tables(method)
-    return tables.from_torch(tables.mae(method), weights, abstract, fixed)
+    fixed = layouts.fixed(method)
+    return tables.from_torch(mae_family.pretraining_rows(method), weights, abstract, fixed)
 
 
 def probe(weights):
@@ -97,7 +99,7 @@ def check_gradients(f, prefix, norm_pix_loss):
     method, _, run = forward(f, norm_pix_loss)
     params = load(method, f.under('w'))
     grads = jax.jit(jax.grad(lambda p, x: run(p, x)[0]))(params, f.images())
-    grads = tables.to_torch(tables.mae(method), grads, zero_tables(method))
+    grads = tables.to_torch(mae_family.pretraining_rows(method), grads, zero_tables(method))
     want = f.under(prefix)
     assert want, f'no gradients under {prefix}/'
     assert set(grads) - set(want) == set(fixed_keys(method)), 'a trainable parameter has no grad'
@@ -108,10 +110,10 @@ def check_gradients(f, prefix, norm_pix_loss):
 def check_eps_probe(f):
     method, _, run = forward(f, norm_pix_loss=True)
     if method.vit.pos_embed == 'sincos':  # the probe scales the fixed tables as well
-        fixed = {k: v * PROBE for k, v in tables.fixed_tables(method).items()}
+        fixed = {k: v * PROBE for k, v in layouts.fixed(method).items()}
     else:
         fixed = {}
-    rows, weights = tables.mae(method), probe(f.under('w'))
+    rows, weights = mae_family.pretraining_rows(method), probe(f.under('w'))
     abstract, _ = jax.eval_shape(method.init, jax.random.key(0))
     params = tables.from_torch(rows, weights, abstract, fixed)
     real = pos_embed.sincos
@@ -124,11 +126,11 @@ def check_eps_probe(f):
 
 
 def fixed_keys(method):
-    return [key for _, key, how in tables.mae(method) if how == 'fixed']
+    return [key for _, key, how in mae_family.pretraining_rows(method) if how == 'fixed']
 
 
 def zero_tables(method):
-    return {k: np.zeros_like(v) for k, v in tables.fixed_tables(method).items()}
+    return {k: np.zeros_like(v) for k, v in layouts.fixed(method).items()}
 
 
 def check_training(f):
@@ -148,7 +150,7 @@ def check_training(f):
     )
     params = load(method, f.under('w'))
     c.update(total_steps=h['epochs'] * per_epoch, warmup_steps=h['warmup_epochs'] * per_epoch)
-    schedule = optim.schedule(c, config_lib.clock(c))
+    schedule = optim.schedule(c, clock_lib.Clock.of(c))
     tx, _ = optim.make(c.optim, params)
 
     # The step's own method, except that images and noise come from the file.
@@ -172,7 +174,7 @@ def check_training(f):
     f.check('out/losses', np.array(rows['losses']))
     f.check('out/grad_norms', np.array(rows['grad_norms']))
     np.testing.assert_allclose(np.array(rows['lrs']), f['out/lrs'], rtol=1e-6, atol=1e-12)
-    final = tables.to_torch(tables.mae(method), s.params, tables.fixed_tables(method))
+    final = tables.to_torch(mae_family.pretraining_rows(method), s.params, layouts.fixed(method))
     for name, want in f.under('final').items():
         got = final[name]
         if name.endswith('qkv.bias'):  # key biases have no gradient but noise (quirk A1)
@@ -277,6 +279,7 @@ def pixio_encoder(f, weights):
         img_size=h['img_size'],
         mlp_ratio=h['mlp_ratio'],
         num_cls_tokens=h['n_cls_tokens'],
+        eps=h['ln_eps'],
     )
     abstract = jax.eval_shape(functools.partial(vit.init_params, model), jax.random.key(0))
     return model, tables.from_torch(tables.encoder(model, ours=''), weights, abstract)
@@ -285,8 +288,8 @@ def pixio_encoder(f, weights):
 def check_blocks(f, prefix, model, params, images, ids, flat=False):
     c = model.num_cls_tokens
     out = model.apply({'params': params}, images, capture=tuple(ids))
-    for i, x in zip(ids, out['blocks']):
-        normed = vit.final_norm(params, x)
+    for i, x in zip(ids, out['blocks'], strict=True):
+        normed = vit.final_norm(params, x, model.eps)
         where = prefix if flat else f'{prefix}/block{i}'
         f.check(f'{where}/cls_tokens', x[:, :c])
         f.check(f'{where}/patch_tokens', x[:, c:])

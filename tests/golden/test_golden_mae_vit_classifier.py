@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from ssl_jax import config as config_lib
-from ssl_jax import config_finetune
+from ssl_jax import methods
 from ssl_jax.interop import tables
-from ssl_jax.methods import classifier
 from ssl_jax.models import pos_embed
 from ssl_jax.objectives import losses
 
@@ -29,13 +28,11 @@ def f(golden):
 
 def make(f, name, scale=None):
     """(method, rows, parameters) with the weights of the file."""
-    h, c = f.hyper, config_lib.default()
-    c.method = config_finetune.classifier()
+    h, c = f.hyper, config_lib.default('classifier')
     sizes = ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
     c.method.update({k: h[k] for k in sizes}, size=None, drop_path=0.0, pool=POOLS[name])
-    with c.method.ignore_type():
-        c.method.update(num_classes=h['num_classes'], eps=h['ln_eps'])
-    method = classifier.from_config(c)
+    c.method.update(num_classes=h['num_classes'], eps=h['ln_eps'])
+    method = methods.make(c)
     rows = tables.encoder(method.vit)
     heads = [('head', 'kernel', 'linear')]
     heads += [('fc_norm', 'scale', 'same')] if name == 'global_pool' else []
@@ -65,7 +62,7 @@ def test_golden_mae_vit_classifier_features_logits_and_loss_match(f, name):
         logits = method.forward(params, images)
         return method.features(params, images), logits, objective(method, params, images, labels)
 
-    for key, value in zip(('features', 'logits', 'ce'), run(params)):
+    for key, value in zip(('features', 'logits', 'ce'), run(params), strict=True):
         f.check(f'out/{key}_{name}', value)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from golden import load
+from ssl_jax import config as config_lib
+from ssl_jax import methods
 from ssl_jax.interop import tables
 from ssl_jax.methods import distill
-from ssl_jax.models import vit as vit_lib
 from ssl_jax.objectives import masking
 
 STEM = 'pixio_distill'
@@ -28,25 +29,23 @@ PROJECTION = [
 
 def build(f):
     """(method, rows of the student's tensors)."""
-    h = f.hyper
-
-    def vit(who):
-        return vit_lib.ViT(
-            embed_dim=h[f'{who}_dim'],
-            depth=h[f'{who}_depth'],
-            num_heads=h[f'{who}_heads'],
-            patch_size=h['patch_size'],
-            img_size=h['img_size'],
-            num_cls_tokens=h['n_cls_tokens'],
-            mlp_ratio=h['mlp_ratio'],
-        )
-
-    method = distill.Features(
-        vit=vit('student'),
-        teacher_vit=vit('teacher'),
-        projection=distill.Projection(h['teacher_dim']),
+    h, c = f.hyper, config_lib.default('distill')
+    c.method.update(
+        size=None,
+        embed_dim=h['student_dim'],
+        depth=h['student_depth'],
+        num_heads=h['student_heads'],
+        teacher_embed_dim=h['teacher_dim'],
+        teacher_depth=h['teacher_depth'],
+        teacher_num_heads=h['teacher_heads'],
+        patch_size=h['patch_size'],
+        img_size=h['img_size'],
+        num_cls_tokens=h['n_cls_tokens'],
+        mlp_ratio=h['mlp_ratio'],
+        eps=h['ln_eps'],
         mask_grid=h['mask_grid'],
     )
+    method = methods.make(c)
     return method, tables.encoder(method.vit) + PROJECTION
 
 

@@ -13,11 +13,11 @@ import pytest
 import tiny
 import tiny_weights
 from ssl_jax import config as config_lib
-from ssl_jax import config_splitmask, encoder, methods
-from ssl_jax.interop import beit, describe, export, files, layouts
-from ssl_jax.interop import load as load_lib
+from ssl_jax import encoder, methods
+from ssl_jax.interop import card, export, families, files, layouts
+from ssl_jax.interop.families import beit
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import runs
+from ssl_jax.run import weights
 
 BEIT = dict(
     embed_dim=32,
@@ -46,7 +46,8 @@ CASES += [('beit', 'official', 'full'), ('beit', 'hf', 'full')]
 QUICK = {'xla_backend_optimization_level': 0}
 
 
-def weights(kind, layout, what='backbone'):
+def described(kind, layout, what='backbone'):
+    """`layouts.Weights` of one of KINDS."""
     vit = vit_lib.ViT(**{**BEIT, **KINDS[kind]})
     return layouts.Weights('beit', layout, what, vit, vocab=11 if what == 'full' else None)
 
@@ -54,7 +55,7 @@ def weights(kind, layout, what='backbone'):
 @functools.cache
 def exported(kind, layout, what='backbone'):
     """(Weights, params, state dict, extra)."""
-    w = weights(kind, layout, what)
+    w = described(kind, layout, what)
     params = tiny_weights.params(w)
     return w, params, *layouts.to_layout(w, params)
 
@@ -138,28 +139,30 @@ def test_a_renamed_key_and_a_wrong_table_are_listed_and_nothing_is_loaded():
 
 
 def test_an_encoder_that_is_not_quite_beit_cannot_leave_and_says_why():
-    can = layouts.available
-    vit = weights('beit', 'hf').vit
-    assert not any(can(vit, None, 'beit', vocab=11)[k] for k in (c[1:] for c in CASES))
-    odd = can(vit.clone(num_cls_tokens=2), None, 'beit')
+    def why(what, **changes):
+        w = described('beit', 'hf', what)
+        return layouts.refusals(dataclasses.replace(w, vit=w.vit.clone(**changes)))
+
+    assert not any(why('full')[k] for k in (c[1:] for c in CASES))
+    odd = why('backbone', num_cls_tokens=2)
     assert all('BEiT has one class token' in odd[layout, 'backbone'] for layout in export.LAYOUTS)
-    eps = can(vit.clone(eps=1e-5), None, 'beit', vocab=11)
+    eps = why('full', eps=1e-5)
     assert 'timm normalises with eps 1e-6' in eps['timm', 'backbone'] and not eps['hf', 'full']
-    assert 'use what=backbone' in can(vit, None, 'beit')['hf', 'full']
-    assert layouts.family_of(vit) == 'beit'
+    assert 'use what=backbone' in why('backbone')['hf', 'full']
+    assert families.of(described('beit', 'hf').vit) == 'beit'
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_description_names_the_positions(kind):
     w, params, _, _ = exported(kind, 'official')
-    text = '\n'.join(describe.text(w, params, 1))
+    text = '\n'.join(card.describe(w, params, 1))
     want = {
         'beit': 'positions: relative, a table of biases for all blocks',
         'layer': 'positions: relative, a table of biases in each block',
         'absolute': 'positions: learned, and relative, a table of biases for all blocks',
     }
     assert want[kind] in text and 'beit, official names' in text
-    assert describe.from_dict(json.loads(json.dumps(describe.to_dict(w)))) == w
+    assert layouts.from_dict(json.loads(json.dumps(layouts.to_dict(w)))) == w
 
 
 # transformers
@@ -168,7 +171,7 @@ def test_the_description_names_the_positions(kind):
 def their_model(folder, w):
     """Their model, with every key of the file used and none of the model left out."""
     transformers = pytest.importorskip('transformers')
-    name = layouts.hf_class(w.family, w.vit, w.what)
+    name = layouts.family(w).hf_class(w)
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
         assert not info[problem], f'{name}: {problem} {info[problem]}'
@@ -259,29 +262,22 @@ def test_a_fine_tuned_classifier_of_transformers_is_read_and_its_head_named(tmp_
 # Whole commands
 
 
+def leave(workdir, to, out, what='backbone'):
+    """The folder of an export."""
+    return export.export(weights.open_run(workdir), to, out, what=what)
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """method -> the workdir of a tiny run of it."""
     made = {}
 
-    def get(name, **fields):
-        key = name, *fields.items()
-        if key not in made:
-            m = getattr(config_splitmask, name)()
-            m.update(
-                size=None,
-                embed_dim=32,
-                depth=2,
-                num_heads=4,
-                patch_size=8,
-                img_size=32,
-                token_patch_size=8,
-                vocab=64,
-                **fields,
-            )
-            made[key] = tmp_path_factory.mktemp(name) / 'run'
-            tiny.save(tiny.config(method=m, name=f'tiny {name}'), made[key], step=2)
-        return made[key]
+    def get(name):
+        if name not in made:
+            words = dict(name=f'tiny {name}', method__token_patch_size=8, method__vocab=64)
+            made[name] = tmp_path_factory.mktemp(name) / 'run'
+            tiny.save(tiny.changed(tiny.base(name), words), made[name], step=2)
+        return made[name]
 
     return get
 
@@ -289,33 +285,33 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize('to,what', [c[1:] for c in CASES if c[0] == 'beit'])
 def test_a_run_leaves_and_comes_back_and_gives_the_same_features(run, tmp_path, to, what):
     workdir = run('beit')
-    out = export.export(workdir, to, tmp_path / 'out', what=what)
-    load_lib.import_weights(out, tmp_path / 'w', log=None)
-    want = runs.open_run(workdir)
+    out = leave(workdir, to, tmp_path / 'out', what=what)
+    weights.import_weights(out, tmp_path / 'w', log=None)
+    want = weights.open_run(workdir)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     a = encoder.load_model(workdir)(images)
     for path in (out, tmp_path / 'w'):
-        got = load_lib.load_backbone(path)
-        same(got.params, want.params['encoder'])
-        assert got.vit == want.method.vit
+        got = weights.open_weights(path)
+        same(got.networks()['encoder'][1], want.params['encoder'])
+        assert got.vit == want.vit
         assert got.transform == want.transform
     b = encoder.load_model(out)(images)
     for name in ('cls', 'patch', 'patch_tokens'):
         np.testing.assert_array_equal(a[name], b[name])
-    again = runs.open_run(tmp_path / 'w')
+    again = weights.open_run(tmp_path / 'w')
     assert again.method is None
     if what == 'full':
         same(again.params['head'], want.params['head'])
-        second = export.export(tmp_path / 'w', to, tmp_path / 'again', what='full')
+        second = leave(tmp_path / 'w', to, tmp_path / 'again', what='full')
         one, two = (files.read(folder).tensors for folder in (out, second))
         same(dict(one), dict(two))
 
 
 def test_the_card_says_that_the_words_stay_behind_and_its_lines_work(run, tmp_path):
     for what, name in (('backbone', 'BeitModel'), ('full', 'BeitForMaskedImageModeling')):
-        out = export.export(run('beit'), 'hf', tmp_path / what, what=what)
+        out = leave(run('beit'), 'hf', tmp_path / what, what=what)
         text = (out / 'README.md').read_text()
-        assert 'The 64 visual words that were predicted in training (random_patches)' in text
+        assert 'The codebook of the 64 visual words (random_patches) is in the checkpoint' in text
         assert 'positions: relative, a table of biases for all blocks' in text
         assert ('layer to visual words' in text) == (what == 'full')
         pytest.importorskip('transformers')
@@ -325,12 +321,12 @@ def test_the_card_says_that_the_words_stay_behind_and_its_lines_work(run, tmp_pa
 
 
 def test_published_files_of_beit_are_normalised_as_published(run, tmp_path):
-    out = export.export(run('beit'), 'official', tmp_path / 'out')
+    out = leave(run('beit'), 'official', tmp_path / 'out')
     half = [0.5, 0.5, 0.5]
-    assert load_lib.load_backbone(out).transform['mean'] != half
+    assert weights.open_weights(out).transform['mean'] != half
     bare = tmp_path / 'beit_base_patch16_224_pt22k.safetensors'
     files.write(bare, files.read(out).tensors)
-    view = load_lib.load_backbone(bare).transform
+    view = weights.open_weights(bare).transform
     assert view['mean'] == half and view['std'] == half
 
 
@@ -344,52 +340,51 @@ def test_a_checkpoint_of_the_official_code_is_read(tmp_path, key):
     same(layouts.to_ours(layouts.recognise(file.tensors), file.tensors), params)
 
 
-SPLITMASK = {
+@pytest.mark.parametrize('to', export.LAYOUTS)
+def test_a_splitmask_encoder_leaves_as_the_plain_vit_it_is(run, tmp_path, to):
+    workdir = run('splitmask')
+    out = leave(workdir, to, tmp_path / 'out')
+    got = weights.open_weights(out)
+    assert got.weights.family == 'vit' and got.vit.pos_embed == 'learned'
+    same(got.networks()['encoder'][1], weights.open_run(workdir).params['encoder'])
+    text = (out / 'README.md').read_text()
+    assert 'Method: splitmask' in text
+    assert 'The codebook of the 64 visual words (' in text
+    assert 'is in the checkpoint, not in this export' in text
+    with pytest.raises(ValueError, match='in names that others know, and this checkpoint has none'):
+        leave(workdir, to, tmp_path / 'full', what='full')
+
+
+# The encoder of SplitMask as it is, and what a run fine-tuned from scratch may make of it.
+VARIANTS = {
     '': ({}, 'vit'),
     'sincos': (dict(pos_embed='sincos'), 'mae'),
     'scaled': (dict(layer_scale=0.1), 'dinov2'),
 }
 
 
-@pytest.mark.parametrize('to', export.LAYOUTS)
-def test_a_splitmask_encoder_leaves_as_the_plain_vit_it_is(run, tmp_path, to):
-    workdir = run('splitmask')
-    out = export.export(workdir, to, tmp_path / 'out')
-    got = load_lib.load_backbone(out)
-    assert got.weights.family == 'vit' and got.vit.pos_embed == 'learned'
-    same(got.params, runs.open_run(workdir).params['encoder'])
-    text = (out / 'README.md').read_text()
-    assert 'Method: splitmask' in text and 'their codebook is in the checkpoint' in text
-    with pytest.raises(ValueError, match='in names that others know, and this checkpoint has none'):
-        export.export(workdir, to, tmp_path / 'full', what='full')
-
-
-@pytest.mark.parametrize('kind', SPLITMASK)
-def test_every_form_of_splitmask_has_a_layout_or_a_reason(kind):
-    c = config_lib.default()
-    c.method = config_splitmask.splitmask()
-    c.method.update(size='Ti', **SPLITMASK[kind][0])
-    config_lib.config_infer.fill_size(c.method)
-    vit = methods.from_config(c).vit
-    family = layouts.family_of(vit)
-    can = layouts.available(vit, None, family)
-    assert family == SPLITMASK[kind][1]
+@pytest.mark.parametrize('kind', VARIANTS)
+def test_an_encoder_without_mask_token_has_a_layout_or_a_reason(kind):
+    c = config_lib.default('splitmask')
+    c.method.size = 'Ti'
+    fields, family = VARIANTS[kind]
+    vit = methods.make(c).vit.clone(**fields)
+    assert not vit.mask_token and families.of(vit) == family
+    can = layouts.refusals(layouts.Weights(family, 'official', 'backbone', vit))
     assert not can['hf', 'backbone'] and not can['timm', 'backbone']
     assert bool(can['official', 'backbone']) == (kind == 'scaled')
-    none = layouts.available(vit.clone(num_cls_tokens=0), None, family)
+    none = layouts.Weights(family, 'official', 'backbone', vit.clone(num_cls_tokens=0))
+    none = layouts.refusals(none)
     assert 'class token' in none['hf', 'backbone'] and 'class token' in none['timm', 'backbone']
 
 
 def test_beit_on_pixels_has_no_words_to_export():
-    c = config_lib.default()
-    c.method = config_splitmask.beit()
+    c = config_lib.default('beit')
     c.method.update(size='Ti', tokenizer='pixel')
-    config_lib.config_infer.fill_size(c.method)
-    pixels = runs.Run(c, methods.from_config(c), {'encoder': {}}, {}, 0)
-    assert pixels.whole() == ({}, {'encoder': {}})
+    params, pixels = {'encoder': {}, 'head': {}}, methods.make(c)
+    assert pixels.networks(params, {}) == {'encoder': (pixels.vit, {})}
     c.method.tokenizer = 'kmeans'
-    words = runs.Run(c, methods.from_config(c), {'encoder': {}, 'head': {}}, {}, 0)
-    assert words.whole()[0]['head'].features == 8192
+    assert methods.make(c).networks(params, {})['head'][0].features == 8192
 
 
 # timm

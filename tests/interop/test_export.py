@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ssl_jax export` and `ssl_jax import`: there and back through files, and what is refused."""
 
+import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -9,17 +11,21 @@ import subprocess
 import sys
 import zipfile
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 import tiny
-from ssl_jax import cli
-from ssl_jax.evals import report as evals_run
-from ssl_jax.interop import export, files, layouts, load
+from ssl_jax import cli, methods
+from ssl_jax.augment import photometry
+from ssl_jax.data import host
+from ssl_jax.evals import report
+from ssl_jax.interop import export, families, files, layouts
+from ssl_jax.models import decoder as decoder_lib
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import checkpoint, runs
+from ssl_jax.run import checkpoint, weights
 
 KINDS = {
     'mae': {},
@@ -66,20 +72,27 @@ def exported(trained, tmp_path_factory):
     def get(kind, to, what='backbone'):
         if (kind, to, what) not in made:
             out = tmp_path_factory.mktemp('export') / 'out'
-            made[kind, to, what] = export.export(trained(kind), to, out, what=what)
+            made[kind, to, what] = leave(trained(kind), to, out, what=what)
         return made[kind, to, what]
 
     return get
 
 
+def leave(workdir, to, out, step=None, **options):
+    """The folder of an export."""
+    return export.export(weights.open_run(workdir, step), to, out, **options)
+
+
 def params_of(workdir, what='backbone'):
-    run = runs.open_run(workdir)
-    return run.params if what == 'full' else run.backbone()[1]
+    run = weights.open_run(workdir)
+    return run.params if what == 'full' else run.networks()['encoder'][1]
 
 
 def assert_same_bits(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
         assert x.dtype == np.float32
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
@@ -105,10 +118,10 @@ def fails(args, capsys):
 @pytest.mark.parametrize('kind,to,what', WAYS)
 def test_export_and_import_give_back_every_bit(trained, exported, tmp_path, kind, to, what):
     out = exported(kind, to, what)
-    load.import_weights(out, tmp_path / 'w', log=None)
+    weights.import_weights(out, tmp_path / 'w', log=None)
     assert_same_bits(params_of(tmp_path / 'w', what), params_of(trained(kind), what))
-    vit, original = runs.open_run(tmp_path / 'w').backbone()[0], runs.open_run(trained(kind))
-    assert vit.clone(drop_path=0.2) == original.backbone()[0]
+    vit = weights.open_run(tmp_path / 'w').vit
+    assert vit.clone(drop_path=0.2) == weights.open_run(trained(kind)).vit
 
 
 @pytest.mark.parametrize('kind,to,what', WAYS)
@@ -123,22 +136,32 @@ def test_a_folder_that_says_nothing_of_us_is_recognised(
     if to != 'official':
         shutil.copy(out / 'config.json', strange)
         hints = {}
-    load.import_weights(strange, tmp_path / 'w', log=None, **hints)
+    weights.import_weights(strange, tmp_path / 'w', log=None, **hints)
     assert_same_bits(params_of(tmp_path / 'w', what), params_of(trained(kind), what))
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_layout_that_exists_is_tried_here(trained, kind):
-    run = runs.open_run(trained(kind))
-    vit, decoder = run.method.vit, run.method.decoder
-    can = layouts.available(vit, decoder, layouts.family_of(vit, decoder))
+    method = weights.open_run(trained(kind)).method
+    modules = method.vit, method.decoder
+    can = layouts.refusals(layouts.Weights(families.of(*modules), 'official', 'full', *modules))
     assert {k for k, why in can.items() if not why} == {w[1:] for w in WAYS if w[0] == kind}
+
+
+def test_a_mae_without_class_tokens_leaves_whole_too(tmp_path):
+    tiny.save(tiny.config(method__num_cls_tokens=0), tmp_path / 'run')
+    out = leave(tmp_path / 'run', 'official', tmp_path / 'out', what='full')
+    files.write(tmp_path / 'a.safetensors', files.read(out).tensors)
+    for path, hints in ((out, {}), (tmp_path / 'a.safetensors', HEADS)):
+        workdir = tmp_path / f'from {path.name}'
+        weights.import_weights(path, workdir, log=None, **hints)
+        assert_same_bits(params_of(workdir, 'full'), params_of(tmp_path / 'run', 'full'))
 
 
 def test_a_second_export_of_an_import_is_the_first(exported, tmp_path):
     first = exported('mae', 'hf', 'full')
-    load.import_weights(first, tmp_path / 'w', log=None)
-    second = export.export(tmp_path / 'w', 'hf', tmp_path / 'out', what='full')
+    weights.import_weights(first, tmp_path / 'w', log=None)
+    second = leave(tmp_path / 'w', 'hf', tmp_path / 'out', what='full')
     for name in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
         a, b = (first / name).read_bytes(), (second / name).read_bytes()
         assert a == b or name == 'model.safetensors'
@@ -172,29 +195,29 @@ def dinov2(tmp_path_factory):
     """(vit, params, the workdir of an import) of an encoder alone."""
     vit, params = registers()
     root = tmp_path_factory.mktemp('dinov2')
-    weights = layouts.Weights('dinov2', 'official', 'backbone', vit)
-    tensors, _ = layouts.to_layout(weights, {'encoder': params})
+    w = layouts.Weights('dinov2', 'official', 'backbone', vit)
+    tensors, _ = layouts.to_layout(w, {'encoder': params})
     files.write(root / 'hub.safetensors', tensors)
-    load.import_weights(root / 'hub.safetensors', root / 'w', log=None, num_heads=1)
+    weights.import_weights(root / 'hub.safetensors', root / 'w', log=None, num_heads=1)
     return vit, params, root / 'w'
 
 
 @pytest.mark.parametrize('to', export.LAYOUTS)
 def test_an_imported_encoder_leaves_again_in_every_layout(dinov2, tmp_path, to):
     vit, params, workdir = dinov2
-    out = export.export(workdir, to, tmp_path / 'out')
+    out = leave(workdir, to, tmp_path / 'out')
     assert (out / files.EXTRA).exists() == (to == 'timm')
-    load.import_weights(out, tmp_path / 'w', log=None)
-    run = runs.open_run(tmp_path / 'w')
-    assert run.method is None and run.backbone()[0] == vit
-    assert_same_bits(run.backbone()[1], params)
+    weights.import_weights(out, tmp_path / 'w', log=None)
+    run = weights.open_run(tmp_path / 'w')
+    assert run.method is None and run.vit == vit
+    assert_same_bits(run.networks()['encoder'][1], params)
 
 
 def test_without_the_sidecar_what_was_made_up_is_said(dinov2, tmp_path):
     vit, params, workdir = dinov2
-    out, lines = export.export(workdir, 'timm', tmp_path / 'out'), []
+    out, lines = leave(workdir, 'timm', tmp_path / 'out'), []
     (out / files.EXTRA).unlink()
-    load.import_weights(out, tmp_path / 'w', log=lines.append)
+    weights.import_weights(out, tmp_path / 'w', log=lines.append)
     got = params_of(tmp_path / 'w')
     assert not got['mask_token'].any() and not got['pos_embed'][:, 0].any()
     np.testing.assert_array_equal(
@@ -206,8 +229,6 @@ def test_without_the_sidecar_what_was_made_up_is_said(dinov2, tmp_path):
 @pytest.mark.parametrize('wrap', ['plain', 'official', 'teacher'])
 def test_a_pth_as_official_code_saves_it_is_imported(trained, exported, tmp_path, wrap):
     torch = pytest.importorskip('torch')
-    import argparse
-
     file = files.read(exported('mae', 'official', 'full'))
     state = {k: torch.tensor(v) for k, v in file.tensors.items()}
     if wrap == 'official':
@@ -215,22 +236,22 @@ def test_a_pth_as_official_code_saves_it_is_imported(trained, exported, tmp_path
     if wrap == 'teacher':
         state = {'teacher': {f'module.backbone.{k}': v for k, v in state.items()}}
     torch.save(state, tmp_path / 'm.pth')
-    load.import_weights(tmp_path / 'm.pth', tmp_path / 'w', log=None, **HEADS)
+    weights.import_weights(tmp_path / 'm.pth', tmp_path / 'w', log=None, **HEADS)
     assert_same_bits(params_of(tmp_path / 'w', 'full'), params_of(trained('mae'), 'full'))
 
 
 def test_a_bfloat16_export_holds_the_rounded_weights(trained, tmp_path):
     for kind in KINDS:
-        out = export.export(trained(kind), 'hf', tmp_path / kind, dtype='bfloat16')
+        out = leave(trained(kind), 'hf', tmp_path / kind, dtype='bfloat16')
         assert json.loads((out / 'config.json').read_text())['dtype'] == 'bfloat16'
-        load.import_weights(out, tmp_path / f'{kind}_w', log=None)
+        weights.import_weights(out, tmp_path / f'{kind}_w', log=None)
         want = jax.tree.map(
             lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params_of(trained(kind))
         )
         assert_same_bits(params_of(tmp_path / f'{kind}_w'), want)
     sizes = [
         (f / 'model.safetensors').stat().st_size
-        for f in (out, export.export(trained('pixio'), 'hf', tmp_path / 'full'))
+        for f in (out, leave(trained('pixio'), 'hf', tmp_path / 'full'))
     ]
     assert sizes[0] < 0.6 * sizes[1]
 
@@ -254,11 +275,11 @@ def test_the_folder_holds_what_torch_users_look_for_and_no_pickle(exported):
 
 def test_provenance_says_from_what_and_how_it_was_made(trained, exported):
     p = json.loads((exported('mae', 'hf') / 'provenance.json').read_text())
-    run = runs.open_run(trained('mae'))
+    run = weights.open_run(trained('mae'))
     assert (p['step'], p['seed'], p['layout'], p['dtype']) == (2, 0, 'hf', 'float32')
     assert p['config'] == run.meta['config'] and p['config']['total_steps'] == 8
     assert len(p['checkpoint_sha256']) == 64 and p['versions']['jax'] == jax.__version__
-    numbers = sum(x.size for x in jax.tree.leaves(run.backbone()[1]))
+    numbers = sum(x.size for x in jax.tree.leaves(run.networks()['encoder'][1]))
     assert p['parameters'] == numbers
     assert p['tensors'] == len(files.read(exported('mae', 'hf')).tensors)
 
@@ -277,9 +298,9 @@ def evaluated(exported, tmp_path_factory):
     processor = json.loads((root / 'hf' / 'preprocessor_config.json').read_text())
     processor.update(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     (root / 'hf' / 'preprocessor_config.json').write_text(json.dumps(processor))
-    load.import_weights(root / 'hf', root / 'w', log=None)
+    weights.import_weights(root / 'hf', root / 'w', log=None)
     data = dict(source='scenes', n=30, size=32)
-    rows = evals_run.evaluate_run(root / 'w', data=data, ks=(5,), linear_options=False)
+    rows = report.evaluate_run(root / 'w', data=data, ks=(5,), linear_options=False)
     return rows, root / 'w'
 
 
@@ -296,7 +317,9 @@ def test_other_statistics_of_the_channels_stand_in_the_protocol(evaluated):
 
 def test_the_card_shows_the_scores_with_their_protocols(evaluated, tmp_path):
     rows, workdir = evaluated
-    text = (export.export(workdir, 'hf', tmp_path / 'out') / 'README.md').read_text()
+    out = tmp_path / 'out'
+    cli.main(['export', '--workdir', str(workdir), '--to', 'hf', '--out', str(out)])
+    text = (out / 'README.md').read_text()
     scored = [r for r in rows if 'top1' in r]
     assert scored and all(r['protocol_id'] in text for r in scored)
     assert 'untrained' in text and 'raw_pixels' in text
@@ -330,9 +353,6 @@ def test_the_lines_of_the_card_work_as_printed(exported, kind, to, what):
 
 
 def _as_in_our_evaluation(image, size):
-    from ssl_jax.augment import photometry
-    from ssl_jax.data import host
-
     return photometry.normalize(host.resize_center_crop(image, size))
 
 
@@ -343,14 +363,14 @@ def test_a_transform_survives_the_way_out_and_in(exported, tmp_path):
     processor.update(size={'shortest_edge': 64}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     (out / 'preprocessor_config.json').write_text(json.dumps(processor))
     want = dict(size=32, crop=0.5, mean=[0.5] * 3, std=[0.25] * 3, interpolation='bicubic')
-    assert load.load_backbone(out).transform == want
-    load.import_weights(out, tmp_path / 'w', log=None)
-    assert runs.open_run(tmp_path / 'w').transform == want
+    assert weights.open_weights(out).transform == want
+    weights.import_weights(out, tmp_path / 'w', log=None)
+    assert weights.open_run(tmp_path / 'w').transform == want
     for to in ('hf', 'timm'):
-        again = export.export(tmp_path / 'w', to, tmp_path / to)
-        assert load.load_backbone(again).transform == want
+        again = leave(tmp_path / 'w', to, tmp_path / to)
+        assert weights.open_weights(again).transform == want
     (again / 'preprocessor_config.json').unlink()  # timm's own config says it too
-    assert load.load_backbone(again).transform == want
+    assert weights.open_weights(again).transform == want
 
 
 @pytest.mark.parametrize(
@@ -365,9 +385,7 @@ def test_a_transform_survives_the_way_out_and_in(exported, tmp_path):
     ids=str,
 )
 def test_processors_of_transformers_are_understood(processor, size, crop):
-    from ssl_jax.interop import describe
-
-    got = describe.transform_of(32, processor)
+    got = files.transform_of(32, processor)
     assert (got['size'], got['crop']) == (size, crop)
     assert got['interpolation'] == ('bilinear' if processor.get('resample') == 2 else 'bicubic')
 
@@ -380,19 +398,19 @@ def test_a_bare_folder_one_step_and_an_older_step_are_exported(tmp_path):
         tiny.save(tiny.config(), tmp_path / 'run', seed=step, step=step)
     saved = tmp_path / 'run' / 'checkpoints'
     for workdir, step in ((saved, None), (saved / '2', None), (tmp_path / 'run', 1)):
-        out = export.export(workdir, 'official', tmp_path / 'out', step=step)
+        out = leave(workdir, 'official', tmp_path / 'out', step=step)
         p = json.loads((out / 'provenance.json').read_text())
         assert p['step'] == (step or 2)
-        want = runs.open_run(tmp_path / 'run', p['step']).backbone()[1]
-        assert_same_bits(load.load_backbone(out).params, want)
+        got, want = weights.open_weights(out), weights.open_run(tmp_path / 'run', p['step'])
+        assert_same_bits(*(x.networks()['encoder'][1] for x in (got, want)))
     with pytest.raises(RuntimeError, match='no complete checkpoint of step 7'):
-        export.export(saved, 'official', tmp_path / 'out', step=7)
+        leave(saved, 'official', tmp_path / 'out', step=7)
 
 
 def test_moments_are_not_read(trained, tmp_path):
     shutil.copytree(trained('mae'), tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '2' / 'opt')
-    export.export(tmp_path / 'run', 'hf', tmp_path / 'out')
+    leave(tmp_path / 'run', 'hf', tmp_path / 'out')
 
 
 def test_the_command_needs_no_accelerator(trained, tmp_path):
@@ -409,14 +427,14 @@ def test_the_command_needs_no_accelerator(trained, tmp_path):
     assert 'model.safetensors' in out.stdout
 
 
-def test_load_backbone_takes_runs_checkpoints_folders_and_files(trained, exported):
+def test_open_weights_takes_runs_checkpoints_folders_and_files(trained, exported):
     workdir, out = trained('pixio'), exported('pixio', 'official')
     want = params_of(workdir)
     for path in (workdir, workdir / 'checkpoints', out, out / 'model.safetensors'):
-        got = load.load_backbone(path)
-        assert_same_bits(got.params, want)
+        got = weights.open_weights(path)
+        assert_same_bits(got.networks()['encoder'][1], want)
         assert got.vit.num_cls_tokens == 3 and got.transform['size'] == 32
-        assert got.source == str(path)
+        assert got.path == str(path)
 
 
 # What an import is
@@ -437,15 +455,15 @@ def test_hints_may_follow_the_options(exported, tmp_path, capsys):
     err = fails(['import', out, '--workdir', tmp_path / 'w'], capsys)
     assert 'num_heads' in err and not (tmp_path / 'w').exists()
     cli.main(['import', str(out), '--workdir', str(tmp_path / 'w'), 'num_heads=4'])
-    assert runs.open_run(tmp_path / 'w').backbone()[0].num_heads == 4
+    assert weights.open_run(tmp_path / 'w').vit.num_heads == 4
     err = fails(['import', out, '--workdir', tmp_path / 'v', 'heads=4'], capsys)
     assert 'heads is no hint' in err and 'num_heads' in err
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_an_imported_method_restores_onto_the_devices_of_a_run(trained, exported, tmp_path, kind):
-    load.import_weights(exported(kind, 'official', 'full'), tmp_path / 'w', log=None)
-    run = runs.open_run(trained(kind))
+    weights.import_weights(exported(kind, 'official', 'full'), tmp_path / 'w', log=None)
+    run = weights.open_run(trained(kind))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -458,8 +476,8 @@ def test_an_imported_method_restores_onto_the_devices_of_a_run(trained, exported
 
 def test_a_method_made_from_tensors_is_that_of_the_run(trained, exported, tmp_path):
     for kind in KINDS:
-        load.import_weights(exported(kind, 'official', 'full'), tmp_path / kind, log=None)
-        got, want = runs.open_run(tmp_path / kind).method, runs.open_run(trained(kind)).method
+        weights.import_weights(exported(kind, 'official', 'full'), tmp_path / kind, log=None)
+        got, want = weights.open_run(tmp_path / kind).method, weights.open_run(trained(kind)).method
         assert got.decoder == want.decoder and got.flip == want.flip
         assert (got.mask_grid > 1) == (want.mask_grid > 1)
 
@@ -473,10 +491,10 @@ def test_what_a_decoder_predicts_is_what_the_config_of_the_folder_says(exported,
     if stated is not None:
         config['norm_pix_loss'] = stated
     (out / 'config.json').write_text(json.dumps(config))
-    load.import_weights(out, tmp_path / 'w', log=None)
-    run = runs.open_run(tmp_path / 'w')
+    weights.import_weights(out, tmp_path / 'w', log=None)
+    run = weights.open_run(tmp_path / 'w')
     assert run.method.norm_pix_loss is (stated is not False)
-    again = export.export(tmp_path / 'w', 'hf', tmp_path / 'again', what='full')
+    again = leave(tmp_path / 'w', 'hf', tmp_path / 'again', what='full')
     config = json.loads((again / 'config.json').read_text())
     assert config['norm_pix_loss'] is (stated is not False)
 
@@ -592,7 +610,40 @@ def test_an_export_that_cannot_be_names_what_can(
 
 def test_an_encoder_alone_has_no_full_export(dinov2, tmp_path):
     with pytest.raises(ValueError, match='use what=backbone'):
-        export.export(dinov2[2], 'official', tmp_path / 'out', what='full')
+        leave(dinov2[2], 'official', tmp_path / 'out', what='full')
+
+
+def test_a_network_of_no_known_name_stays_in_the_checkpoint(trained, tmp_path):
+    opened = weights.open_run(trained('mae'))
+
+    class Predicting(type(opened.method)):
+        def networks(self, params, extra):
+            predictor = nn.Conv(3, (1, 1))  # of a class that no family has names for
+            return {**super().networks(params, extra), 'predictor': (predictor, {})}
+
+    fields = {f.name: getattr(opened.method, f.name) for f in dataclasses.fields(opened.method)}
+    opened = dataclasses.replace(opened, method=Predicting(**fields))
+    for what in export.WHATS:
+        out = export.export(opened, 'official', tmp_path / what, what=what)
+        got = weights.open_weights(out)
+        assert set(got.networks()) == {'encoder'} | ({'decoder'} if what == 'full' else set())
+        assert_same_bits(got.params, {k: opened.params[k] for k in got.params})
+        line = 'Only in the checkpoint, as no layout has a place for it: predictor.'
+        assert line in (out / 'README.md').read_text()
+    assert (
+        'Only in the checkpoint'
+        not in (leave(trained('mae'), 'official', tmp_path / 'known') / 'README.md').read_text()
+    )
+
+
+def test_a_decoder_that_no_family_has_names_for_stays_too(trained, tmp_path):
+    opened = weights.open_run(trained('mae'))
+    method = opened.method.with_modules(encoder=opened.vit, decoder=nn.Dense(3))
+    opened = dataclasses.replace(opened, method=method)
+    out = export.export(opened, 'official', tmp_path / 'out')
+    assert 'no layout has a place for it: decoder.' in (out / 'README.md').read_text()
+    with pytest.raises(ValueError, match='use what=backbone'):
+        export.export(opened, 'official', tmp_path / 'full', what='full')
 
 
 def test_there_is_no_run_to_export(tmp_path, capsys):
@@ -632,7 +683,7 @@ def test_a_workdir_that_holds_a_run_is_not_imported_into(trained, exported, caps
 
 def test_a_run_is_not_imported(trained, tmp_path):
     with pytest.raises(ValueError, match='run of ssl_jax already'):
-        load.import_weights(trained('mae'), tmp_path / 'w')
+        weights.import_weights(trained('mae'), tmp_path / 'w')
 
 
 def test_an_imported_encoder_has_no_images_to_show(dinov2, capsys):
@@ -645,14 +696,15 @@ import pathlib, re, sys
 import jax
 import orbax.checkpoint
 from ssl_jax.interop import export
-from ssl_jax.evals import run
+from ssl_jax.run import weights
 
 def peak():
     return int(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1])
 
 jax.devices()
 before = peak()
-export.export(sys.argv[1], sys.argv[2], sys.argv[3], what=sys.argv[4], dtype=sys.argv[5])
+opened = weights.open_run(sys.argv[1])
+export.export(opened, sys.argv[2], sys.argv[3], what=sys.argv[4], dtype=sys.argv[5])
 print('KIB', peak() - before)
 """
 
@@ -669,19 +721,14 @@ def test_an_export_of_vit_l_needs_at_most_twice_the_size_of_the_model(tmp_path):
         method__decoder_depth=8,
         method__decoder_num_heads=16,
     )
-    from ssl_jax import methods
-    from ssl_jax.models.decoder import Decoder
-
-    method = methods.from_config(config)
-    assert isinstance(method.decoder, Decoder)
-    weights = layouts.Weights('mae', 'official', 'full', method.vit, method.decoder)
+    method = methods.make(config)
+    assert isinstance(method.decoder, decoder_lib.Decoder)
+    w = layouts.Weights('mae', 'official', 'full', method.vit, method.decoder)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape, np.float32), layouts.abstract(weights)
-    )
-    tensors, _ = layouts.to_layout(weights, params)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), layouts.abstract(w))
+    tensors, _ = layouts.to_layout(w, params)
     files.write(tmp_path / 'l.safetensors', tensors)
-    load.import_weights(tmp_path / 'l.safetensors', tmp_path / 'w', log=None)
+    weights.import_weights(tmp_path / 'l.safetensors', tmp_path / 'w', log=None)
     del params, tensors
     size = (tmp_path / 'l.safetensors').stat().st_size
     for to, what, dtype in (

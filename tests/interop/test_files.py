@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ssl_jax.interop import files
+from ssl_jax.run import storage
 
 TREE = {
     'norm.weight': np.arange(6, dtype=np.float32) / 7,
@@ -209,6 +210,8 @@ def test_a_truncated_file_is_refused(torch, tmp_path, suffix, how):
     path.write_bytes(damage(path.read_bytes(), how))
     text = refused(path)
     assert 'damaged' in text and ('again' in text or 'save' in text)
+    if suffix == 'safetensors':
+        assert text.endswith('download or copy it again.')
 
 
 def test_bytes_changed_in_a_pickle_never_raise_anything_else(torch, tmp_path):
@@ -267,7 +270,7 @@ def test_a_file_that_holds_code_is_named_and_nothing_of_it_runs(tmp_path, protoc
         ('collections', 'OrderedDict.fromkeys'),
         ('torch.storage', '_load_from_bytes'),
         ('numpy', 'load'),
-        ('ssl_jax.interop.torch_io', 'shutil.rmtree'),
+        ('ssl_jax.run.storage', 'shutil.rmtree'),
     ],
 )
 def test_no_function_can_be_named_but_those_of_tensors(tmp_path, module, name):
@@ -385,19 +388,19 @@ def test_a_header_that_lies_is_refused(tmp_path, entry):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / 'out'
-    with pytest.raises(KeyError), files.staged(target) as folder:
+    with pytest.raises(KeyError), storage.atomic_folder(target) as folder:
         (folder / 'a').write_text('new')
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with files.staged(target) as folder:
+    with storage.atomic_folder(target) as folder:
         (folder / 'a').write_text('old')
         assert not target.exists()
     assert (target / 'a').read_text() == 'old'
-    with pytest.raises(KeyError), files.staged(target) as folder:
+    with pytest.raises(KeyError), storage.atomic_folder(target) as folder:
         (folder / 'a').write_text('new')
         raise KeyError
     assert (target / 'a').read_text() == 'old'
-    with files.staged(target) as folder:
+    with storage.atomic_folder(target) as folder:
         (folder / 'b').write_text('new')
     assert [p.name for p in target.iterdir()] == ['b']
     assert [p.name for p in tmp_path.iterdir()] == ['out']
@@ -405,7 +408,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_move_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / 'out'
-    with files.staged(target) as folder:
+    with storage.atomic_folder(target) as folder:
         (folder / 'a').write_text('old')
     move = type(target).rename
 
@@ -415,7 +418,7 @@ def test_a_move_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
         return move(self, to)
 
     monkeypatch.setattr(type(target), 'rename', rename)
-    with pytest.raises(OSError, match='no space'), files.staged(target) as folder:
+    with pytest.raises(OSError, match='no space'), storage.atomic_folder(target) as folder:
         (folder / 'b').write_text('new')
     assert [p.name for p in tmp_path.iterdir()] == ['out']
     assert (target / 'a').read_text() == 'old'

@@ -34,7 +34,7 @@ def write(folder, w, params):
 
 def load(folder, w):
     """Their model, with every key of the file used and none of the model left out."""
-    name = layouts.hf_class(w.family, w.vit, w.what)
+    name = layouts.family(w).hf_class(w)
     kw = {'add_pooling_layer': False} if name == 'ViTModel' else {}
     model, info = getattr(transformers, name).from_pretrained(
         folder, output_loading_info=True, **kw
@@ -120,7 +120,8 @@ def test_masked_patches_give_the_same_tokens(name, root):
 @pytest.mark.parametrize('name', ['mae', 'mae_odd'])
 def test_a_mae_with_its_decoder_predicts_the_same_pixels_from_the_same_noise(name, root):
     w, params, _, model = exported(name, 'full', root)
-    method = mae.MAE(vit=w.vit, decoder=w.decoder)
+    method = mae.MAE(patch_size=w.vit.patch_size, img_size=w.vit.img_size)
+    method = method.with_modules(encoder=w.vit, decoder=w.decoder)
     images = tiny_weights.images(tiny_weights.sizes(w.vit)[0])
     noise = np.random.default_rng(2).random((len(images), w.decoder.num_patches), np.float32)
     mask = masking.from_noise(noise, method.grid, model.config.mask_ratio, 1)

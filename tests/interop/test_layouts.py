@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny_weights
-from ssl_jax.interop import layouts, tables
+from ssl_jax.interop import families, layouts, tables
 from ssl_jax.models import vit as vit_lib
 
 BACKBONES = list(tiny_weights.ENCODERS)
@@ -321,7 +321,7 @@ def test_what_cannot_leave_says_why():
     def why(name, **changes):
         w = tiny_weights.weights(name, 'official')
         vit = w.vit.clone(**changes)
-        return layouts.available(vit, None, layouts.family_of(vit))
+        return layouts.refusals(dataclasses.replace(w, family=families.of(vit), vit=vit))
 
     assert 'timm has no Pixio' in why('pixio')['timm', 'backbone']
     assert 'only MAE and Pixio have a decoder' in why('dinov2')['official', 'full']
@@ -334,14 +334,13 @@ def test_what_cannot_leave_says_why():
     assert 'mask token' in why('dinov2_reg', mask_token=False)['hf', 'backbone']
     assert 'learned' in why('mae', num_register_tokens=4)['timm', 'backbone']
     pixio = tiny_weights.weights('pixio', 'official', 'full')
-    full = layouts.available(pixio.vit, pixio.decoder, 'pixio')
-    assert 'PixioModel is the encoder alone' in full['hf', 'full']
+    assert 'PixioModel is the encoder alone' in layouts.refusals(pixio)['hf', 'full']
 
 
 @pytest.mark.parametrize('name,layout,what', CASES)
 def test_what_is_tested_here_is_available(name, layout, what):
     w = tiny_weights.weights(name, layout, what)
-    assert layouts.available(w.vit, w.decoder, w.family, w.dino_head)[layout, what] == ''
+    assert layouts.refusals(w)[layout, what] == ''
 
 
 # Key lists of the official modules, from the golden files.

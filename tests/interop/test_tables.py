@@ -7,23 +7,26 @@ import pytest
 
 import tiny
 from ssl_jax import methods
-from ssl_jax.interop import tables
+from ssl_jax.interop import layouts, tables
+from ssl_jax.interop.families import mae as mae_family
 
 
 @pytest.fixture(scope='module', params=['sincos', 'learned'])
 def exported(request):
     """(method, params, state dict) of a tiny MAE."""
     config = tiny.config(method__pos_embed=request.param, method__num_cls_tokens=2)
-    method = methods.from_config(config)
+    method = methods.make(config)
     params, _ = jax.jit(method.init)(jax.random.key(0))
     params = jax.tree.map(np.asarray, params)
-    fixed = tables.fixed_tables(method)
-    return method, params, tables.to_torch(tables.mae(method), params, fixed)
+    fixed = layouts.fixed(method)
+    return method, params, tables.to_torch(mae_family.pretraining_rows(method), params, fixed)
 
 
 def load(method, state_dict):
     abstract, _ = jax.eval_shape(method.init, jax.random.key(0))
-    return tables.from_torch(tables.mae(method), state_dict, abstract, tables.fixed_tables(method))
+    return tables.from_torch(
+        mae_family.pretraining_rows(method), state_dict, abstract, layouts.fixed(method)
+    )
 
 
 def test_there_and_back_is_bit_identical(exported):

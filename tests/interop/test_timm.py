@@ -11,6 +11,7 @@ import pytest
 
 import tiny_weights
 from ssl_jax.interop import files, layouts
+from ssl_jax.models import vit as vit_lib
 
 # timm that is there but not able to start, say without torchvision, is as good as none.
 import_timm = functools.partial(pytest.importorskip, 'timm', exc_type=ImportError)
@@ -96,7 +97,7 @@ def test_the_class_token_carries_its_position_where_timm_has_none(name):
 )
 def test_dinov2_has_the_architecture_of_its_size(size, ffn, registers, architecture):
     v = tiny_weights.weights('dinov2', 'timm').vit
-    dim, depth, heads = layouts.vit_lib.SIZES[size]
+    dim, depth, heads = vit_lib.SIZES[size]
     v = v.clone(embed_dim=dim, depth=depth, num_heads=heads, ffn=ffn, num_register_tokens=registers)
     w = layouts.Weights('dinov2', 'timm', 'backbone', v)
     assert layouts.config_json(w)['architecture'] == architecture
@@ -111,7 +112,7 @@ def test_dinov2_has_the_architecture_of_its_size(size, ffn, registers, architect
     ],
 )
 def test_mae_has_the_architecture_of_its_size(size, architecture):
-    dim, depth, heads = layouts.vit_lib.SIZES[size]
+    dim, depth, heads = vit_lib.SIZES[size]
     v = tiny_weights.weights('mae', 'timm').vit.clone(embed_dim=dim, depth=depth, num_heads=heads)
     w = layouts.Weights('mae', 'timm', 'backbone', v)
     assert layouts.config_json(w)['architecture'] == architecture

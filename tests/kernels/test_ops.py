@@ -118,10 +118,10 @@ def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself(siz
         tpu_attention.gradient(*map(jnp.asarray, (qkv, grad)), 2, segments, interpret=True),
     )
     images = [attention._images(jnp.asarray(x), segments) for x in (qkv, grad)]
-    wants = [attention64(*map(np.asarray, pair), heads=2) for pair in zip(*images)]
-    for found, want in zip((out, d_qkv), zip(*wants)):
+    wants = [attention64(*map(np.asarray, pair), heads=2) for pair in zip(*images, strict=True)]
+    for found, want in zip((out, d_qkv), zip(*wants, strict=True), strict=True):
         np.testing.assert_allclose(found, attention._rows(want, segments), atol=5e-6)
-    for found, want in zip(kernels, zip(*wants)):
+    for found, want in zip(kernels, zip(*wants, strict=True), strict=True):
         np.testing.assert_allclose(found, attention._rows(want, segments), atol=5e-6)
 
 
@@ -153,7 +153,7 @@ def test_the_tpu_kernels_take_no_notice_of_other_images():
 
     others = qkv.copy()
     others[[0, 2, 3]] *= 1e3
-    for one, other in zip(run(qkv), run(others)):
+    for one, other in zip(run(qkv), run(others), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -221,7 +221,7 @@ def test_on_a_mesh_each_device_runs_the_kernels_on_its_part_and_cpu_computes_the
         found = traced.lower().compile()(*split)
     # A part is 16 rows of the 128: 2 images, padded by no one.
     assert 'tpu_custom_call' in text and 'tensor<16x384xf32>' in text
-    for a, b in zip(found, alone):
+    for a, b in zip(found, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_layer_norm_and_its_gradients_equal_float64(mean):
     # One unit in the last place of x itself is 8e-6 at a mean of 100.
     tolerance = 5e-6 if mean == 0 else 1e-4
     np.testing.assert_allclose(out, want, atol=tolerance)
-    for got, expected in zip(grads, wanted):
+    for got, expected in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(got, expected, atol=5 * tolerance)
 
 
@@ -350,7 +350,7 @@ def test_bfloat16_stays_bfloat16_and_close_to_float32():
     want, vjp = jax.vjp(lambda x, *w: block(x, WEIGHTS[0], *w), x, *WEIGHTS[1:])
     assert {a.dtype for a in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(out.astype(np.float32), want, atol=0.06)
-    for got, expected in zip(grads, vjp(jnp.ones_like(want))):
+    for got, expected in zip(grads, vjp(jnp.ones_like(want)), strict=True):
         error = np.abs(got.astype(np.float32) - expected).max() / np.abs(expected).max()
         assert error < 0.03
 

@@ -31,7 +31,7 @@ def test_the_gradient_is_that_of_picking_images_and_adding_what_became_of_them()
         out = x.reshape(2, -1, 8)
         for row in range(2):
             start = 0
-            for s, ids in zip(SEGMENTS, IDS):
+            for s, ids in zip(SEGMENTS, IDS, strict=True):
                 for i in np.asarray(ids[row]):
                     here = slice(start + i * s.length, start + (i + 1) * s.length)
                     change = jnp.sin(x.reshape(2, -1, 8)[row, here])
@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_picking_images_and_adding_what_became_of_them()
 @pytest.mark.parametrize('weighted', [False, True])
 def test_the_tpu_kernel_moves_images_as_the_plain_form_does(weighted):
     kept = Segment(3, 5, 3), Segment(2, 13, 3)
-    where = [subsets._where(i, s.images) for s, i in zip(SEGMENTS, IDS)]
+    where = [subsets._where(i, s.images) for s, i in zip(SEGMENTS, IDS, strict=True)]
     weights = (4 / 3, 3.0) if weighted else (1.0, 1.0)
     kernel = functools.partial(tpu_rows.move_images, interpret=True)
     x, y = rows(0, SEGMENTS), rows(1, kept)

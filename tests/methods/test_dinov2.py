@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DINOv2 in the loop: meshes agree, restarts are bitwise, teachers are what they should be."""
 
-import dataclasses
 import math
+import re
 import shutil
 
 import jax
@@ -12,12 +12,15 @@ import pytest
 
 import tiny
 from ssl_jax import config as config_lib
-from ssl_jax import config_dinov2, methods, sharding, train
+from ssl_jax import methods, sharding, train
+from ssl_jax import step as step_lib
 from ssl_jax.kernels import subsets
 from ssl_jax.kernels.segments import Segment
+from ssl_jax.methods import mae
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.objectives import masking
-from ssl_jax.run import metrics, runs
+from ssl_jax.run import clock as clock_lib
+from ssl_jax.run import metrics, weights
 
 
 def crops(method, size, seed=0):
@@ -30,10 +33,10 @@ def crops(method, size, seed=0):
 
 def losses_on(devices, steps=3, **mesh):
     config = tiny.dinov2()
-    clock = config_lib.clock(config)
-    method = methods.from_config(config, clock)
+    clock = clock_lib.Clock.of(config)
+    method = methods.make(config, clock)
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
-    program = train.make_program(config, method, clock, mesh)
+    program = step_lib.make_program(config, method, mesh)
     rows = sharding.process_rows(mesh, config.batch_size)
     found = []
     with jax.set_mesh(mesh):
@@ -59,7 +62,7 @@ def test_loss_and_teacher_are_equal_on_any_mesh(one_device, mesh):
     losses, extra = losses_on(math.prod(mesh.values()), **mesh)
     np.testing.assert_allclose(losses[0], one_device[0][0], rtol=2e-6)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(extra), jax.tree.leaves(one_device[1])):
+    for a, b in zip(jax.tree.leaves(extra), jax.tree.leaves(one_device[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -71,10 +74,12 @@ def test_a_restart_in_the_middle_ends_on_the_same_bits_teacher_and_centres_inclu
     shutil.rmtree(tmp_path / 'all' / 'checkpoints' / '6')
     other = tmp_path / 'other'
     train.train(tiny.dinov2(total_steps=6, resume_from=str(tmp_path / 'all')), other)
-    first, second = (runs.open_run(tmp_path / name) for name in ('whole', 'other'))
+    first, second = (weights.open_run(tmp_path / name) for name in ('whole', 'other'))
     assert (first.step, second.step) == (6, 6) and 'dino_center' in first.extra
     for a, b in zip(
-        jax.tree.leaves((first.params, first.extra)), jax.tree.leaves((second.params, second.extra))
+        jax.tree.leaves((first.params, first.extra)),
+        jax.tree.leaves((second.params, second.extra)),
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)
     rows = [r for r in metrics.read(tmp_path / 'whole') if 'loss' in r and r['step'] > 3]
@@ -83,13 +88,13 @@ def test_a_restart_in_the_middle_ends_on_the_same_bits_teacher_and_centres_inclu
 
 
 def test_all_crops_in_one_pass_equal_a_pass_for_each_size():
-    method = methods.from_config(tiny.dinov2())
+    method = methods.make(tiny.dinov2())
     vit = method.vit
     params = vit_lib.init_params(vit, jax.random.key(0))
     images = [jax.random.normal(jax.random.key(n), (2, n, s, s, 3)) for n, s in ((2, 32), (3, 16))]
     mask = jax.random.bernoulli(jax.random.key(5), 0.4, (2, 2, 16))
     outs = vit.apply({'params': params}, tuple(images), mask=mask)
-    for x, m, out in zip(images, (mask.reshape(4, -1), None), outs):
+    for x, m, out in zip(images, (mask.reshape(4, -1), None), outs, strict=True):
         alone = vit.apply({'params': params}, x.reshape(-1, *x.shape[2:]), mask=m)
         for name, value in alone.items():
             together = out[name].reshape(value.shape)
@@ -103,7 +108,7 @@ def test_the_first_loss_under_sinkhorn_is_ln_k_plus_50_over_the_bottleneck(bottl
     m = dict(centering='sinkhorn_knopp', dino_out_dim=4096, dino_bottleneck_dim=bottleneck)
     with c.unlocked():
         c.method.update(drop_path=0.0, koleo_weight=0.0, **m)
-    method = methods.from_config(c)
+    method = methods.make(c, clock_lib.Clock.of(c))
     params, extra = jax.jit(method.init)(jax.random.key(0))
     batch = {**crops(method, 16), 'row': jnp.arange(16)}
     _, (_, terms) = jax.jit(method.loss)(params, extra, batch, jax.random.key(1), 0)
@@ -112,16 +117,16 @@ def test_the_first_loss_under_sinkhorn_is_ln_k_plus_50_over_the_bottleneck(bottl
 
 
 def test_the_teacher_is_the_moving_average_and_gets_no_gradient():
-    method = methods.from_config(tiny.dinov2(), lambda *a, **k: 10)
+    method = methods.make(tiny.dinov2(), clock_lib.Clock(10))
     params, extra = method.init(jax.random.key(0))
     moved = jax.tree.map(lambda p: p + 1.0, params)
     after = method.after_update(moved, extra, jnp.int32(0))['teacher']
     share = float(method.ema_rate(0))
     assert share == pytest.approx(1 - 0.98)
-    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(extra['teacher'])):
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(extra['teacher']), strict=True):
         np.testing.assert_allclose(a, b + share, rtol=1e-5, atol=1e-6)
     still = method.after_update(moved, extra, jnp.int32(10))['teacher']  # momentum 1
-    for a, b in zip(jax.tree.leaves(still), jax.tree.leaves(extra['teacher'])):
+    for a, b in zip(jax.tree.leaves(still), jax.tree.leaves(extra['teacher']), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -142,7 +147,7 @@ def test_dropped_images_cost_nothing_and_the_expectation_stays():
 
 
 def test_the_masked_patches_always_fit_the_buffer():
-    method = methods.from_config(tiny.dinov2())
+    method = methods.make(tiny.dinov2())
     keys = jax.random.split(jax.random.key(0), 50)
     masks = jax.jit(method.masks, static_argnums=1)(keys, 16)
     counts = np.asarray(masks.sum(axis=(1, 2)))
@@ -162,7 +167,7 @@ def test_the_high_resolution_stage_takes_the_whole_run_and_resizes_positions(tmp
         high.optim.warm_freeze, high.optim.warm_freeze_steps = (), None
         high.method.momentum_teacher = high.method.final_momentum_teacher = 1.0
     train.train(high, tmp_path / 'high')
-    a, b = runs.open_run(tmp_path / 'low'), runs.open_run(tmp_path / 'high')
+    a, b = weights.open_run(tmp_path / 'low'), weights.open_run(tmp_path / 'high')
     for old, new in ((a.params, b.params), (a.extra['teacher'], b.extra['teacher'])):
         assert new['backbone']['pos_embed'].shape == (1, 1 + 36, 32)
         np.testing.assert_array_equal(
@@ -172,14 +177,11 @@ def test_the_high_resolution_stage_takes_the_whole_run_and_resizes_positions(tmp
 
 
 def distilled(teacher, **fields):
-    config = tiny.dinov2(**fields)
-    m = config.method.copy_and_resolve_references()
-    with m.unlocked():
-        m.name, m.form, m.teacher, m.teacher_ffn = 'distill', 'dino', str(teacher), 'mlp'
-        m.teacher_size, m.teacher_embed_dim, m.teacher_depth, m.teacher_num_heads = None, 32, 2, 4
-        m.embed_dim, m.depth, m.drop_path = 16, 1, 0.0
-    with config.unlocked():
-        config.method = m
+    config = tiny.dinov2('dinov2_distill', **fields)
+    m = config.method
+    m.update(teacher=str(teacher), teacher_ffn='mlp')
+    m.update(teacher_embed_dim=32, teacher_depth=2, teacher_num_heads=4)
+    m.update(embed_dim=16, depth=1, drop_path=0.0)
     return config
 
 
@@ -187,10 +189,12 @@ def test_distillation_keeps_the_teacher_and_moves_student_and_average(tmp_path):
     tiny.save(tiny.dinov2(), tmp_path / 'big', seed=3)
     config = distilled(tmp_path / 'big', total_steps=4)
     train.train(config, tmp_path / 'small')
-    big, small = runs.open_run(tmp_path / 'big'), runs.open_run(tmp_path / 'small')
-    for a, b in zip(jax.tree.leaves(big.extra['teacher']), jax.tree.leaves(small.extra['teacher'])):
+    big, small = weights.open_run(tmp_path / 'big'), weights.open_run(tmp_path / 'small')
+    for a, b in zip(
+        jax.tree.leaves(big.extra['teacher']), jax.tree.leaves(small.extra['teacher']), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
-    vit, params = small.backbone()
+    vit, params = small.networks()['encoder']
     assert vit.embed_dim == 16 and params is small.extra['student']['backbone']
     assert np.any(params['pos_embed'] != small.params['backbone']['pos_embed'])
 
@@ -201,14 +205,26 @@ def test_a_teacher_without_heads_is_refused_in_one_sentence(tmp_path):
         train.train(distilled(tmp_path / 'mae'), tmp_path / 'small')
 
 
-def test_a_collapse_is_named_once_with_its_number(capsys):
-    method = dataclasses.replace(methods.from_config(tiny.dinov2()), warmup_steps=10)
+@pytest.mark.parametrize('warmup', ['warmup', 'temperature'])
+def test_a_collapse_is_named_with_its_number_once_the_warm_up_is_over(warmup):
+    config, clock = tiny.dinov2(), clock_lib.Clock(100, 10 if warmup == 'warmup' else 0)
+    if warmup == 'temperature':
+        config.method.warmup_teacher_temp_steps = 10
+    method = methods.make(config, clock)
     sick = dict(teacher_entropy=0.0, kl_uniform=math.log(64), prototype_use=1 / 32)
-    assert train.name_collapse(method, sick, 5, None) is None  # the warm-up is not over
-    named = train.name_collapse(method, sick, 20, None)
-    assert train.name_collapse(method, sick, 30, named) == named
-    out = capsys.readouterr().out
-    assert out.count('Collapse') == 1 and 'step 20: Collapse to' in out and '0.000' in out
+    assert method.suspect(sick, 9) is None and method.suspect({}, 10) is None
+    sentence = method.suspect(sick, 10)
+    assert 'Collapse to' in sentence and '0.000' in sentence
+
+
+def test_the_loop_names_a_collapse_once_until_it_is_over(tmp_path, capsys, monkeypatch):
+    def suspect(method, values, step):
+        return f'ill at {step}, {values["loss"]:.1f}' if step in (2, 3, 6) else None
+
+    monkeypatch.setattr(mae.MAE, 'suspect', suspect)
+    train.train(tiny.config(), tmp_path)
+    said = re.findall(r'step (\d): ill at (\d)', capsys.readouterr().out)
+    assert said == [('2', '2'), ('6', '6')]
 
 
 @pytest.mark.parametrize(
@@ -228,8 +244,8 @@ def test_settings_that_do_not_fit_are_one_sentence(fields, says):
 
 
 def test_the_small_preset_changes_only_fields_that_exist():
-    m = config_dinov2.method()
+    m = config_lib.default('dinov2').method
     before = set(m)
-    config_dinov2.small(m)
-    config_dinov2.dino(m)
+    config_lib.shared('dinov2').small(m)
+    config_lib.shared('dinov2').dino(m)
     assert set(m) == before

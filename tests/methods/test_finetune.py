@@ -6,39 +6,39 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 import tiny
+from ssl_jax import cli, methods, sharding, train
 from ssl_jax import config as config_lib
-from ssl_jax import config_finetune, methods, sharding, train
+from ssl_jax import step as step_lib
 from ssl_jax.augment import mixup, photometry
-from ssl_jax.data import sources
+from ssl_jax.data import host, sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.data import view as view_lib
 from ssl_jax.evals import accuracy
 from ssl_jax.evals import report as evaluate
 from ssl_jax.interop import export
-from ssl_jax.run import checkpoint, metrics, runs
+from ssl_jax.run import checkpoint, metrics, start, weights
+from ssl_jax.run import clock as clock_lib
 
 
 def config(**fields):
     """A locked config of a two-block classifier of 64 rendered scenes."""
-    m = config_finetune.classifier()
-    m.update(size=None, embed_dim=32, depth=2, num_heads=4, patch_size=8, img_size=32)
-    m.update(num_classes=10, crop_pct=1.0, drop_path=0.2)
-    m.update(randaugment_layers=0, erase_prob=0.0)  # they take long to compile
-    optim = config_lib.default().optim
-    config_finetune.optim(optim)
-    optim = {f'optim__{k}': v for k, v in optim.items()}
+    c = tiny.base('classifier')
+    c.method.update(num_classes=10, crop_pct=1.0, drop_path=0.2)
+    c.method.update(randaugment_layers=0, erase_prob=0.0)  # they take long to compile
+    config_lib.shared('finetune').optim(c.optim)
+    c.optim.lr = 1e-3
     test = dict(source='scenes', n=50, size=32, split='test')
-    common = dict(optim__lr=1e-3, data__eval_test=test)
-    return tiny.config(**{'method': m, **optim, **common, **fields})
+    c.data.eval_test = ml_collections.ConfigDict(test)
+    return tiny.changed(c, fields)
 
 
 def final_state(workdir, config):
-    method = methods.from_config(config)
-    program = train.make_program(config, method, config_lib.clock(config, 64))
+    method = methods.make(config, clock_lib.Clock.of(config, 64))
+    program = step_lib.make_program(config, method)
     saved = checkpoint.Checkpointer(workdir / 'checkpoints')
     state, _ = saved.restore(program.abstract)
     saved.close()
@@ -46,7 +46,9 @@ def final_state(workdir, config):
 
 
 def assert_same_bits(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
@@ -62,8 +64,13 @@ def mae_run(tmp_path_factory):
 
 def load(model, *overrides):
     """The config of `ssl_jax finetune --config finetune_scenes --model ...`."""
-    recipe, fields = config_finetune.command(str(model), config='finetune_scenes')
-    return config_lib.load(recipe, [*fields, *overrides])
+    return config_lib.load('finetune_scenes', [f'init_from={model}', *overrides])
+
+
+def completed(model, *overrides):
+    """The same as the run completes it."""
+    c = load(model, *overrides)
+    return start.complete(c, sources.open_source(c.data.train))
 
 
 SHORT = ('total_steps=1', 'warmup_steps=0', 'batch_size=16', 'data.train.n=32')
@@ -72,10 +79,9 @@ SHORT += ('data.eval_test.n=16', 'log.tensorboard=False', 'compile_cache=False',
 
 def test_the_encoder_of_a_run_is_taken_with_its_fixed_positions_made_trainable(mae_run, tmp_path):
     workdir, params = mae_run
-    c = load(workdir, *SHORT)
+    train.train(load(workdir, *SHORT), tmp_path)
+    c = config_lib.from_dict(json.loads((tmp_path / 'config.json').read_text()))[0]
     assert (c.method.embed_dim, c.method.patch_size, c.method.img_size) == (32, 8, 32)
-    train.train(c, tmp_path)
-    c = config_lib.from_json((tmp_path / 'config.json').read_text())
     _, state = final_state(tmp_path, c)
     encoder = dict(state.params['encoder'])
     table = encoder.pop('pos_embed')
@@ -84,20 +90,20 @@ def test_the_encoder_of_a_run_is_taken_with_its_fixed_positions_made_trainable(m
 
 
 def test_another_image_size_resizes_the_positions(mae_run):
-    c = load(mae_run[0], 'method.img_size=48')
-    assert c.method.img_size == 48 and methods.from_config(c).vit.img_size == 48
+    c = completed(mae_run[0], 'method.img_size=48')
+    assert c.method.img_size == 48 and methods.make(c).vit.img_size == 48
 
 
 @pytest.mark.parametrize('field', ['depth=3', 'size=S', 'patch_size=4'])
 def test_a_field_that_contradicts_the_model_is_one_sentence(mae_run, field):
     with pytest.raises(ValueError, match=r'contradicts the model .*: leave it out'):
-        load(mae_run[0], f'method.{field}')
+        completed(mae_run[0], f'method.{field}')
 
 
 def test_a_model_that_is_none_is_one_sentence(tmp_path):
     (tmp_path / 'notes.txt').write_text('no weights')
     with pytest.raises((ValueError, OSError), match='notes|weights|safetensors'):
-        load(tmp_path)
+        completed(tmp_path)
 
 
 @pytest.mark.slow
@@ -112,9 +118,9 @@ def test_encoders_of_other_methods_are_taken(kind, tmp_path):
     tiny.save(other, tmp_path / 'model')
     c = load(tmp_path / 'model', *SHORT, 'method.ema_decay=0.9')
     train.train(c, tmp_path / 'run')
-    c = config_lib.from_json((tmp_path / 'run' / 'config.json').read_text())
+    c = config_lib.from_dict(json.loads((tmp_path / 'run' / 'config.json').read_text()))[0]
     method, state = final_state(tmp_path / 'run', c)
-    vit, want = methods.from_config(other).backbone(*_fresh(other))
+    vit, want = methods.make(other).networks(*_fresh(other))['encoder']
     assert method.vit.rel_pos == ('layer' if vit.rel_pos else None)
     assert (method.vit.key_bias, method.vit.ffn) == (vit.key_bias, vit.ffn)
     np.testing.assert_array_equal(
@@ -128,20 +134,36 @@ def test_encoders_of_other_methods_are_taken(kind, tmp_path):
 
 
 def _fresh(config):
-    return jax.device_get(jax.jit(methods.from_config(config).init)(jax.random.key(0)))
+    return jax.device_get(jax.jit(methods.make(config).init)(jax.random.key(0)))
 
 
-def test_the_command_picks_recipe_and_data():
-    command = config_finetune.command
-    assert command('m', 'd', 't') == (
-        'finetune_images',
-        ['init_from=m', 'data.train=d', 'data.eval_test=t', 'method.num_classes=None'],
-    )
-    assert command('none', recipe='beit') == ('finetune_beit_vitb16', ['optim.layer_decay=None'])
-    with pytest.raises(ValueError, match="'bert' is unknown: use one of mae, beit, splitmask"):
-        command('m', 'd', recipe='bert')
-    with pytest.raises(ValueError, match='give --data LABELLED'):
-        command('m')
+def command(*args):
+    cli.main(['finetune', '--workdir', 'w', *args])
+
+
+def test_the_command_picks_recipe_and_data(monkeypatch):
+    found = []
+    monkeypatch.setattr(train, 'command', lambda *args: found.append(args))
+    command('--model', 'm', '--data', 'd', '--test', 't')
+    fields = ['init_from=m', 'data.train=d', 'method.num_classes=None', 'data.eval_test=t']
+    assert found.pop() == ('finetune_images', fields, 'w')
+    command('--model', 'none', '--recipe', 'beit', 'batch_size=8')
+    assert found.pop() == ('finetune_beit_vitb16', ['optim.layer_decay=None', 'batch_size=8'], 'w')
+
+
+@pytest.mark.parametrize(
+    ('args', 'says'),
+    [
+        (('--data', 'd', '--recipe', 'bert'), "'bert' is unknown: use one of mae, beit, splitmask"),
+        ((), 'give --data LABELLED'),
+        (('--recipe', 'mae', '--config', 'x'), '--recipe mae and --config x are both recipes'),
+    ],
+    ids=str,
+)
+def test_a_command_that_names_no_run_is_one_sentence(args, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command('--model', 'm', *args)
+    assert stop.value.code == 1 and says in capsys.readouterr().err
 
 
 # Labels
@@ -151,16 +173,16 @@ def test_images_without_labels_are_refused_with_one_sentence(tmp_path):
     images = np.zeros((32, 32, 32, 3), np.uint8)
     spec = dict(source='arrays', images=images)
     with pytest.raises(ValueError, match='have no labels: put them in one folder per class'):
-        methods.complete(config(), sources.open_source(spec))
+        methods.make(config()).complete(sources.open_source(spec))
 
 
 def test_another_number_of_classes_is_refused_and_none_is_filled():
     labels = np.arange(32) % 3
     source = sources.Arrays(np.zeros((32, 8, 8, 3), np.uint8), labels, ('a', 'b', 'c'))
     with pytest.raises(ValueError, match='of 3 classes, method.num_classes is 10'):
-        methods.complete(config(), source)
-    c, lines = methods.complete(config(method__num_classes=None), source)
-    assert (c.method.num_classes, c.method.classes) == (3, ('a', 'b', 'c'))
+        methods.make(config()).complete(source)
+    found, lines = methods.make(config(method__num_classes=None)).complete(source)
+    assert found == dict(num_classes=3, classes=('a', 'b', 'c'))
     assert lines[0] == 'classes   3: a, b, c'
 
 
@@ -217,25 +239,24 @@ def test_eval_of_the_run_says_its_accuracy(unbroken, capsys):
 def test_export_has_the_names_of_the_official_classifier(unbroken, tmp_path):
     from safetensors import numpy as safetensors
 
-    out = export.export(unbroken[1], 'official', tmp_path / 'out', what='full')
+    run = weights.open_run(unbroken[1])
+    out = export.export(run, 'official', tmp_path / 'out', what='full')
     tensors = safetensors.load_file(out / 'model.safetensors')
-    params = runs.open_run(unbroken[1]).params
-    np.testing.assert_array_equal(tensors['head.weight'], params['head']['kernel'].T)
-    np.testing.assert_array_equal(tensors['fc_norm.weight'], params['fc_norm']['scale'])
+    np.testing.assert_array_equal(tensors['head.weight'], run.params['head']['kernel'].T)
+    np.testing.assert_array_equal(tensors['fc_norm.weight'], run.params['fc_norm']['scale'])
     assert 'norm.weight' not in tensors and 'blocks.1.attn.qkv.weight' in tensors
     assert json.loads((out / 'config.json').read_text())['classes'][:2] == ['disc', 'ring']
     with pytest.raises(ValueError, match='names are known to=official'):
-        export.export(unbroken[1], 'hf', tmp_path / 'hf', what='full')
+        export.export(run, 'hf', tmp_path / 'hf', what='full')
 
 
 def test_pytorch_gives_the_logits_of_an_exported_classifier(unbroken, tmp_path):
     torch = pytest.importorskip('torch')
     from safetensors.torch import load_file
 
-    workdir = unbroken[1]
-    out = export.export(workdir, 'official', tmp_path / 'out', what='full')
+    run = weights.open_run(unbroken[1])
+    out = export.export(run, 'official', tmp_path / 'out', what='full')
     tensors = load_file(out / 'model.safetensors')
-    run = runs.open_run(workdir)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     want = run.method.logits(run.params, run.extra, images)['test']
     x = np.moveaxis(np.asarray(photometry.normalize(images)), -1, 1)
@@ -273,7 +294,7 @@ def official_classifier(x, tensors, num_heads):
 
 
 def test_the_classes_are_kept_with_the_checkpoint(unbroken):
-    run = runs.open_run(unbroken[1])
+    run = weights.open_run(unbroken[1])
     assert run.method.classes[:2] == ('disc', 'ring') and run.method.num_classes == 10
 
 
@@ -290,21 +311,21 @@ def test_the_run_scores_the_weights_and_their_average(unbroken):
         hits = order == labels[:, None]
         assert scored[f'{name}/top1'] == pytest.approx(100 * hits[:, 0].mean())
         assert scored[f'{name}/top5'] == pytest.approx(100 * hits[:, :5].any(axis=1).mean())
-    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.extra['ema']))
+    leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(state.extra['ema']), strict=True)
     assert any(np.any(p != e) for p, e in leaves)
 
 
 def test_the_average_follows_the_weights():
-    method = dataclasses.replace(methods.from_config(config()), ema_decay=0.9)
+    method = dataclasses.replace(methods.make(config()), ema_decay=0.9)
     extra = method.after_update({'w': jnp.ones(2)}, {'ema': {'w': jnp.zeros(2)}}, 0)
     np.testing.assert_allclose(extra['ema']['w'], 0.1, rtol=1e-6)
 
 
 def losses_on(devices, fields, **mesh):
     c = config(total_steps=3, warmup_steps=0, batch_size=16, **fields)
-    method = methods.from_config(c)
+    method = methods.make(c, clock_lib.Clock.of(c))
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
-    program = train.make_program(c, method, lambda name, *_, **__: {'total': 3}.get(name, 0), mesh)
+    program = step_lib.make_program(c, method, mesh)
     found, rows = [], sharding.process_rows(mesh, 16)
     source = sources.open_source(c.data.train)
     with jax.set_mesh(mesh):
@@ -378,13 +399,13 @@ def test_half_of_the_batches_are_cut_and_lambda_is_beta_distributed():
 
 
 def test_no_alpha_mixes_nothing():
-    mix = mixup.draw(jax.random.key(0), (8, 8), 0.0, 0.0, prob=0.0)
+    mix = mixup.draw(jax.random.key(0), (8, 8), 0.0, 0.0)
     assert float(mix.lam) == 1.0
 
 
 def test_rows_of_one_image_stand_together_and_have_other_crops():
     source = sources.open_source(dict(source='scenes', n=64, size=32, split='train'))
-    views = (view_lib.View('image', 16),)
+    views = (host.View('image', 16),)
     with stream_lib.train_stream(source, views, batch_size=12, seed=0, repeats=3) as stream:
         first, second = next(stream), next(stream)
     ids = np.concatenate([first['id'], second['id']])
@@ -395,10 +416,10 @@ def test_rows_of_one_image_stand_together_and_have_other_crops():
 def test_without_regularisation_the_head_sees_normalised_pixels_and_plain_labels():
     c = config(method__flip=0.0)
     with c.unlocked():
-        config_finetune.plain(c.method)
+        config_lib.shared('finetune').plain(c.method)
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32, 3)).astype(np.uint8)
     batch = {'image': images, 'label': np.arange(4), 'row': np.arange(4)}
-    x, targets = methods.from_config(c).see(batch, jax.random.key(0))
+    x, targets = methods.make(c).augment(batch, jax.random.key(0))
     np.testing.assert_array_equal(x, photometry.normalize(images[:, 0]))
     np.testing.assert_array_equal(targets, np.eye(10)[:4])
 
@@ -409,6 +430,6 @@ def test_a_run_learns_its_scenes_by_heart(tmp_path):
     fields = dict(optim__layer_decay=None, optim__lr=3e-3, total_steps=120, warmup_steps=10)
     c = config(**fields, data__eval_test=images, log__every_steps=40)
     with c.unlocked():
-        config_finetune.plain(c.method)
-        c.method.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+        config_lib.shared('finetune').plain(c.method)
+        c.method.update(crop_scale=(1.0, 1.0), flip=0.0)
     assert train.train(c, tmp_path)['test/top1'] > 60

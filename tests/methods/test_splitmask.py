@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SplitMask: the split, both losses, its symmetries, the codebook in the loop, restarts."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -13,32 +14,31 @@ import pytest
 
 import tiny
 from ssl_jax import config as config_lib
-from ssl_jax import config_splitmask, methods, sharding, train
-from ssl_jax.methods import splitmask
+from ssl_jax import methods, sharding, train
+from ssl_jax import step as step_lib
+from ssl_jax.methods import base, beit, splitmask
+from ssl_jax.models import blocks
 from ssl_jax.models import patches as patches_lib
 from ssl_jax.objectives import losses
 from ssl_jax.objectives import words as words_lib
-from ssl_jax.run import metrics, runs
+from ssl_jax.run import clock as clock_lib
+from ssl_jax.run import metrics, weights
 
 
 def config(name='splitmask', **fields):
     """A tiny run on 64 rendered scenes of 4x4 patches, 40 words; fields as in `tiny.config`."""
-    m = getattr(config_splitmask, name)()
-    m.update(
-        size=None, embed_dim=32, depth=2, num_heads=4, patch_size=8, img_size=32, drop_path=0.2,
-        vocab=40, min_perplexity=5.0,
-    )  # fmt: skip
+    c = tiny.base(name)
+    c.method.update(drop_path=0.2, vocab=40, min_perplexity=5.0)
     if name == 'splitmask':
-        m.decoder_depth = 1
-    c = config_lib.default()
-    config_splitmask.optim(c.optim)
-    optim = {f'optim__{k}': v for k, v in c.optim.items()}
-    return tiny.config(**{'method': m, **optim, 'optim__lr': 1e-3, **fields})
+        c.method.decoder_depth = 1
+    config_lib.shared('words').optim(c.optim)
+    c.optim.lr = 1e-3
+    return tiny.changed(c, fields)
 
 
 def build(**fields):
     """(method, params, extra) with seeded weights."""
-    method = methods.from_config(config(**{f'method__{k}': v for k, v in fields.items()}))
+    method = methods.make(config(**{f'method__{k}': v for k, v in fields.items()}))
     return method, *jax.jit(method.init)(jax.random.key(0))
 
 
@@ -67,18 +67,17 @@ def test_infonce_of_the_identity_is_known():
 def test_infonce_of_equal_rows_is_log_of_the_batch():
     x = jnp.ones((6, 5))
     assert float(losses.info_nce(x, x)[0]) == pytest.approx(math.log(6), rel=1e-6)
-    both = losses.info_nce(x, x, negatives='both')[0]
-    assert float(both) == pytest.approx(math.log(11), rel=1e-6)  # 1 positive, 10 negatives
 
 
-def test_infonce_equals_its_formula_without_normalisation():
+def test_infonce_equals_its_formula_whatever_the_lengths_of_the_descriptors():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5, 7))
-    logits = a @ b.T / 0.5
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
+    logits = unit[0] @ unit[1].T / 0.5
     want = -np.mean(
         [np.log(np.exp(np.diag(x)) / np.exp(x).sum(axis=1)) for x in (logits, logits.T)]
     )
-    loss, _ = losses.info_nce(a, b, 0.5, normalize=False)
+    loss, _ = losses.info_nce(a, b, 0.5)
     assert float(loss) == pytest.approx(want, rel=1e-5)
     scaled = losses.info_nce(3 * a, 0.1 * b)[0]
     assert float(scaled) == pytest.approx(float(losses.info_nce(a, b)[0]), rel=1e-5)
@@ -87,25 +86,19 @@ def test_infonce_equals_its_formula_without_normalisation():
 def test_infonce_ignores_the_order_of_branches_and_images():
     a, b = jax.random.normal(jax.random.key(0), (2, 8, 6))
     order = jnp.asarray([3, 1, 7, 0, 2, 6, 5, 4])
-    for negatives in ('other', 'both'):
-        loss = float(losses.info_nce(a, b, negatives=negatives)[0])
-        swapped = losses.info_nce(b, a, negatives=negatives)[0]
-        permuted = losses.info_nce(a[order], b[order], negatives=negatives)[0]
-        assert loss == pytest.approx(float(swapped), rel=1e-6)
-        assert loss == pytest.approx(float(permuted), rel=1e-6)
+    loss = float(losses.info_nce(a, b)[0])
+    assert loss == pytest.approx(float(losses.info_nce(b, a)[0]), rel=1e-6)
+    assert loss == pytest.approx(float(losses.info_nce(a[order], b[order])[0]), rel=1e-6)
 
 
-def test_infonce_in_groups_is_the_mean_of_the_groups():
-    a, b = jax.random.normal(jax.random.key(0), (2, 8, 6))
-    halves = [float(losses.info_nce(a[i : i + 4], b[i : i + 4])[0]) for i in (0, 4)]
-    assert float(losses.info_nce(a, b, groups=2)[0]) == pytest.approx(np.mean(halves), rel=1e-6)
-    with pytest.raises(ValueError, match='8 images do not give 3 such groups'):
-        losses.info_nce(a, b, groups=3)
+def test_infonce_of_one_image_is_refused():
+    with pytest.raises(ValueError, match='compares images with each other: pass 2 or more, not 1'):
+        losses.info_nce(jnp.ones((1, 6)), jnp.ones((1, 6)))
 
 
 def test_infonce_sends_gradient_into_both_branches():
     a, b = jax.random.normal(jax.random.key(0), (2, 4, 6))
-    grads = jax.grad(lambda a, b: losses.info_nce(a, b, negatives='both')[0], (0, 1))(a, b)
+    grads = jax.grad(lambda a, b: losses.info_nce(a, b)[0], (0, 1))(a, b)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 1e-3 for g in grads)
 
 
@@ -119,7 +112,7 @@ KINDS = {
 
 
 def permutations(kind, n=200):
-    method = methods.from_config(
+    method = methods.make(
         config(method__img_size=112, **{f'method__{k}': v for k, v in KINDS[kind].items()})
     )
     perm = jax.jit(method.permutation)(jax.random.split(jax.random.key(0), n))
@@ -161,8 +154,8 @@ def test_blocks_hang_together_and_uniform_patches_do_not():
 
 @pytest.mark.parametrize(('size', 'least', 'most'), [(112, 16, 75), (64, 5, 24), (32, 1, 6)])
 def test_blocks_are_in_proportion_to_the_grid(size, least, most):
-    method = methods.from_config(config(method__img_size=size))
-    assert (method.on_grid(method.min_block), method.on_grid(method.max_block)) == (least, most)
+    method = methods.make(config(method__img_size=size))
+    assert (method.on_grid(beit.MIN_BLOCK), method.on_grid(beit.MAX_BLOCK)) == (least, most)
 
 
 # What the networks see
@@ -185,21 +178,20 @@ def test_stacked_branches_equal_one_branch_after_the_other():
     images, parts, _ = inputs(method)
     outs = jax.jit(method.forward)(params, images, parts)
     alone = jax.jit(lambda part: method._one(params, images, part, None))
-    for out, part in zip(outs, parts):
+    for out, part in zip(outs, parts, strict=True):
         np.testing.assert_allclose(out, alone(part), atol=2e-5)
     assert outs[0].shape == (6, 1 + 16, 32)
 
 
-@pytest.mark.parametrize('pos', ['mask', 'all'])
-def test_decoder_positions_belong_to_the_mask_embeddings_unless_told_otherwise(pos):
-    method, params, _ = build(decoder_pos=pos)
+def test_decoder_positions_belong_to_the_mask_embeddings():
+    method, params, _ = build()
     images, parts, _ = inputs(method, 1)
-    weights = jax.random.normal(jax.random.key(9), (17, 32))
-    total = jax.jit(jax.grad(lambda p: (method.forward(p, images, parts)[0] * weights).sum()))
+    cotangent = jax.random.normal(jax.random.key(9), (17, 32))
+    total = jax.jit(jax.grad(lambda p: (method.forward(p, images, parts)[0] * cotangent).sum()))
     grads = total(params)
     moved = np.abs(np.asarray(grads['decoder']['decoder_pos_embed'][0])).max(axis=1) > 0
     hidden = np.isin(np.arange(16), np.asarray(parts[0].missing[0]))
-    np.testing.assert_array_equal(moved, hidden if pos == 'mask' else True)
+    np.testing.assert_array_equal(moved, hidden)
 
 
 def test_the_total_ignores_the_order_of_branches_and_of_images():
@@ -247,9 +239,9 @@ def test_a_branch_predicts_what_it_does_not_see():
 @pytest.mark.parametrize(
     'fields',
     [
-        pytest.param(dict(KINDS['uniform disjoint'], num_cls_tokens=0), marks=pytest.mark.slow),
+        KINDS['block'],
+        pytest.param(KINDS['uniform disjoint'], marks=pytest.mark.slow),
         dict(KINDS['uniform complement'], tokenizer='pixel'),
-        dict(pos_embed='sincos', layer_scale=0.1, proj_dim=8, nce_negatives='both'),
     ],
     ids=str,
 )
@@ -273,11 +265,10 @@ def test_every_option_trains_every_parameter(fields):
 def test_match_only_and_inpaint_only_leave_the_other_loss_out():
     batch = {'image': pictures(4), 'row': jnp.arange(4)}
     for off, gone, kept in (('w_mim', 'mim', 'nce'), ('w_nce', 'nce', 'mim')):
-        method, params, extra = build(**{off: 0.0}, nce_moco_scale=True)
+        method, params, extra = build(**{off: 0.0})
         loss, (_, terms) = jax.jit(method.loss)(params, extra, batch, jax.random.key(1), 0)
-        scale = 0.4 if kept == 'nce' else 1.0  # MoCo's factor of twice the temperature
         assert gone not in terms
-        assert float(loss) == pytest.approx(scale * float(terms[kept]), rel=1e-6)
+        assert float(loss) == pytest.approx(float(terms[kept]), rel=1e-6)
         assert 'token_perplexity' in terms
 
 
@@ -293,7 +284,7 @@ def test_what_is_learned_is_how_far_the_loss_is_below_the_unigram():
 def test_too_few_words_in_use_are_named():
     method, *_ = build()
     assert method.suspect({'token_perplexity': 30.0}, 5) is None
-    assert 'as if there were 3.0' in method.suspect({'token_perplexity': 3.0}, 5)
+    assert 'perplexity of 3.0, below' in method.suspect({'token_perplexity': 3.0}, 5)
 
 
 # In the loop
@@ -301,10 +292,10 @@ def test_too_few_words_in_use_are_named():
 
 def losses_on(devices, steps=2, **mesh):
     c = config()
-    clock = config_lib.clock(c)
-    method = methods.from_config(c, clock)
+    clock = clock_lib.Clock.of(c)
+    method = methods.make(c, clock)
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:devices])
-    program = train.make_program(c, method, clock, mesh)
+    program = step_lib.make_program(c, method, mesh)
     rows = sharding.process_rows(mesh, c.batch_size)
     found = []
     with jax.set_mesh(mesh):
@@ -342,10 +333,12 @@ def test_a_restart_ends_on_the_same_bits_and_keeps_its_words(whole, tmp_path, mo
     shutil.rmtree(tmp_path / 'killed' / 'checkpoints' / '4')
     without_words_of_its_own(monkeypatch)
     train.train(config(total_steps=4, checkpoint__every_steps=2), tmp_path / 'killed')
-    first, second = (runs.open_run(path) for path in (whole, tmp_path / 'killed'))
+    first, second = (weights.open_run(path) for path in (whole, tmp_path / 'killed'))
     assert float(first.extra['prepared']) == 1
     for a, b in zip(
-        jax.tree.leaves((first.params, first.extra)), jax.tree.leaves((second.params, second.extra))
+        jax.tree.leaves((first.params, first.extra)),
+        jax.tree.leaves((second.params, second.extra)),
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)
     rows = [
@@ -355,42 +348,46 @@ def test_a_restart_ends_on_the_same_bits_and_keeps_its_words(whole, tmp_path, mo
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
+def beginning():
+    """What `prepare` may look at before step 0."""
+
+    def batches():
+        return contextlib.nullcontext({'image': pictures(16, seed)} for seed in itertools.count())
+
+    return base.Start(seed=0, fetch=jax.device_get, batches=batches, open=None, tensors=None)
+
+
 def test_words_come_from_the_training_images(whole):
-    method = methods.from_config(config())
+    method = methods.make(config())
     fresh = jax.jit(method.init)(jax.random.key(0))[1]
-    stream = ({'image': pictures(16, seed)} for seed in itertools.count())
-    extra, lines = method.prepare(jax.device_get(fresh), stream, 0)
+    extra, lines = method.prepare(fresh, beginning())
     book = extra['codebook']['vectors']
-    patches = words_lib.patches(method.tokenizer, pictures(16, 0)[:, 0] / 255.0)
-    near = jnp.einsum('bnd,vd->vbn', losses.l2_normalize(patches), book).max(axis=(1, 2))
+    patches = words_lib.patches(method.tok, pictures(16, 0)[:, 0] / 255.0)
+    near = jnp.einsum('bnd,vd->vbn', blocks.l2_normalize(patches), book).max(axis=(1, 2))
     assert int((near > 0.9999).sum()) == 16  # one word of each image of the first batch
     assert 'perplexity' in lines[0] and float(extra['prepared']) == 1
     assert float(extra['word_frequency'].sum()) == pytest.approx(1, rel=1e-5)
-    saved = runs.open_run(whole).extra['codebook']['vectors']
+    saved = weights.open_run(whole).extra['codebook']['vectors']
     assert np.abs(saved - fresh['codebook']['vectors']).max() > 0.01
 
 
 def test_a_run_that_continues_from_another_has_its_words(whole, tmp_path, monkeypatch):
     without_words_of_its_own(monkeypatch)
     train.train(config(total_steps=4, init_from=str(whole)), tmp_path)
-    a, b = (runs.open_run(path).extra['codebook']['vectors'] for path in (whole, tmp_path))
+    a, b = (weights.open_run(path).extra['codebook']['vectors'] for path in (whole, tmp_path))
     np.testing.assert_array_equal(a, b)
 
 
-POOR = dict(tokenizer='random_projection', token_norm='none', token_centre='none')
-
-
 def test_a_run_with_poor_words_is_refused_before_it_begins(tmp_path):
-    poor = {f'method__{k}': v for k, v in POOR.items()}
-    with pytest.raises(ValueError, match='min_perplexity=20: set method.token_centre=channel'):
-        train.train(config(**poor, method__min_perplexity=20.0), tmp_path)
+    poor = dict(method__tokenizer='random_projection', method__min_perplexity=38.0)
+    with pytest.raises(ValueError, match='min_perplexity=38: set method.tokenizer=random_patches'):
+        train.train(config(**poor), tmp_path)
     assert not (tmp_path / 'checkpoints').exists()
 
 
 def test_poor_words_are_taken_where_the_config_says_so():
-    method, _, extra = build(**POOR, min_perplexity=0.0)
-    stream = ({'image': pictures(16, seed)} for seed in itertools.count())
-    after, lines = method.prepare(jax.device_get(extra), stream, 0)
+    method, _, extra = build(tokenizer='random_projection', min_perplexity=0.0)
+    after, lines = method.prepare(extra, beginning())
     np.testing.assert_array_equal(after['codebook']['vectors'], extra['codebook']['vectors'])
     assert 'random_projection' in lines[0]
 
@@ -399,7 +396,7 @@ def test_poor_words_are_taken_where_the_config_says_so():
 def test_a_sample_draws_by_its_row_whatever_batch_it_is_in(name):
     """Without InfoNCE, whose negatives are the other images, losses of halves average."""
     alone = dict(method__w_nce=0.0) if name == 'splitmask' else {}
-    method = methods.from_config(config(name, **alone))
+    method = methods.make(config(name, **alone))
     params, extra = jax.jit(method.init)(jax.random.key(0))
     batch = {'image': pictures(8), 'row': jnp.arange(8)}
     run = jax.jit(lambda batch: method.loss(params, extra, batch, jax.random.key(1), 0)[0])
@@ -408,7 +405,7 @@ def test_a_sample_draws_by_its_row_whatever_batch_it_is_in(name):
 
 
 def test_beit_masks_its_share_and_pays_for_masked_patches_only():
-    method = methods.from_config(config('beit', method__tokenizer='pixel', method__drop_path=0.0))
+    method = methods.make(config('beit', method__tokenizer='pixel', method__drop_path=0.0))
     assert method.target == 6  # 75 of 196 patches, of 16
     params, _ = jax.jit(method.init)(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
@@ -431,8 +428,8 @@ def test_beit_masks_its_share_and_pays_for_masked_patches_only():
         (dict(method__tokenizer='vqgan'), "method.tokenizer='vqgan' is unknown"),
         (dict(method__split_complement=False), "needs method.split='uniform'"),
         (dict(method__w_mim=0.0, method__w_nce=0.0), 'nothing is learned: set w_mim=1'),
-        (dict(method__nce_group_size=5), 'does not consist of groups of method.nce_group_size=5'),
-        (dict(method__decoder_num_heads=5), 'is not divisible by method.decoder_num_heads=5'),
+        (dict(batch_size=1), 'compares the images of a micro-batch: set batch_size to 2 or more'),
+        (dict(accum_steps=16), 'compares the images of a micro-batch: set batch_size to 2 or more'),
         (dict(method__min_perplexity=-1.0), 'method.min_perplexity=-1.0 is out of range'),
     ],
     ids=str,
@@ -445,12 +442,14 @@ def test_settings_that_do_not_fit_are_one_sentence(fields, says):
 
 def test_a_dvae_without_weights_is_refused():
     with pytest.raises(ValueError, match='set method.dvae to the state dict'):
-        methods.from_config(config(method__tokenizer='dvae'))
+        config_lib.validate(config(method__tokenizer='dvae'))
 
 
 @pytest.mark.parametrize(
     ('images', 'epochs'), [(1_281_167, 300), (437_513, 878.5), (75_750, 5000), (8_144, 5000)]
 )
 def test_the_length_is_that_of_300_imagenet_epochs_at_most_5000(images, epochs):
-    assert config_splitmask.epochs(images) == pytest.approx(epochs, rel=1e-4)
-    assert config_splitmask.epochs(20_210, most=math.inf) == pytest.approx(19_018, rel=1e-4)
+    assert config_lib.shared('words').epochs(images) == pytest.approx(epochs, rel=1e-4)
+    assert config_lib.shared('words').epochs(20_210, most=math.inf) == pytest.approx(
+        19_018, rel=1e-4
+    )

@@ -13,12 +13,12 @@ import pytest
 import ssl_jax
 from ssl_jax import cli
 from ssl_jax.data import scenes
-from ssl_jax.run import runs
+from ssl_jax.run import weights
 
 SMALL = (
     *('total_steps=2', 'batch_size=8', 'method.embed_dim=32', 'method.depth=1'),
     *('method.num_heads=2', 'method.img_size=32', 'method.patch_size=8', 'method.vocab=128'),
-    *('log.tensorboard=False', 'eval.pictures=False'),
+    *('log.tensorboard=False', 'eval.tasks.pictures=None'),
 )
 
 
@@ -57,7 +57,7 @@ def test_the_words_are_inferred_printed_and_in_the_checkpoint(beit):
     said, workdir = beit
     assert 'method.token_patch_size = 8: pixels, of patches of 8.' in said
     assert 'words     128 by random_patches, perplexity ' in said
-    run = runs.open_run(workdir)
+    run = weights.open_run(workdir)
     assert run.extra['codebook']['vectors'].shape == (128, 192) and run.extra['prepared'] == 1
     rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     assert {'mim_gain', 'token_perplexity', 'features/std'} <= set().union(*rows)
@@ -95,7 +95,7 @@ def test_a_run_is_evaluated_beside_its_untrained_twin(folder, tmp_path, method, 
 def test_splitmask_needs_two_images_to_compare(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         pretrain('splitmask', folder, tmp_path / 'v', 'batch_size=1')
-    assert 'use nce_group_size=0' in capsys.readouterr().err
+    assert 'set batch_size to 2 or more' in capsys.readouterr().err
 
 
 def test_images_without_contrast_are_no_task_and_the_sentence_says_what_to_do(tmp_path, capsys):

@@ -86,7 +86,7 @@ def test_a_bfloat16_head_has_float32_logits_and_gradients_near_the_full_ones():
     np.testing.assert_allclose(half[1], full[1], atol=0.02)
     # Products in bfloat16 must not round the logits themselves to bfloat16.
     assert np.any(half[1] != half[1].astype(jnp.bfloat16).astype(jnp.float32))
-    for a, b in zip(jax.tree.leaves(half[0]), jax.tree.leaves(full[0])):
+    for a, b in zip(jax.tree.leaves(half[0]), jax.tree.leaves(full[0]), strict=True):
         assert a.dtype == jnp.float32
         assert float(jnp.abs(a - b).max()) < 0.05 * float(jnp.abs(b).max())
 

@@ -9,13 +9,11 @@ from scipy import interpolate
 
 import tiny
 import tiny_weights
-from ssl_jax import config_splitmask, methods
+from ssl_jax import methods
 from ssl_jax import step as step_lib
 from ssl_jax.interop import files, layouts
 from ssl_jax.models import pos_embed
-from ssl_jax.run import init_from
-
-SIZES = dict(size=None, embed_dim=32, depth=2, num_heads=4, patch_size=8, token_patch_size=8)
+from ssl_jax.run import weights
 
 
 def table(n, heads=3, seed=0, lead=()):
@@ -81,15 +79,14 @@ def test_near_distances_keep_their_biases_and_the_farthest_reaches_the_border():
 def test_tables_of_all_blocks_are_resized_at_once_and_an_equal_grid_is_left_alone():
     stack = table(4, lead=(2,))
     got = pos_embed.resize_relative(stack, 4, 6)
-    for one, all_ in zip(stack, got):
+    for one, all_ in zip(stack, got, strict=True):
         np.testing.assert_array_equal(pos_embed.resize_relative(one, 4, 6), all_)
     assert pos_embed.resize_relative(stack, 4, 4) is stack
 
 
 def config(name, **fields):
-    m = getattr(config_splitmask, name)()
-    m.update(**{**SIZES, 'img_size': 32, 'vocab': 64, 'drop_path': 0.0, **fields})
-    return tiny.config(method=m, name=f'tiny {name}')
+    fields = {'token_patch_size': 8, 'vocab': 64, 'drop_path': 0.0, **fields}
+    return tiny.changed(tiny.base(name), {f'method__{k}': x for k, x in fields.items()})
 
 
 def noisy(params):
@@ -99,7 +96,7 @@ def noisy(params):
 
 def start(path, config):
     """(params, extra, lines) of a run with `config` that begins with the weights at `path`."""
-    method = methods.from_config(config)
+    method = methods.make(config)
     params, extra = jax.eval_shape(method.init, jax.random.key(0))
     rng = np.random.default_rng(7)
     fresh = [
@@ -111,7 +108,7 @@ def start(path, config):
     abstract = step_lib.TrainState(
         0, jax.tree.map(place, fresh[0]), {}, jax.tree.map(place, fresh[1]), 0
     )
-    params, extra, lines = init_from.load_into(str(path), method, state, abstract)
+    params, extra, lines = weights.load_into(str(path), method, state, abstract)
     return jax.device_get(params), jax.device_get(extra), lines
 
 
@@ -131,10 +128,10 @@ def runs(tmp_path_factory):
 
 def file(folder, **fields):
     """(a file in official names, the parameters in it)."""
-    vit = methods.from_config(config('beit', **fields)).vit
-    weights = layouts.Weights('beit', 'official', 'backbone', vit)
-    params = tiny_weights.params(weights)
-    files.write(folder / 'beit.safetensors', layouts.to_layout(weights, params)[0])
+    vit = methods.make(config('beit', **fields)).vit
+    w = layouts.Weights('beit', 'official', 'backbone', vit)
+    params = tiny_weights.params(w)
+    files.write(folder / 'beit.safetensors', layouts.to_layout(w, params)[0])
     return folder / 'beit.safetensors', params['encoder']
 
 

@@ -121,7 +121,9 @@ def test_remat_changes_no_number(remat):
 
         return jax.jit(jax.grad(loss))(initialised(small()))
 
-    for a, b in zip(jax.tree.leaves(grads(small())), jax.tree.leaves(grads(small(remat=remat)))):
+    for a, b in zip(
+        jax.tree.leaves(grads(small())), jax.tree.leaves(grads(small(remat=remat))), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

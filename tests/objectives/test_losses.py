@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from golden import ibot_weights
 from ssl_jax import sharding
 from ssl_jax.models import heads
 from ssl_jax.objectives import losses
@@ -45,7 +46,7 @@ def test_cross_entropy_of_the_known_matrix():
 def test_patch_loss_of_the_known_matrix():
     mask = np.zeros((4, 4), bool)
     mask[0, :2] = mask[2] = True
-    weights = np.asarray(losses.mask_weights(jnp.asarray(mask)))[mask]
+    weights = np.asarray(ibot_weights(jnp.asarray(mask)))[mask]
     np.testing.assert_array_equal(weights, [0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
     q = losses.sinkhorn_knopp(TEACHER, 0.07)
     loss = losses.ibot_loss(q, STUDENT, jnp.asarray(weights), len(mask))
@@ -229,17 +230,9 @@ def test_log_softmax_of_half_precision_logits_is_in_float32():
 # KoLeo.
 
 
-def test_koleo_in_groups_is_the_mean_of_the_groups():
-    x = normal((12, 5))
-    want = np.mean([losses.koleo(part) for part in jnp.split(x, 3)])
-    assert float(losses.koleo(x, groups=3)) == pytest.approx(float(want), rel=1e-6)
-    assert float(losses.koleo(x)) != pytest.approx(float(want), rel=1e-3)
-
-
-@pytest.mark.parametrize('rows,groups', [(1, 1), (4, 4), (5, 2)])
-def test_koleo_without_a_neighbour_is_refused(rows, groups):
-    with pytest.raises(ValueError, match='at least 2 rows per group'):
-        losses.koleo(normal((rows, 3)), groups=groups)
+def test_koleo_without_a_neighbour_is_refused():
+    with pytest.raises(ValueError, match='keeps rows apart from each other: pass 2 or more, not 1'):
+        losses.koleo(normal((1, 3)))
 
 
 def test_equal_rows_stay_finite_also_where_the_input_is_float16():
@@ -269,11 +262,8 @@ def whole(params, tokens, patches, valid):
     views = jnp.moveaxis(logits, 1, 0)
     return {
         'dino': sum(losses.dino_loss(targets, views[:2], views[2:])),
-        'ibot': losses.ibot_loss(
-            patch_targets, patch_logits, losses.mask_weights(valid), len(tokens)
-        ),
+        'ibot': losses.ibot_loss(patch_targets, patch_logits, ibot_weights(valid), len(tokens)),
         'koleo': losses.koleo(tokens[:, 0] @ params['mlp_0']['kernel']),
-        'koleo_in_groups': losses.koleo(tokens[:, 0] @ params['mlp_0']['kernel'], groups=4),
         'targets': targets,
         'patch_targets': patch_targets,
         'center': center,
@@ -294,7 +284,7 @@ def test_every_term_and_its_gradient_is_of_the_global_batch_on_any_mesh(sizes):
 
     def value(params, data):
         out = whole(params, *data)
-        return sum(out[k] for k in ('dino', 'ibot', 'koleo', 'koleo_in_groups')), out
+        return sum(out[k] for k in ('dino', 'ibot', 'koleo')), out
 
     def run(mesh):
         shardings = (sharding.infer(params, mesh), sharding.batch_sharding(mesh))
@@ -304,5 +294,5 @@ def test_every_term_and_its_gradient_is_of_the_global_batch_on_any_mesh(sizes):
 
     want = run(sharding.make_mesh(data=1, devices=jax.devices()[:1]))
     got = run(sharding.make_mesh(**sizes))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, np.abs(b).max()))

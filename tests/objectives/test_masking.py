@@ -58,7 +58,7 @@ def test_every_image_keeps_the_same_number_of_patches(grid, ratio):
 def test_ids_restore_puts_kept_patches_back():
     mask = masking.random_masking(jax.random.split(jax.random.key(1), 3), (8, 8), 0.75, 2)
     kept = mask.ids_keep.shape[1]
-    for ids, restore in zip(np.asarray(mask.ids_keep), np.asarray(mask.ids_restore)):
+    for ids, restore in zip(np.asarray(mask.ids_keep), np.asarray(mask.ids_restore), strict=True):
         assert list(restore[ids]) == list(range(kept))
 
 
@@ -258,7 +258,7 @@ def test_masked_indices_are_the_masked_positions_in_order_and_then_padding():
     masks = crop_masks(num_crops=16, grid=(8, 8), groups=5)
     bound = masking.upper_bound(16, (8, 8))
     got = jax.jit(masking.masked_indices, static_argnums=1)(masks, bound)
-    for group, *row in zip(masks, *map(np.asarray, got)):
+    for group, *row in zip(masks, *map(np.asarray, got), strict=True):
         want = np.flatnonzero(group)
         weight = np.repeat(1 / np.maximum(group.sum(1), 1), group.sum(1))
         pad = bound - len(want)

@@ -8,13 +8,17 @@ import pathlib
 
 import jax
 import pytest
-import test_methods
 
 import tiny
-from ssl_jax import methods, plan, sharding, train
+from methods.test_methods import shrunk
+from ssl_jax import config as config_lib
+from ssl_jax import methods, plan, sharding
+from ssl_jax import step as step_lib
+from ssl_jax.data import scenes
 from ssl_jax.kernels import attention, ops
 from ssl_jax.kernels.segments import Segment
 from ssl_jax.plan import chips, compile, hlo, report, search
+from ssl_jax.run import clock, start, trees
 
 MESH = {'data': 2, 'fsdp': 4, 'tensor': 1}
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden_plans.json'
@@ -253,18 +257,38 @@ def test_an_unknown_topology_is_answered_with_the_nearest(name, near):
 
 def test_without_libtpu_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'ssl_jax\[tpu\]'"):
-        plan.run(('mae_vitb16', []), 'v5e:4x4')
+    with pytest.raises(ValueError, match=r"pip install 'ssl_jax\[plan\]'"):
+        plan.run('mae_vitb16', 'v5e:4x4')
 
 
 def test_a_misspelled_mesh_axis_is_one_sentence():
     with pytest.raises(ValueError, match="'fdsp=2' is not one of data=N, fsdp=N, tensor=N"):
-        plan.run(('mae_vitb16', []), 'v5e:4x4', mesh='data=2,fdsp=2')
+        plan.run('mae_vitb16', 'v5e:4x4', mesh='data=2,fdsp=2')
 
 
 def test_a_recipe_that_looks_at_images_first_is_refused():
     with pytest.raises(ValueError, match='plan one that states them'):
-        plan.run(('images_mae', []), 'v5e:4x4')
+        plan.run('images_mae', 'v5e:4x4')
+
+
+def test_fine_tuning_is_planned_with_the_sizes_of_its_weights_as_it_is_trained(
+    tmp_path, monkeypatch
+):
+    tiny.save(tiny.config(), tmp_path)
+    planned = []
+    monkeypatch.setattr(chips, 'devices', lambda *_: [None])
+    monkeypatch.setattr(compile, 'plan', lambda *args: planned.append(args) or {'fits': True})
+    monkeypatch.setattr(compile, 'matmul_scale', lambda *_: {})
+    monkeypatch.setattr(report, 'text', lambda _: '')
+    fields = [f'init_from={tmp_path}']
+    plan.run('finetune_scenes', 'v5e:4x4', fields)
+    trained = start.complete(config_lib.load('finetune_scenes', fields), scenes.Scenes(10, 64))
+    fresh = config_lib.load('finetune_scenes').method
+    names = ('embed_dim', 'depth', 'num_heads', 'patch_size', 'img_size')
+    sizes = [[m[name] for name in names] for m in (planned[0][0].method, trained.method, fresh)]
+    assert sizes[0] == sizes[1] != sizes[2]
+    with pytest.raises(ValueError, match='method.depth=7 contradicts the model'):
+        plan.run('finetune_scenes', 'v5e:4x4', [*fields, 'method.depth=7'])
 
 
 SEND = """
@@ -334,14 +358,12 @@ def test_what_does_not_fit_comes_with_a_change_that_does(monkeypatch):
 
 @pytest.mark.parametrize('recipe', FAMILIES)
 def test_shardings_and_collectives_of_the_family_are_the_golden_ones(recipe, request):
-    config = test_methods.shrunk(recipe)
-    method = methods.from_config(config, test_methods.clock)
+    config = shrunk(recipe)
+    method = methods.make(config, clock.Clock(1000, 1, config.batch_size, 4096))
     mesh = sharding.make_mesh(**MESH)
-    built = train.make_program(config, method, test_methods.clock, mesh)
-    specs = {
-        sharding.path_str(path): str(x.sharding.spec)
-        for path, x in jax.tree_util.tree_leaves_with_path(built.abstract.params)
-    }
+    built = step_lib.make_program(config, method, mesh)
+    named = trees.named(built.abstract.params)
+    specs = {name: str(x.sharding.spec) for name, x in named.items()}
     # Not kept on disk: the step of scenes_mae hangs in test_methods when it is read from there.
     key = 'jax_persistent_cache_min_compile_time_secs'
     before = getattr(jax.config, key)
@@ -366,7 +388,7 @@ def test_shardings_and_collectives_of_the_family_are_the_golden_ones(recipe, req
 
 
 def test_a_tiny_run_is_planned_for_a_pod(tmp_path):
-    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[plan]'")
     config = tiny.config(dtype='bfloat16', mesh__data=2, mesh__fsdp=2, method__drop_path=0.0)
     devices = chips.devices('v5e:2x2')
     found = compile.plan(config, devices, chips.CHIPS['v5e'])
@@ -386,7 +408,7 @@ def test_a_tiny_run_is_planned_for_a_pod(tmp_path):
 @pytest.mark.usefixtures('tpu_kernels_on')
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
-    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[plan]'")
     mesh = sharding.make_mesh(2, 2, devices=chips.devices('v5e:2x2'))
     rows, vector = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
@@ -407,7 +429,7 @@ def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
 
 
 def test_products_of_a_sharded_step_are_not_cut_into_windows():
-    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[tpu]'")
+    pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[plan]'")
     mesh = sharding.make_mesh(1, 4, devices=chips.devices('v5e:2x2'))
     tokens, kernel = (
         jax.ShapeDtypeStruct(shape, 'bfloat16', sharding=jax.NamedSharding(mesh, spec))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.run import metrics
+from ssl_jax.run import launch, metrics
 
 
 class Clock:
@@ -144,7 +144,7 @@ def test_the_progress_line_names_step_eta_loss_rate_and_data_wait(tmp_path):
 
 
 def test_mfu_is_useful_flops_over_the_peak_of_all_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, 'peak_flops', lambda kind: 100e12)
+    monkeypatch.setattr(launch, 'peak_flops', lambda kind: 100e12)
     monkeypatch.setattr(metrics.jax, 'device_count', lambda: 4)
     clock, out = Clock(), io.StringIO()
     writer = make_writer(tmp_path, clock=clock, stream=out, flops_per_step=80e12)
@@ -240,11 +240,11 @@ def test_tensorboard_gets_an_event_file(tmp_path, capfd):
     ],
 )
 def test_the_peak_is_known_by_device_kind(kind, tflops):
-    assert metrics.peak_flops(kind) == tflops * 1e12
+    assert launch.peak_flops(kind) == tflops * 1e12
 
 
 def test_an_unknown_device_has_no_peak():
-    assert metrics.peak_flops('cpu') is None
+    assert launch.peak_flops('cpu') is None
 
 
 @pytest.mark.parametrize(
@@ -254,12 +254,26 @@ def test_durations_read_like_a_clock(seconds, text):
     assert metrics.duration(seconds) == text
 
 
+def skipped(in_a_row, total):
+    return {'skipped_in_a_row': jnp.int32(in_a_row), 'skipped_total': jnp.int32(total)}
+
+
 @pytest.mark.parametrize('counts, what', [((4, 4), '4 steps in a row'), ((1, 11), 'in total')])
 def test_too_many_skipped_steps_end_the_run_with_a_sentence(counts, what):
     budget = metrics.NonFinite(3, 10)
-    budget.update(3, 10)
+    budget.push(skipped(3, 10))
+    budget.flush()
+    budget.push(skipped(*counts))
     with pytest.raises(metrics.NonFiniteError, match=what):
-        budget.update(*counts)
+        budget.flush()
+
+
+def test_skipped_steps_are_counted_two_steps_late():
+    budget = metrics.NonFinite(0, 0)
+    budget.push(skipped(1, 1))
+    budget.push(skipped(0, 1))
+    with pytest.raises(metrics.NonFiniteError, match='1 steps in a row'):
+        budget.push(skipped(0, 1))
 
 
 def test_the_same_timer_adds_up_and_starts_again_after_take():

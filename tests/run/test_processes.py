@@ -59,9 +59,9 @@ def finish(process, timeout=600):
 
 RUN = """
     import tiny
-    from ssl_jax import train
-    config = tiny.config(compile_cache=True, {fields})
-    train.run(lambda: config, {workdir!r})
+    from ssl_jax import config, train
+    config.recipe = lambda *_: tiny.config(compile_cache=True, {fields})
+    train.command('tiny', [], {workdir!r})
 """
 
 
@@ -75,7 +75,7 @@ def rows(workdir):
 
 def test_sigterm_saves_exits_0_and_the_restart_ends_as_an_unbroken_run(tmp_path):
     fields = 'total_steps=60, checkpoint__every_minutes=None'
-    process = start(run_code(tmp_path / 'a', fields))
+    process, unbroken = (start(run_code(tmp_path / name, fields)) for name in 'ab')
     for line in process.stdout:
         if line.startswith('step 5/60'):
             process.send_signal(signal.SIGTERM)
@@ -86,7 +86,7 @@ def test_sigterm_saves_exits_0_and_the_restart_ends_as_an_unbroken_run(tmp_path)
     assert 5 <= stopped < 60
     code, out = finish(start(run_code(tmp_path / 'a', fields)))
     assert code == 0 and f'continuing this run at step {stopped}' in out, out
-    code, out = finish(start(run_code(tmp_path / 'b', fields)))
+    code, out = finish(unbroken)
     assert code == 0, out
     assert rows(tmp_path / 'a') == rows(tmp_path / 'b')
 
@@ -95,17 +95,18 @@ def test_sigterm_while_compiling_exits_0_at_once(tmp_path):
     code = """
         import os, signal, threading, time
         import tiny
-        from ssl_jax import train
+        from ssl_jax import config, train
         from ssl_jax.run import preempt
         real = preempt.run_interruptible
 
-        def slow(fn, p, on_stop=None):
+        def slow(fn, p):
             # Stands for a compilation of minutes; the signal comes while it runs.
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            return real(lambda: time.sleep(600), p, on_stop)
+            return real(lambda: time.sleep(600), p)
 
         preempt.run_interruptible = slow
-        train.run(lambda: tiny.config(), {workdir!r})
+        config.recipe = lambda *_: tiny.config()
+        train.command('tiny', [], {workdir!r})
     """
     code, out = finish(start(code.format(workdir=str(tmp_path))), timeout=120)
     assert code == 0 and 'stopped on request at step 0' in out, out
@@ -115,8 +116,8 @@ def test_sigterm_while_evaluating_saves_and_exits_0(tmp_path):
     code = """
         import os, signal
         import tiny
-        from ssl_jax import train
-        from ssl_jax.evals import features, online
+        from ssl_jax import config, train
+        from ssl_jax.evals import features
         real = features.extract
 
         def signalled(*args, **kw):
@@ -124,7 +125,8 @@ def test_sigterm_while_evaluating_saves_and_exits_0(tmp_path):
             return real(*args, **kw)
 
         features.extract = signalled
-        train.run(lambda: tiny.config(eval__every_steps=3), {workdir!r})
+        config.recipe = lambda *_: tiny.config(eval__every_steps=3)
+        train.command('tiny', [], {workdir!r})
     """
     code, out = finish(start(code.format(workdir=str(tmp_path))), timeout=120)
     assert code == 0 and 'stopped on request at step 3' in out, out
@@ -142,7 +144,8 @@ COUNT_COMPILATIONS = """
     from ssl_jax import train
     seen = []
     jax.monitoring.register_event_listener(lambda event, **kw: seen.append(event))
-    train.train(tiny.config(compile_cache=True, total_steps=4), {workdir!r})
+    config = tiny.config(compile_cache=True, total_steps=3, eval__tasks__monitors=None)
+    train.train(config, {workdir!r})
     print('HITS', sum('compilation_cache/cache_hits' in event for event in seen))
 """
 
@@ -185,7 +188,7 @@ TWO = """
 """
 
 
-def two_processes(workdir, fields='total_steps=6', each=4):
+def two_processes(workdir, fields='total_steps=6', *, each):
     """Starts a run on 2 processes x `each` devices over loopback."""
     return twice(TWO.format(workdir=str(workdir), fields=fields), each)
 
@@ -200,16 +203,17 @@ def twice(code, each):
 
 
 def test_two_processes_train_as_one_does_and_exchange_checkpoints(tmp_path):
-    found = [finish(p) for p in two_processes(tmp_path / 'two')]
+    processes = two_processes(tmp_path / 'two', each=2)
+    train.train(tiny.config(total_steps=6, checkpoint__every_steps=3), tmp_path / 'one')
+    found = [finish(p) for p in processes]
     assert all(code == 0 for code, _ in found), found
     assert 'RESULT [2, 6, false]' in found[0][1]
-    train.train(tiny.config(total_steps=6, checkpoint__every_steps=3), tmp_path / 'one')
     a, b = rows(tmp_path / 'one'), rows(tmp_path / 'two')
     assert [r['step'] for r in a] == [r['step'] for r in b]
     losses = np.array([[r['loss'] for r in x if 'loss' in r] for x in (a, b)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
     # The run of two processes goes on in one, on another number of devices.
-    code, out = finish(start(run_code(tmp_path / 'two', 'total_steps=8'), 4))
+    code, out = finish(start(run_code(tmp_path / 'two', 'total_steps=8'), 2))
     assert code == 0 and 'continuing this run at step 6' in out, out
 
 
@@ -221,8 +225,7 @@ UPDATE = """
     import numpy as np
     import test_splitmask, tiny
     from ssl_jax import methods, sharding
-    from ssl_jax.run import checksums
-    from ssl_jax import config as config_lib
+    from ssl_jax.run import checksums, clock, trees
 
     mesh, size = sharding.make_mesh(fsdp=2), 16
 
@@ -235,7 +238,7 @@ UPDATE = """
         return jax.tree.map(one, like, shardings)
 
     def weights(config):
-        method = methods.from_config(config, config_lib.clock(config))
+        method = methods.make(config, clock.Clock.of(config))
         like = jax.eval_shape(method.init, jax.random.key(0))
         return method, spread(like, sharding.infer(like, mesh), 0.5)
 
@@ -274,7 +277,7 @@ UPDATE = """
         method, (params, extra) = weights(test_splitmask.config())
         found['splitmask'] = splitmask(params, extra, crops(1, 32, 32, 3))
     if jax.process_index() == 0:
-        np.savez({file!r}, **checksums.named(found))
+        np.savez({file!r}, **trees.named(found))
     if jax.process_count() > 1:
         jax.distributed.shutdown()
 """

@@ -20,7 +20,7 @@ def images():
 
 def reconstruct(images, bias, **fields):
     """Pictures as float patches (B, N, p*p*3), with a decoder that predicts `bias` everywhere."""
-    method = methods.from_config(tiny.config(**fields))
+    method = methods.make(tiny.config(**fields))
     params, extra = method.init(jax.random.key(0))
     last = params['decoder']['decoder_pred']
     last.update(kernel=jnp.zeros_like(last['kernel']), bias=jnp.full_like(last['bias'], bias))
@@ -61,10 +61,10 @@ def in_words(images, method, *fields, shown=None):
     """
     small = ('method.embed_dim=32', 'method.depth=1', 'method.num_heads=2', 'method.vocab=16')
     small += ('method.img_size=32', 'method.patch_size=8', 'method.token_patch_size=4')
-    method = methods.from_config(config.load(f'scenes_{method}', [*small, *fields]))
+    method = methods.make(config.load(f'scenes_{method}', [*small, *fields]))
     params, extra = method.init(jax.random.key(0))
     if 'method.tokenizer=pixel' not in fields:
-        book = words_lib.fit(method.tokenizer, extra['codebook'], iter([images]), seed=0)
+        book = words_lib.fit(method.tok, extra['codebook'], iter([images]), seed=0)
         extra = {**extra, 'codebook': book}
         head = params['head']
         if shown is None:
@@ -81,11 +81,11 @@ def test_missing_patches_are_drawn_as_the_words_predicted(images, method, share)
     hidden = (made['masked'] == 0.5).all(axis=-1)
     assert (hidden.sum(axis=1) == share).all()  # of 16 patches
     three = jnp.full((3, 16), 3)
-    want = words_lib.draw(method.tokenizer, extra['codebook'], three, images / 255.0)
+    want = words_lib.draw(method.tok, extra['codebook'], three, images / 255.0)
     want = np.asarray(patches_lib.patchify(want, 8))
     np.testing.assert_allclose(made['stitched'][hidden], want[hidden], atol=1e-6)
     np.testing.assert_allclose(made['stitched'][~hidden], made['image'][~hidden], atol=1e-6)
-    words = words_lib.tokens(method.tokenizer, extra['codebook'], images / 255.0)
+    words = words_lib.tokens(method.tok, extra['codebook'], images / 255.0)
     same = np.asarray(words) == 3
     assert same.any() and not same.all()
     np.testing.assert_allclose(made['words'][same], want[same], atol=1e-6)
@@ -116,5 +116,5 @@ def test_where_nothing_is_predicted_or_words_have_no_look_there_is_no_picture(im
 
 
 def test_images_are_reconstructed_at_the_size_of_training_also_where_others_evaluate(tmp_path):
-    train.train(tiny.config(eval__pictures=True, eval__size=48, total_steps=3), tmp_path)
+    train.train(tiny.config(eval__tasks__pictures={}, eval__size=48, total_steps=3), tmp_path)
     assert (tmp_path / 'pictures' / 'reconstruction_0000003.png').exists()

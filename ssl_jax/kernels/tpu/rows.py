@@ -1,72 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for TPU (Pallas) that pass once over rows of tokens: LayerNorm, sums, images moved.
+"""Pallas kernels for TPU that pass once over rows of tokens: LayerNorm, sums, image gathers.
 
-What they gain by the compiler's own schedule: experiments/tpu.  Attention's: `tpu_attention`.
+Gains, as the compiler schedules them, are in `experiments/tpu`. Attention is in `tpu/attention.py`.
 """
 
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ssl_jax.kernels.segments import tokens_per_row
+from ssl_jax.kernels.segments import Segment, tokens_per_row
 
 LANES, SUBLANES = 128, 8  # of a vector register
-BLOCK = 2**19  # bytes wanted, of which images make about twice as many at most ...
-MAX_BLOCK = 17 * 2**16  # ... for 12 blocks lie in the 16 MiB that a kernel may have
+BLOCK = 2**19  # target bytes of a block; blocks of whole images reach about twice that
+MAX_BLOCK = 17 * 2**16  # limit in bytes: 12 blocks fit into the 16 MiB a kernel may use
 
 
-def enabled():
-    """False where the environment says SSL_JAX_TPU_KERNELS=0: then XLA makes all of a program."""
+def enabled() -> bool:
+    """Whether kernels are used; SSL_JAX_TPU_KERNELS=0 in the environment leaves all to XLA."""
     return os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
 
 
-def padded(segments):
-    """Whether every image begins in a new register."""
+def padded(segments: Sequence[Segment]) -> bool:
+    """Whether every image starts in a new register."""
     return all(s.length % SUBLANES == 0 for s in segments)
 
 
-def metadata(steps, parallel, num_bytes=None):
-    """For `ssl_jax plan`: steps of the grid, parts of it that cores may share, bytes through HBM.
+def metadata(steps: int, parallel: int, **more: int) -> dict[str, str]:
+    """Metadata of a kernel for `ssl_jax plan`.
 
-    num_bytes: None where they are those of operands and results.
+    Args:
+        steps: steps of the grid.
+        parallel: number of parts of the grid that cores may share.
+        **more: `bytes`, HBM traffic, unless it equals the bytes of operands and results.
     """
-    said = {'steps': steps, 'parallel': parallel}
-    if num_bytes is not None:
-        said['bytes'] = num_bytes
-    return {key: str(value) for key, value in said.items()}
+    return {k: str(v) for k, v in {'steps': steps, 'parallel': parallel, **more}.items()}
 
 
-def images_fit(x, segments):
-    """Whether `move_images` takes rows (R, D): padded images that fit vector memory."""
+def images_fit(x: jax.Array, segments: Sequence[Segment]) -> bool:
+    """Whether `move_images` supports x (R, D): padded images, blocks that fit vector memory."""
     length = max(s.length for s in segments)
     small = length * LANES * x.dtype.itemsize <= MAX_BLOCK
     return enabled() and padded(segments) and x.shape[1] % LANES == 0 and small
 
 
-def move_images(sources, results, weights, ids, x, *other, interpret=False):
-    """Images of x (B * S, D) at ids, times their weight, plus `other`: (B * T, D).
+def move_images(src, dst, weights, ids, x, *other, interpret: bool = False) -> jax.Array:
+    """Gathers images of x at ids, scales them by their weight and adds `other`.
 
     Args:
-        sources, results: the segments (`Segment`, padded) of S and of T.
-        weights: of each segment.
-        ids: per segment int (B, n) for n images of the result; beyond the last stands for zeros.
-        other: (B * T, D), or nothing.
+        src: padded segments of the S tokens of a row of x.
+        dst: padded segments of the T tokens of a row of the result.
+        weights: one factor per segment.
+        ids: per segment int (B, n) for the n images of the result; an id beyond the last image of
+            `src` yields zeros.
+        x: (B * S, D) array.
+        *other: nothing, or one (B * T, D) array.
+        interpret: run the kernel in JAX's interpreter, on any platform (for tests).
+
+    Returns:
+        (B * T, D) array in the dtype of x.
     """
-    out, start, end = None, 0, 0
-    size, group = tokens_per_row(sources), tokens_per_row(results)
-    for source, result, weight, i in zip(sources, results, weights, ids):
-        out = _move(source, result, weight, i, x, other, out, start, end, size, group, interpret)
-        start += source.images * source.length
-        end += result.images * result.length
+    out = None
+    for k, (weight, i) in enumerate(zip(weights, ids, strict=True)):
+        out = _move(src, dst, k, weight, i, x, other, out, interpret)
     return out
 
 
-def _move(source, result, weight, ids, x, other, into, start, end, size, group, interpret):
-    """`move_images` of one segment, which starts at rows start of x and end of the result."""
+def _move(src, dst, k, weight, ids, x, other, into, interpret):
+    """`move_images` of segment k; `into`: array with the images of earlier segments, or None."""
+    source, result = src[k], dst[k]
+    x_start, start = tokens_per_row(src[:k]), tokens_per_row(dst[:k])
+    x_size, size = tokens_per_row(src), tokens_per_row(dst)
     dim, length, count = x.shape[1], source.length, result.images
     columns = next(
         n for n in range(dim, 0, -LANES)
@@ -80,13 +88,13 @@ def _move(source, result, weight, ids, x, other, into, start, end, size, group, 
 
         return pl.BlockSpec((pl.Element(length), pl.Element(columns)), index)
 
-    def there(b, ids):
+    def src_row(b, ids):
         image = jnp.minimum(ids[b], source.images - 1)
-        return jax.lax.div(b, count) * size + start + image * length
+        return jax.lax.div(b, count) * x_size + x_start + image * length
 
-    def here(b, ids):
+    def dst_row(b, ids):
         del ids
-        return jax.lax.div(b, count) * group + end + jax.lax.rem(b, count) * length
+        return jax.lax.div(b, count) * size + start + jax.lax.rem(b, count) * length
 
     def kernel(ids_ref, x_ref, *refs):
         out_ref, present = refs[-1], ids_ref[pl.program_id(0)] < source.images
@@ -101,7 +109,7 @@ def _move(source, result, weight, ids, x, other, into, start, end, size, group, 
         def _():
             out_ref[...] = rest
 
-    inputs, in_specs, aliases = [x, *other], [spec(there)] + [spec(here)] * len(other), {}
+    inputs, in_specs, aliases = [x, *other], [spec(src_row)] + [spec(dst_row)] * len(other), {}
     if into is not None:
         aliases = {1 + len(inputs): 0}
         inputs.append(into)
@@ -110,33 +118,34 @@ def _move(source, result, weight, ids, x, other, into, start, end, size, group, 
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=spec(here)
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=spec(dst_row)
         ),
-        out_shape=jax.ShapeDtypeStruct((len(ids) * group, dim), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((len(ids) * size, dim), x.dtype),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
         interpret=interpret,
         name='move_images',
-        metadata=metadata(math.prod(grid), math.prod(grid), numbers * x.dtype.itemsize),
+        metadata=metadata(math.prod(grid), math.prod(grid), bytes=numbers * x.dtype.itemsize),
     )(ids.reshape(-1), *inputs)
 
 
-def rows_fit(shape):
-    """Whether the kernels below take (R, M): whole registers."""
-    whole = len(shape) == 2 and shape[0] % SUBLANES == 0 and shape[1] % LANES == 0
-    return enabled() and whole and shape[1] <= BLOCK // 4 // SUBLANES
+def rows_fit(shape: tuple[int, ...]) -> bool:
+    """Whether the kernels below support an array (R, M): full registers, and M not too wide."""
+    aligned = len(shape) == 2 and shape[0] % SUBLANES == 0 and shape[1] % LANES == 0
+    return enabled() and aligned and shape[1] <= BLOCK // 4 // SUBLANES
 
 
 def _block_of_rows(rows, columns):
-    """Rows of a block of at most BLOCK bytes in float32; half of that, if it divides R."""
+    """Rows of a block of at most BLOCK float32 bytes; down to half of it if that divides `rows`."""
     most = min(rows, BLOCK // 4 // columns) // SUBLANES * SUBLANES
     return next((n for n in range(most, most // 2, -SUBLANES) if rows % n == 0), most)
 
 
 def _add_rows(ref, values, left):
-    """Adds the first `left` of (R, M) to the eight rows of ref, whole registers; (8, M) for XLA.
+    """Adds the first `left` rows of values (R, M) to the eight rows of ref, full registers.
 
-    What a last block reads beyond the end is anything, not a number even. None: no block does.
+    The last block may read beyond the end, where values are undefined, possibly NaN. left: None if
+    no block does.
     """
     if left is not None:
         row = jax.lax.broadcasted_iota(jnp.int32, (len(values), 1), 0)
@@ -145,12 +154,12 @@ def _add_rows(ref, values, left):
 
 
 def _left(rows, block, axis):
-    """Rows from the block of this step to the end; None where all blocks are whole."""
+    """Rows from the block of this step to the end; None if blocks divide the rows."""
     return rows - pl.program_id(axis) * block if rows % block else None
 
 
-def sum_rows(x, interpret=False):
-    """(R, M) -> (8, M) float32, which add up to the sum over R.
+def sum_rows(x: jax.Array, interpret: bool = False) -> jax.Array:
+    """Partial sums over R, (R, M) -> (8, M) float32; the caller sums the eight rows.
 
     XLA's own reduction takes several times as long.
     """
@@ -179,8 +188,8 @@ def sum_rows(x, interpret=False):
     )(x)
 
 
-def layer_norm(x, scale, bias, eps, interpret=False):
-    """``(x - mean) / sqrt(var + eps) * scale + bias`` of (R, D) with (1, D) float32 each."""
+def layer_norm(x, scale, bias, eps: float, interpret: bool = False) -> jax.Array:
+    """`(x - mean) / sqrt(var + eps) * scale + bias` for x (R, D), scale and bias (1, D) float32."""
 
     def kernel(x_ref, scale_ref, bias_ref, y_ref):
         normal, _ = _normalise(x_ref[...], eps)
@@ -189,12 +198,14 @@ def layer_norm(x, scale, bias, eps, interpret=False):
     return _norm_call(kernel, 'layer_norm', (x,), (scale, bias), 0, interpret)[0]
 
 
-def layer_norm_gradient(x, grad, *other, scale, eps, interpret=False):
-    """Gradients of x (R, D), and (8, D) float32 that add up to those of scale and of bias.
+def layer_norm_gradient(x, grad, *other, scale, eps: float, interpret=False) -> list[jax.Array]:
+    """Gradients of `layer_norm`, given that of its result; all arrays (R, D).
 
-    That of x has `other` (R, D) added to it, if given: what it gets from elsewhere.
+    `other`: nothing, or one more gradient of x, which is added.
+
+    Returns:
+        Gradient of x (R, D), and partial sums (8, D) float32 of the gradients of scale and bias.
     """
-
     block = _block_of_rows(*x.shape)
 
     def kernel(x_ref, grad_ref, *refs):
@@ -229,7 +240,7 @@ def _normalise(x, eps):
 
 
 def _norm_call(kernel, name, arrays, vectors, sums, interpret):
-    """One pass over arrays (R, D) beside vectors (1, D); one result (R, D) and some sums (8, D)."""
+    """One pass over arrays (R, D) and vectors (1, D); returns one (R, D) and `sums` x (8, D)."""
     rows, width = arrays[0].shape
     block = _block_of_rows(rows, width)
     steps = -(-rows // block)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptions of weights: the lines that an import prints, and the model card of an export."""
+
+import json
+import math
+
+import jax
+
+from ssl_jax import __version__
+from ssl_jax.interop import files, layouts
+from ssl_jax.models import vit as vit_lib
+
+LIBRARIES = {'official': 'pytorch', 'hf': 'transformers', 'timm': 'timm'}
+PROVENANCE = 'provenance.json'
+
+
+def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
+    """Lines on family, sizes and number of the weights."""
+    v = w.vit
+    widths = (v.embed_dim, v.depth, v.num_heads)
+    size = next((name for name, x in vit_lib.SIZES.items() if x == widths), '')
+    heads = {k: getattr(w, k) for k in ('dino_head', 'ibot_head')}
+    beside = ' and decoder' if w.decoder is not None else ''
+    beside = ' and projection heads' if w.dino_head is not None else beside
+    beside = ' and layer to visual words' if w.vocab else beside
+    positions = {'sincos': 'sin-cos, fixed', 'learned': 'learned', 'none': 'none'}[v.pos_embed]
+    if v.rel_pos:
+        where = {'shared': 'for all blocks', 'layer': 'in each block'}[v.rel_pos]
+        positions = '' if v.pos_embed == 'none' else f'{positions}, and '
+        positions += f'relative, a table of biases {where}'
+    parts = {
+        'family': f'{w.family}, {w.layout} names, encoder{beside}',
+        'encoder': f'{f"ViT-{size}, " if size else ""}{v.depth} blocks of {v.embed_dim} channels, '
+        f'{v.num_heads} heads',
+        'input': f'{v.img_size} px, patches of {v.patch_size} px',
+        'tokens': f'{v.num_cls_tokens} class, {v.num_register_tokens} register, '
+        f'{"a" if v.mask_token else "no"} mask token',
+        'positions': positions,
+        'FFN': f'{v.ffn}, ratio {v.mlp_ratio:g}'
+        + (', layer scale' if v.layer_scale is not None else ''),
+    }
+    if w.decoder is not None:
+        d = w.decoder
+        parts['decoder'] = f'{d.depth} blocks of {d.embed_dim} channels, {d.num_heads} heads'
+    for name, head in heads.items():
+        if head is not None:
+            parts[name] = f'{head.out_dim:,} prototypes of {head.bottleneck_dim} channels, '
+            parts[name] += f'{head.num_layers} layers'
+            parts[name] += f' of {head.hidden_dim}' if head.num_layers > 1 else ''
+    if w.vocab:
+        parts['words'] = f'{w.vocab:,}, which need the tokenizer of their training'
+    parts['tensors'] = f'{num_tensors}, {num_parameters(params):,} parameters'
+    return [f'{name + ":":11}{value}' for name, value in parts.items()]
+
+
+def num_parameters(params) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def model_card(opened, w: layouts.Weights, params, provenance, extra, evaluation, left=()) -> str:
+    """The model card, in Markdown.
+
+    Args:
+      opened: `run.weights.Opened`, where the weights come from.
+      w, params: what is exported.
+      provenance: the content of PROVENANCE.
+      extra: names of the tensors in the sidecar.
+      evaluation: lines of a table, [] if there is none.
+      left: names of networks that no layout has a place for.
+    """
+    imported, config, transform = opened.meta.get('imported'), opened.config, opened.transform
+    lines = [
+        '---',
+        f'library_name: {LIBRARIES[w.layout]}',
+        'tags: [image-feature-extraction, self-supervised, ssl_jax]',
+        '---',
+        '',
+        f'# {config.name or "ssl_jax"}, step {opened.step}',
+        '',
+        f'Weights of a Vision Transformer in the layout `{w.layout}`, written by ssl_jax '
+        f'{__version__} in {provenance["dtype"]}.',
+        '',
+        *(f'- {line}' for line in describe(w, params, provenance['tensors'])),
+        '',
+        '## Training',
+        '',
+    ]
+    if imported:
+        lines += [
+            f'Imported from `{imported["source"]}` (sha256 `{imported["sha256"]}`); how these '
+            f'weights were trained is told there.',
+        ]
+    else:
+        batch, step = config.batch_size, opened.step
+        lines += [
+            f'- Method: {config.method.name}, {step} steps of {batch} images '
+            f'({step * batch:,} images seen), seed {config.seed}.',
+            f'- Data: `{_source(config.data.train)}`.',
+            f'- Every setting: `{PROVENANCE}`, field `config`.',
+        ]
+    crop = 'the whole image is squeezed to that'
+    if transform['crop'] is not None:
+        short = round(transform['size'] / transform['crop'])
+        crop = f'the centre of images whose short side is {short} px'
+    table = ['```', *evaluation, '```']
+    none = f'None was found beside this checkpoint (`ssl_jax eval` writes eval_{opened.step}.json).'
+    lines += [
+        '',
+        '## Images',
+        '',
+        f'{transform["size"]} px ({crop}, {transform["interpolation"]}), values in [0, 1] minus '
+        f'mean {list(transform["mean"])}, over std {list(transform["std"])}.',
+        '',
+        '## Evaluation',
+        '',
+        *(table if evaluation else [none]),
+        '',
+        '## Use in PyTorch',
+        '',
+        '```python',
+        *_usage(w),
+        '```',
+    ]
+    if opened.method is not None and (line := opened.method.left_behind()):
+        lines += ['', line]
+    if left:
+        lines += [
+            '',
+            f'Only in the checkpoint, as no layout has a place for it: {", ".join(left)}.',
+        ]
+    if extra:
+        lines += [
+            '',
+            f'`{files.EXTRA}` holds what this layout has no place for ({", ".join(extra)}); '
+            f'only `ssl_jax import` reads it.',
+        ]
+    lines += [
+        '',
+        '## Licence',
+        '',
+        'No licence is claimed here: state yours, and mind those of the training data'
+        + (' and of the imported weights.' if imported else '.'),
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def _source(source):
+    return json.dumps(source.to_dict(), default=str) if hasattr(source, 'to_dict') else source
+
+
+def _usage(w):
+    """Lines of Python that load the folder."""
+    family = layouts.family(w)
+    if w.layout == 'hf':
+        name = 'AutoModelForPreTraining' if w.what == 'full' else 'AutoModel'
+        options, kind = '', family.hf_class(w)
+        if kind == 'BeitForMaskedImageModeling':
+            name = kind  # which no Auto class knows
+        if kind == 'ViTModel':
+            name, options = 'ViTModel', ', add_pooling_layer=False'  # else it makes a random pooler
+        return [
+            f'from transformers import AutoImageProcessor, {name}',
+            "processor = AutoImageProcessor.from_pretrained('DIR')",
+            f"model = {name}.from_pretrained('DIR'{options})",
+        ]
+    if w.layout == 'timm':
+        return [
+            'import timm',
+            "model = timm.create_model('local-dir:DIR', pretrained=True)",
+        ]
+    if hasattr(family, 'usage') and (lines := family.usage(w)):
+        return lines
+    return [
+        'from safetensors.torch import load_file',
+        '# model: the class of the official repository, with the sizes above',
+        "model.load_state_dict(load_file('DIR/model.safetensors'), strict=True)",
+    ]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start of a run: config fields read from its weights, images and devices, and the first state."""
+
+import copy
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from ssl_jax import config as config_lib
+from ssl_jax import methods, sharding
+from ssl_jax import step as step_lib
+from ssl_jax.data import sources
+from ssl_jax.data import stream as stream_lib
+from ssl_jax.interop import files
+from ssl_jax.methods import base
+from ssl_jax.run import checkpoint, launch, storage, weights
+from ssl_jax.run.launch import log
+
+
+def follow(config: ConfigDict) -> ConfigDict:
+    """A copy with the sizes of the weights of `init_from`, if the method takes them over.
+
+    Raises:
+      UserError: an override contradicts the weights.
+    """
+    config = copy.deepcopy(config)
+    if methods.get(config.method.name).follows and config.init_from:
+        names = [o.partition('=')[0].strip().removeprefix('config.') for o in config.overrides]
+        fixed = {name.removeprefix('method.') for name in names if name.startswith('method.')}
+        opened = weights.header(config.init_from)
+        with config.unlocked():
+            config.method.update(methods.make(config).follow(opened, fixed))
+    return config
+
+
+def complete(config: ConfigDict, source: Any) -> ConfigDict:
+    """A valid copy with all fields set, in this order: `follow`, inferred fields, classes.
+
+    Args:
+      config: as loaded.
+      source: training images.
+    """
+    config = follow(config)
+    if config.infer:
+        device, hw = jax.devices()[0], sources.typical_size(source)
+        config, decisions = config_lib.infer(
+            config, len(source), hw, device.platform, jax.device_count()
+        )
+        log(*decisions)
+    values, lines = methods.make(config).complete(source)
+    log(*lines)
+    with config.unlocked():
+        config.method.update(values)
+    config_lib.validate(config)
+    return config
+
+
+def store_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes ``config.json`` on process 0, and logs the differences from the one it replaces."""
+    path = workdir / 'config.json'
+    if launch.is_main() and path.exists():
+        for line in _changes(path.read_text(), config):
+            log(f'config changed since this run began: {line}')
+    if launch.is_main():
+        storage.atomic_write(path, config_lib.to_json(config))
+
+
+def _changes(text, config):
+    """Log lines on the differences from a stored config; none if it cannot be read."""
+    try:
+        old, lines = config_lib.from_dict(json.loads(text))
+    except ValueError:  # not JSON, or of a newer version
+        return []
+    changed = config_lib.diff(old, config).items()
+    return lines + [f'{k} was {x}, is {y}' for k, (x, y) in changed if k != 'overrides']
+
+
+def first_state(
+    config: ConfigDict,
+    method: base.Method,
+    program: step_lib.Program,
+    saved: checkpoint.Checkpointer,
+    source: Any,
+) -> tuple[step_lib.TrainState, str]:
+    """(state to start from, its origin for the log).
+
+    In order of precedence: 1. the newest checkpoint of the workdir, 2. the full state of
+    `resume_from`, 3. the weights of `init_from`, 4. fresh weights. `config.validate` refuses 2
+    with 3. In cases 3 and 4 the method may first read images and files, see `Method.prepare`.
+    """
+    if saved.latest() is not None:
+        state, _ = saved.restore(program.abstract)
+        return state, f'continuing this run at step {int(state.step)}'
+    if config.resume_from:
+        state = weights.resume(config.resume_from, program.abstract)
+        return state, f'continuing {config.resume_from} at step {int(state.step)}'
+    state, origin = program.init(), 'fresh weights'
+    if config.init_from:
+        params, extra, lines = weights.load_into(config.init_from, method, state, program.abstract)
+        log(f'weights of {config.init_from}:', *lines)
+        state = dataclasses.replace(state, params=params, extra=extra)
+        origin = 'these weights at step 0'
+    prepared, lines = method.prepare(state.extra, _inputs(config, method, program, source))
+    log(*lines)
+    teacher = config.method.get('teacher')
+    origin_of = f'method.teacher={teacher}' if teacher else ''
+    placed = {k: weights.place(k, x, state.extra[k], origin_of) for k, x in prepared.items()}
+    return dataclasses.replace(state, extra={**state.extra, **placed}), origin
+
+
+def _inputs(config, method, program, source):
+    """Inputs of `Method.prepare`; all processes see the same global batches."""
+    replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(program.mesh))
+
+    def batches():
+        return stream_lib.train_stream(
+            source,
+            method.views(),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_threads=config.data.num_threads,
+        )
+
+    return base.Start(
+        seed=config.seed,
+        fetch=lambda tree: jax.device_get(replicate(tree)),
+        batches=batches,
+        open=weights.open_weights,
+        tensors=lambda path: files.read(path).tensors,
+    )
