@@ -24,25 +24,18 @@ MAX_GRID = 8192  # numbers per image: a million images in 32 GiB
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A frozen encoder; call it with images.
+    """A frozen encoder; call it with images."""
 
-    Attributes:
-      vit: `models.vit.ViT`.
-      params: its parameters, on the device.
-      size: side in pixels of the images it was made for; others work too.
-      mean, std: of the channels, for values in [0, 1].
-      crop: share of the short side that its evaluations show at `size`, or None if they squeeze
-        the whole image.
-      source: path of the weights.
-    """
-
-    vit: vit_lib.ViT
-    params: Any
-    size: int
+    vit: vit_lib.ViT  # `models.vit.ViT`
+    params: Any  # its parameters, on the device
+    size: int  # side in pixels of the images it was made for; others work too
+    # mean, std: of the channels, for values in [0, 1].
     mean: tuple
     std: tuple
+    # Share of the short side that its evaluations show at `size`, or None if they squeeze the whole
+    # image.
     crop: float | None
-    source: str
+    source: str  # path of the weights
 
     def __call__(self, images: jax.Array | np.ndarray, blocks: tuple = ()) -> dict:
         """Tokens and features of images, compiled once per shape.
@@ -98,10 +91,7 @@ def _tokens(vit, params, images, mean, std, blocks):
         images = photometry.normalize(images, mean, std)
     tokens = vit.apply({'params': params}, images, capture=blocks)
     names = ('cls_tokens', 'reg_tokens', 'patch_tokens', 'blocks')
-    return {
-        **{name: tokens[name] for name in names if name in tokens},
-        **pooled(vit, tokens),
-    }
+    return {**{name: tokens[name] for name in names if name in tokens}, **pooled(vit, tokens)}
 
 
 def load_model(path, *, dtype=None, **hints) -> Model:

@@ -41,21 +41,13 @@ def given(default):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Type, range and default of a field.
+    """Type, range and default of a field."""
 
-    Attributes:
-      type: bool, int, float, str or tuple.
-      optional: whether None is allowed.
-      choices: allowed strings, () for any.
-      range: of a number, or None.
-      default: value in a fresh config.
-    """
-
-    type: type
-    optional: bool
-    choices: tuple
-    range: Range | None
-    default: Any
+    type: type  # bool, int, float, str or tuple
+    optional: bool  # whether None is allowed
+    choices: tuple  # allowed strings, () for any
+    range: Range | None  # of a number, or None
+    default: Any  # value in a fresh config
 
 
 @functools.cache

@@ -15,22 +15,15 @@ from ssl_jax import optim, sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Content of a checkpoint.
+    """Content of a checkpoint."""
 
-    Attributes:
-      step: int32 scalar, number of finished steps, skipped ones included; data, keys and learning
-        rate are functions of it.
-      params: float32 parameters.
-      opt_state: optax state.
-      extra: teacher, centres, ...; {} if none.
-      skipped: int32 (2,), updates skipped as non-finite: (in a row, in total).
-    """
-
+    # int32 scalar, number of finished steps, skipped ones included; data, keys and learning rate
+    # are functions of it.
     step: jax.Array
-    params: Any
-    opt_state: Any
-    extra: Any
-    skipped: jax.Array
+    params: Any  # float32 parameters
+    opt_state: Any  # optax state
+    extra: Any  # teacher, centres, ...; {} if none
+    skipped: jax.Array  # int32 (2,), updates skipped as non-finite: (in a row, in total)
 
     @classmethod
     def create(cls, params, extra, tx):
@@ -134,23 +127,14 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled parts of a run; used by training, tests and plans.
+    """The compiled parts of a run; used by training, tests and plans."""
 
-    Attributes:
-      mesh: devices.
-      abstract: TrainState of `jax.ShapeDtypeStruct`s with shardings.
-      batch: abstract batch with shardings.
-      init: () -> TrainState, jitted.
-      step: (state, batch) -> (state, metrics), jitted, state donated.
-      groups: table of the parameter groups of the optimizer.
-    """
-
-    mesh: jax.sharding.Mesh
-    abstract: TrainState
-    batch: dict
-    init: Callable
-    step: Callable
-    groups: str
+    mesh: jax.sharding.Mesh  # devices
+    abstract: TrainState  # TrainState of `jax.ShapeDtypeStruct`s with shardings
+    batch: dict  # abstract batch with shardings
+    init: Callable  # () -> TrainState, jitted
+    step: Callable  # (state, batch) -> (state, metrics), jitted, state donated
+    groups: str  # table of the parameter groups of the optimizer
 
 
 def make_program(config, method, mesh=None) -> Program:

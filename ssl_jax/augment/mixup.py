@@ -18,17 +18,12 @@ import scipy.special
 
 
 class Mix(NamedTuple):
-    """One draw of mixup or CutMix.
+    """One draw of mixup or CutMix."""
 
-    Attributes:
-      lam: () float32, weight of a row's original image and label; 1 mixes nothing.
-      cut: () bool, whether a box is pasted (CutMix) instead of blending all pixels (mixup).
-      box: (4,) int32, y0, y1, x0, x1 of the pasted box, ends excluded.
-    """
-
-    lam: jax.Array
+    lam: jax.Array  # () float32, weight of a row's original image and label; 1 mixes nothing
+    # () bool, whether a box is pasted (CutMix) instead of blending all pixels (mixup).
     cut: jax.Array
-    box: jax.Array
+    box: jax.Array  # (4,) int32, y0, y1, x0, x1 of the pasted box, ends excluded
 
 
 def draw(key: jax.Array, size: tuple[int, int], mixup: float = 0.8, cutmix: float = 1.0) -> Mix:

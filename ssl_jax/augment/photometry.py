@@ -18,11 +18,7 @@ GREY = (0.2989, 0.587, 0.114)
 # Probability of a Gaussian blur for the first global crop, the second, and local crops. 'intended'
 # is that of DINO's paper and code. DINOv2's code passes 1 - p to a wrapper that expects p, so its
 # released weights were trained with 'released' (facebookresearch/dinov2, pull request 411).
-BLUR = {
-    'released': (0.0, 0.9, 0.5),
-    'intended': (1.0, 0.1, 0.5),
-    'none': (0.0, 0.0, 0.0),
-}
+BLUR = {'released': (0.0, 0.9, 0.5), 'intended': (1.0, 0.1, 0.5), 'none': (0.0, 0.0, 0.0)}
 
 
 def normalize(
@@ -63,27 +59,16 @@ def sample_keys(rng: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 class Photometry(NamedTuple):
-    """Draws of `photometric`, one per sample.
+    """Draws of `photometric`, one per sample."""
 
-    Attributes:
-      jitter: (B,) bool.
-      order: (B, 4) int32, permutation of brightness 0, contrast 1, saturation 2, hue 3.
-      factors: (B, 3), brightness, contrast, saturation; 1 changes nothing.
-      hue: (B,), shift in turns of the colour circle.
-      grey: (B,) bool.
-      blur: (B,) bool.
-      sigma: (B,), width of the blur in pixels.
-      solarize: (B,) bool.
-    """
-
-    jitter: jax.Array
-    order: jax.Array
-    factors: jax.Array
-    hue: jax.Array
-    grey: jax.Array
-    blur: jax.Array
-    sigma: jax.Array
-    solarize: jax.Array
+    jitter: jax.Array  # (B,) bool
+    order: jax.Array  # (B, 4) int32, permutation of brightness 0, contrast 1, saturation 2, hue 3
+    factors: jax.Array  # (B, 3), brightness, contrast, saturation; 1 changes nothing
+    hue: jax.Array  # (B,), shift in turns of the colour circle
+    grey: jax.Array  # (B,) bool
+    blur: jax.Array  # (B,) bool
+    sigma: jax.Array  # (B,), width of the blur in pixels
+    solarize: jax.Array  # (B,) bool
 
 
 def photometric(

@@ -46,19 +46,12 @@ _GREY = (19595, 38470, 7471)
 
 
 class Draws(NamedTuple):
-    """Draws of `rand_augment`, L operations per sample.
+    """Draws of `rand_augment`, L operations per sample."""
 
-    Attributes:
-      op: (B, L) int32, index in OPS.
-      level: (B, L) in [0, 1].
-      sign: (B, L), -1 or 1.
-      on: (B, L) bool, whether the operation is applied.
-    """
-
-    op: jax.Array
-    level: jax.Array
-    sign: jax.Array
-    on: jax.Array
+    op: jax.Array  # (B, L) int32, index in OPS
+    level: jax.Array  # (B, L) in [0, 1]
+    sign: jax.Array  # (B, L), -1 or 1
+    on: jax.Array  # (B, L) bool, whether the operation is applied
 
 
 def rand_augment(

@@ -29,19 +29,12 @@ ASPECTS = 3 / 4, 4 / 3  # width / height of a random crop
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Crops that the host cuts from each image: `batch[name]`, uint8 (B, count, size, size, 3).
+    """Crops that the host cuts from each image: `batch[name]`, uint8 (B, count, size, size, 3)."""
 
-    Attributes:
-      name: key in the batch.
-      size: side of the square crop in pixels.
-      count: crops per image, drawn independently.
-      scale: range of the crop's share of the image area.
-    """
-
-    name: str
-    size: int
-    count: int = 1
-    scale: tuple[float, float] = (0.2, 1.0)
+    name: str  # key in the batch
+    size: int  # side of the square crop in pixels
+    count: int = 1  # crops per image, drawn independently
+    scale: tuple[float, float] = (0.2, 1.0)  # range of the crop's share of the image area
 
 
 class DecodeError(ValueError):

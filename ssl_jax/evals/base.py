@@ -36,23 +36,18 @@ from ssl_jax.run import errors, launch
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Images and settings of a run, for its evaluations.
+    """Images and settings of a run, for its evaluations."""
 
-    Attributes:
-      config, method, mesh, workdir: of the run.
-      images: the training images.
-      train, test: labelled sources to learn from and to be scored on, or None.
-      should_stop: whether the run should end, as far as this process knows.
-    """
-
+    # config, method, mesh, workdir: of the run.
     config: ml_collections.ConfigDict
     method: base.Method
     mesh: jax.sharding.Mesh
     workdir: epath.Path
-    images: Any
+    images: Any  # the training images
+    # train, test: labelled sources to learn from and to be scored on, or None.
     train: Any
     test: Any
-    should_stop: Callable
+    should_stop: Callable  # whether the run should end, as far as this process knows
 
     @classmethod
     def of(cls, config, method, mesh, workdir, images, should_stop) -> 'Look':
@@ -93,8 +88,11 @@ class Look:
 
 def names() -> list[str]:
     """Evaluations that the loop can run: files of this folder that have `Options`."""
-    modules = [m.name for m in pkgutil.iter_modules(evals.__path__)]
-    return sorted(name for name in modules if hasattr(_module(name), 'Options'))
+    return sorted(name for name in _files() if hasattr(_module(name), 'Options'))
+
+
+def _files():
+    return [m.name for m in pkgutil.iter_modules(evals.__path__)]
 
 
 def _module(name):
@@ -109,7 +107,7 @@ def load(tasks) -> dict[str, tuple]:
     """
     loaded = {}
     for name, given in tasks.items():
-        if name not in names():
+        if name not in _files() or not hasattr(_module(name), 'Options'):
             raise errors.UserError(
                 f"There is no evaluation '{name}' for eval.tasks{errors.nearest(name, names())}"
             )

@@ -28,13 +28,7 @@ PROGRESS_SECONDS = 10
 
 
 def extract(
-    model,
-    data,
-    out,
-    *,
-    size: int | None = None,
-    batch_size: int = 64,
-    log: Callable | None = print,
+    model, data, out, *, size: int | None = None, batch_size: int = 64, log: Callable | None = print
 ) -> int:
     """Writes the features of a data set to a Parquet file; the same call continues after a kill.
 

@@ -160,8 +160,7 @@ def _logits(params, x):
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=('num_classes', 'epochs', 'warmup_epochs', 'batch_size', 'optimizer'),
+    jax.jit, static_argnames=('num_classes', 'epochs', 'warmup_epochs', 'batch_size', 'optimizer')
 )
 def _train(x, y, lrs, rng, *, num_classes, epochs, warmup_epochs, batch_size, optimizer):
     """Trains one head per learning rate; returns dict(params, running) and the last losses (L,)."""

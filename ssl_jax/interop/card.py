@@ -89,7 +89,7 @@ def model_card(opened, w: layouts.Weights, params, provenance, extra, evaluation
     if imported:
         lines += [
             f'Imported from `{imported["source"]}` (sha256 `{imported["sha256"]}`); how these '
-            f'weights were trained is told there.',
+            f'weights were trained is told there.'
         ]
     else:
         batch, step = config.batch_size, opened.step
@@ -165,10 +165,7 @@ def _usage(w):
             f"model = {name}.from_pretrained('DIR'{options})",
         ]
     if w.layout == 'timm':
-        return [
-            'import timm',
-            "model = timm.create_model('local-dir:DIR', pretrained=True)",
-        ]
+        return ['import timm', "model = timm.create_model('local-dir:DIR', pretrained=True)"]
     if hasattr(family, 'usage') and (lines := family.usage(w)):
         return lines
     return [

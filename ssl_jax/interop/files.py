@@ -68,27 +68,17 @@ class Tensors(collections.abc.Mapping):
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """Content of a file or folder of weights.
+    """Content of a file or folder of weights."""
 
-    Attributes:
-      tensors: the weights; names without the wrappers of the file.
-      hints: its config.json, {} if there is none.
-      processor: its preprocessor_config.json, {} if there is none.
-      metadata: text in the header of a safetensors file; {} elsewhere.
-      extra: tensors of the sidecar that `export` writes, {} if there is none.
-      source: the path that was given.
-      taken: part of the file that the weights are, such as 'teacher'; '' for all of it.
-      paths: the files that were read.
-    """
-
-    tensors: Tensors
-    hints: dict
-    processor: dict
-    metadata: dict[str, str]
+    tensors: Tensors  # the weights; names without the wrappers of the file
+    hints: dict  # its config.json, {} if there is none
+    processor: dict  # its preprocessor_config.json, {} if there is none
+    metadata: dict[str, str]  # text in the header of a safetensors file; {} elsewhere
+    # Tensors of the sidecar that `export` writes, {} if there is none.
     extra: collections.abc.Mapping
-    source: str
-    taken: str
-    paths: tuple[pathlib.Path, ...]
+    source: str  # the path that was given
+    taken: str  # part of the file that the weights are, such as 'teacher'; '' for all of it
+    paths: tuple[pathlib.Path, ...]  # the files that were read
 
     @property
     def sha256(self) -> str:

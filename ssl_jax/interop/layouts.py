@@ -55,41 +55,30 @@ NOT_SAVED = ('dtype', 'remat', 'parent', 'name')  # how a module computes, not w
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Description of a set of tensors.
+    """Description of a set of tensors."""
 
-    Attributes:
-      family: a file of `families`: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT.
-      layout: 'official', 'hf' or 'timm'.
-      what: 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2) or the linear
-        layer to visual words (BEiT).
-      vit: the encoder, every field set.
-      decoder: the decoder of 'full', else None.
-      dino_head, ibot_head: the heads of 'full', else None; without the second, patches share the
-        first.
-      vocab: visual words of BEiT's 'full', else None.
-      prefix: in front of the keys of the encoder in the file, say 'vit.' or 'teacher.backbone.'.
-      left_out: keys of the file that are no part of these weights (incomplete heads, poolers).
-      names: which names of transformers, see `tables`; 'dino' where the official ones are those of
-        DINO and iBOT.
-      absent: arrays of ours, as paths, that this one file has not: they are zero.
-      remarks: sentences on how the file was understood.
-      fc_norm: BEiT, whether the final norm is that of the mean of patches in the file.
-    """
-
-    family: str
-    layout: str
+    family: str  # a file of `families`: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT
+    layout: str  # 'official', 'hf' or 'timm'
+    # 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2) or the linear layer
+    # to visual words (BEiT).
     what: str
-    vit: ViT
-    decoder: Decoder | None = None
+    vit: ViT  # the encoder, every field set
+    decoder: Decoder | None = None  # the decoder of 'full', else None
+    # dino_head, ibot_head: the heads of 'full', else None; without the second, patches share the
+    # first.
     dino_head: DINOHead | None = None
     ibot_head: DINOHead | None = None
-    vocab: int | None = None
+    vocab: int | None = None  # visual words of BEiT's 'full', else None
+    # In front of the keys of the encoder in the file, say 'vit.' or 'teacher.backbone.'.
     prefix: str = ''
+    # Keys of the file that are no part of these weights (incomplete heads, poolers).
     left_out: tuple = ()
+    # Which names of transformers, see `tables`; 'dino' where the official ones are those of DINO
+    # and iBOT.
     names: str = 'hub'
-    absent: tuple = ()
-    remarks: tuple = ()
-    fc_norm: bool = False
+    absent: tuple = ()  # arrays of ours, as paths, that this one file has not: they are zero
+    remarks: tuple = ()  # sentences on how the file was understood
+    fc_norm: bool = False  # BEiT, whether the final norm is that of the mean of patches in the file
 
 
 def to_dict(w: Weights) -> dict:

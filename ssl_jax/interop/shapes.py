@@ -24,34 +24,22 @@ DECODER_HEADS = {512: 16}
 
 @dataclasses.dataclass
 class Found:
-    """A set of tensors that a family may recognise.
+    """A set of tensors that a family may recognise."""
 
-    Attributes:
-      have: name -> shape.
-      keys: name -> key in the file.
-      hints: config.json of the folder, and what the user says.
-      table: name -> array; None where only shapes are known.
-      hf: whether the names are those of transformers.
-      inner: the part of the prefix that belongs to the names: 'vit.', 'beit.'.
-      shapes: key -> shape of all tensors of the file.
-      base: in front of the names of heads, such as 'teacher.'.
-      array: key -> array; None where only shapes are known.
-      remarks: sentences on how the file was understood; families append to it.
-      used: keys of the file beside `have` that belong to the network; families append to it.
-      left_out: keys that are no part of it; families append to it.
-    """
-
-    have: dict
-    keys: dict
-    hints: dict
-    table: Callable
-    hf: bool
-    inner: str
-    shapes: dict
-    base: str
-    array: Callable
+    have: dict  # name -> shape
+    keys: dict  # name -> key in the file
+    hints: dict  # config.json of the folder, and what the user says
+    table: Callable  # name -> array; None where only shapes are known
+    hf: bool  # whether the names are those of transformers
+    inner: str  # the part of the prefix that belongs to the names: 'vit.', 'beit.'
+    shapes: dict  # key -> shape of all tensors of the file
+    base: str  # in front of the names of heads, such as 'teacher.'
+    array: Callable  # key -> array; None where only shapes are known
+    # Sentences on how the file was understood; families append to it.
     remarks: list = dataclasses.field(default_factory=list)
+    # Keys of the file beside `have` that belong to the network; families append to it.
     used: set = dataclasses.field(default_factory=set)
+    # Keys that are no part of it; families append to it.
     left_out: list = dataclasses.field(default_factory=list)
 
     def take(self, keys) -> None:

@@ -45,37 +45,22 @@ CHECKED = ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads')
 
 
 class Facts(NamedTuple):
-    """Images and devices, for `Method.infer`.
+    """Images and devices, for `Method.infer`."""
 
-    Attributes:
-      num_images: in the training set.
-      short_side: pixels, of a typical image.
-      cpu: whether the run is on a CPU.
-      per_device: images of a micro-batch on one device.
-    """
-
-    num_images: int
-    short_side: int
-    cpu: bool
-    per_device: int
+    num_images: int  # in the training set
+    short_side: int  # pixels, of a typical image
+    cpu: bool  # whether the run is on a CPU
+    per_device: int  # images of a micro-batch on one device
 
 
 class Start(NamedTuple):
-    """Access to images and files before step 0, for `Method.prepare`.
+    """Access to images and files before step 0, for `Method.prepare`."""
 
-    Attributes:
-      seed: of the run.
-      fetch: arrays of `extra` -> numpy, complete on every process.
-      batches: () -> context manager of an endless iterator over host batches of the views.
-      open: path -> `run.weights.Opened`.
-      tensors: path of a file of weights -> {torch name: array}.
-    """
-
-    seed: int
-    fetch: Callable
-    batches: Callable
-    open: Callable
-    tensors: Callable
+    seed: int  # of the run
+    fetch: Callable  # arrays of `extra` -> numpy, complete on every process
+    batches: Callable  # () -> context manager of an endless iterator over host batches of the views
+    open: Callable  # path -> `run.weights.Opened`
+    tensors: Callable  # path of a file of weights -> {torch name: array}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,10 +67,7 @@ def update_center(center: jax.Array, batch_mean: jax.Array, momentum: float = 0.
 
 
 def sinkhorn_knopp(
-    logits: jax.Array,
-    temp: float | jax.Array,
-    valid: jax.Array | None = None,
-    num_iters: int = 3,
+    logits: jax.Array, temp: float | jax.Array, valid: jax.Array | None = None, num_iters: int = 3
 ) -> jax.Array:
     """Teacher targets that use prototypes almost equally, with rows that sum to 1; no gradient.
 
@@ -200,11 +197,7 @@ def dino_loss(
 
 
 def ibot_loss(
-    targets: jax.Array,
-    logits: jax.Array,
-    weights: jax.Array,
-    num_images: int,
-    temp: float = 0.1,
+    targets: jax.Array, logits: jax.Array, weights: jax.Array, num_images: int, temp: float = 0.1
 ) -> jax.Array:
     """sum(weights * cross-entropy) / num_images over patches.
 

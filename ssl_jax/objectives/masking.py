@@ -15,17 +15,11 @@ TRIALS = 10  # candidate blocks per round
 
 
 class Mask(NamedTuple):
-    """Masks of MAE and Pixio.
+    """Masks of MAE and Pixio."""
 
-    Attributes:
-      ids_keep: (B, K) visible patches, in the order of the noise (not raster order).
-      ids_restore: (B, N) position of raster patch j in [visible | masked].
-      mask: (B, N) float32, 1 = masked, raster order.
-    """
-
-    ids_keep: jax.Array
-    ids_restore: jax.Array
-    mask: jax.Array
+    ids_keep: jax.Array  # (B, K) visible patches, in the order of the noise (not raster order)
+    ids_restore: jax.Array  # (B, N) position of raster patch j in [visible | masked]
+    mask: jax.Array  # (B, N) float32, 1 = masked, raster order
 
 
 def num_blocks(grid: tuple[int, int], mask_grid: int) -> int:
@@ -84,17 +78,12 @@ def random_masking(
 
 
 class Masked(NamedTuple):
-    """Positions of masked patches, padded to a static size M.
+    """Positions of masked patches, padded to a static size M."""
 
-    Attributes:
-      indices: (..., M) int32, positions of masked patches in R * N, ascending; 0 for padding.
-      weights: (..., M) float32, 1 / number of masked patches in the image; 0 for padding.
-      valid: (..., M) bool, False for padding.
-    """
-
+    # (..., M) int32, positions of masked patches in R * N, ascending; 0 for padding.
     indices: jax.Array
-    weights: jax.Array
-    valid: jax.Array
+    weights: jax.Array  # (..., M) float32, 1 / number of masked patches in the image; 0 for padding
+    valid: jax.Array  # (..., M) bool, False for padding
 
 
 def block_masks(

@@ -48,19 +48,12 @@ DVAE_WIDTH = 256  # channels of the first group of DALL-E's encoder
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Static settings of a tokenizer; its arrays are in the codebook.
+    """Static settings of a tokenizer; its arrays are in the codebook."""
 
-    Attributes:
-      kind: 'random_patches', 'kmeans', 'random_projection' or 'dvae'.
-      vocab: V, number of words.
-      image_patch: side of the encoder's patches, pixels.
-      patch: side of a patch after averaging, pixels; divides image_patch.
-    """
-
-    kind: str
-    vocab: int = 8192
-    image_patch: int = 16
-    patch: int = 8
+    kind: str  # 'random_patches', 'kmeans', 'random_projection' or 'dvae'
+    vocab: int = 8192  # V, number of words
+    image_patch: int = 16  # side of the encoder's patches, pixels
+    patch: int = 8  # side of a patch after averaging, pixels; divides image_patch
 
     def __post_init__(self):
         if self.patch < 1 or self.image_patch % self.patch:
@@ -271,11 +264,7 @@ def statistics(counts: jax.Array) -> dict[str, jax.Array]:
     """
     p = counts / jnp.maximum(counts.sum(), 1e-30)
     entropy = -jax.scipy.special.xlogy(p, p).sum()
-    return {
-        'token_perplexity': jnp.exp(entropy),
-        'token_top': p.max(),
-        'token_unigram': entropy,
-    }
+    return {'token_perplexity': jnp.exp(entropy), 'token_top': p.max(), 'token_unigram': entropy}
 
 
 def survey(tok: Tokenizer, codebook: dict, batches: Iterator[np.ndarray]) -> np.ndarray:

@@ -17,26 +17,16 @@ from ssl_jax.run import errors
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
-
-    Attributes:
-      hbm_gib: usable by a program; the compiler keeps the rest of the nominal size.
-      peak: dense bfloat16 FLOP/s.
-      clock: Hz at which the matrix units reach that peak: cycles = seconds x clock.
-      hbm: bytes/s to and from memory.
-      ici: bytes/s sent to neighbours, all links together.
-      dims: of its torus.
-      cores: that share the steps of a kernel.
-    """
+    """One chip."""
 
     name: str
-    hbm_gib: float
-    peak: float
-    clock: float
-    hbm: float
-    ici: float
-    dims: int
-    cores: int = 1
+    hbm_gib: float  # usable by a program; the compiler keeps the rest of the nominal size
+    peak: float  # dense bfloat16 FLOP/s
+    clock: float  # Hz at which the matrix units reach that peak: cycles = seconds x clock
+    hbm: float  # bytes/s to and from memory
+    ici: float  # bytes/s sent to neighbours, all links together
+    dims: int  # of its torus
+    cores: int = 1  # that share the steps of a kernel
 
     @property
     def flops_per_cycle(self) -> float:

@@ -305,22 +305,16 @@ def kernel_cycles(module: Module, bundles: dict, cores: int = 1) -> dict[str, in
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of transfer between chips.
+    """One kind of transfer between chips."""
 
-    Attributes:
-      kind: one of COLLECTIVES; an all-reduce of which every chip keeps a part is 'reduce-scatter'.
-      groups: device numbers that exchange data; () between slices.
-      payload: bytes that are gathered, reduced or sent; between slices, bytes from a chip to its
-        host, counted once (the hosts do the rest).
-      times: runs in a step.
-      dtypes: element types, sorted.
-    """
-
+    # One of COLLECTIVES; an all-reduce of which every chip keeps a part is 'reduce-scatter'.
     kind: str
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]  # device numbers that exchange data; () between slices
+    # Bytes that are gathered, reduced or sent; between slices, bytes from a chip to its host,
+    # counted once (the hosts do the rest).
     payload: float
-    times: int
-    dtypes: tuple[str, ...]
+    times: int  # runs in a step
+    dtypes: tuple[str, ...]  # element types, sorted
 
     @property
     def wire(self) -> float:

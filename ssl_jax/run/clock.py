@@ -36,19 +36,12 @@ def duration(prefix: str, fields: Any) -> tuple[str | None, float | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Lengths of one run; methods and schedules convert their durations with it.
+    """Lengths of one run; methods and schedules convert their durations with it."""
 
-    Attributes:
-      total: steps of the run.
-      warmup: steps of the learning rate's warm-up.
-      batch_size: images per step.
-      num_examples: images in the training set, None if unknown.
-    """
-
-    total: int
-    warmup: int = 0
-    batch_size: int | None = None
-    num_examples: int | None = None
+    total: int  # steps of the run
+    warmup: int = 0  # steps of the learning rate's warm-up
+    batch_size: int | None = None  # images per step
+    num_examples: int | None = None  # images in the training set, None if unknown
 
     @classmethod
     def of(cls, config: Any, num_examples: int | None = None) -> 'Clock':

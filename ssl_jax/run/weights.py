@@ -18,6 +18,7 @@ from etils import epath
 
 from ssl_jax import config as config_lib
 from ssl_jax import methods
+from ssl_jax import step as step_lib
 from ssl_jax.interop import card, export, files, layouts
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import pos_embed
@@ -38,30 +39,21 @@ SPLINE = 'cubic spline'
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """Weights with their description.
+    """Weights with their description."""
 
-    Attributes:
-      path: as given.
-      params, extra: numpy, of a run or an import; of a folder or file, params by network. None in
-        a header.
-      config: locked ConfigDict; of an encoder alone the defaults, without `method`; None of a
-        folder or file.
-      method: None of an encoder alone, a folder or a file.
-      step: 0 of foreign weights.
-      weights: `layouts.Weights` of foreign weights, else None.
-      meta: of the checkpoint, see `run.checkpoint`; {} of a folder or file.
-      stated: the transform that an import or a folder states, else None.
-    """
-
-    path: str
+    path: str  # as given
+    # params, extra: numpy, of a run or an import; of a folder or file, params by network. None in a
+    # header.
     params: Any
     extra: Any
+    # Locked ConfigDict; of an encoder alone the defaults, without `method`; None of a folder or
+    # file.
     config: Any
-    method: Any
-    step: int
-    weights: layouts.Weights | None
-    meta: dict
-    stated: dict | None
+    method: Any  # None of an encoder alone, a folder or a file
+    step: int  # 0 of foreign weights
+    weights: layouts.Weights | None  # `layouts.Weights` of foreign weights, else None
+    meta: dict  # of the checkpoint, see `run.checkpoint`; {} of a folder or file
+    stated: dict | None  # the transform that an import or a folder states, else None
 
     def networks(self) -> dict[str, tuple[Any, Any]]:
         """{name: (module, params)}, see `methods.base.Method.networks`; needs the tensors."""
@@ -208,17 +200,6 @@ def _to_ours(path, file, w):
 # Imports.
 
 
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """Train state of imported weights at step 0."""
-
-    params: Any
-    extra: Any
-    opt_state: Any
-    step: Any
-    skipped: Any
-
-
 def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
     """Writes foreign weights as a checkpoint of step 0.
 
@@ -261,7 +242,7 @@ def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
         like = jax.eval_shape(method.init, jax.random.key(0))
         tree, extra = method.with_networks(*like, params)
     zero = np.zeros((), np.int32)
-    state = _State(tree, extra, {}, zero, np.zeros((2,), np.int32))
+    state = step_lib.TrainState(zero, tree, {}, extra, np.zeros((2,), np.int32))
     if storage.is_remote(workdir):
         _save(target, state, meta, config)
     else:

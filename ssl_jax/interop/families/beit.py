@@ -268,10 +268,7 @@ def _read(found, modules, stack, name):
     vocab = have['lm_head.weight'][0] if len(have.get('lm_head.weight', ())) == 2 else None
     full = vocab is not None and norm in have
     return dict(
-        what='full' if full else 'backbone',
-        vit=vit,
-        vocab=vocab if full else None,
-        fc_norm=pooled,
+        what='full' if full else 'backbone', vit=vit, vocab=vocab if full else None, fc_norm=pooled
     )
 
 
