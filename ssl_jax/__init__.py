@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-supervised vision pretraining in JAX/Flax: MAE, Pixio, DINOv2, SplitMask on one core."""
 
-__version__ = '0.1.0'
+import importlib.metadata
+
+__version__ = importlib.metadata.version('ssl_jax')  # of pyproject.toml
 __all__ = ['__version__', 'load_model']
 
 

@@ -83,7 +83,7 @@ def _parser():
     p.add_argument('--data', help="labelled images to learn from; default: the run's eval set")
     p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
-    p.add_argument('--limit', type=int, help='most images of each set')
+    p.add_argument('--limit', type=_positive, help='most images of each set')
     p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
     p.add_argument(
         '--last-blocks', type=int, default=0,
@@ -94,14 +94,14 @@ def _parser():
     p.add_argument('--workdir', required=True)
     p.add_argument('--data', help="images to reconstruct; default: the run's training set")
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
-    p.add_argument('--num', type=int, default=8, help='number of images')
+    p.add_argument('--num', type=_positive, default=8, help='number of images')
 
     p = command(features, help='features of every image in a Parquet file')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
     p.add_argument('--data', required=True, help='folder of images, Parquet, ArrayRecord files')
     p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
-    p.add_argument('--size', type=int, help='pixels; default: those of the model')
-    p.add_argument('--batch', type=int, default=64, help='images at a time')
+    p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
+    p.add_argument('--batch', type=_positive, default=64, help='images at a time')
 
     p = command(export, help='weights for PyTorch: safetensors and a model card')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
@@ -119,7 +119,9 @@ def _parser():
     p = command(plan, help='will it fit, how fast: for a TPU topology, without a TPU')
     p.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
     p.add_argument('--topology', required=True, help='chips to rent, e.g. v5e:16x16')
-    p.add_argument('--slices', type=int, default=1, help='number of slices, joined by a network')
+    p.add_argument(
+        '--slices', type=_positive, default=1, help='number of slices, joined by a network'
+    )
     p.add_argument('--mesh', help="data=4,fsdp=64,tensor=1; default: the recipe's")
     p.add_argument('--out', help='folder for plan.txt, plan.json and plan.png')
     p.add_argument(
@@ -131,6 +133,13 @@ def _parser():
     p.add_argument('--workdir', default='runs/demo')
 
     return parser
+
+
+def _positive(text):
+    """An argument that counts, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of 1 or more")
+    return int(text)
 
 
 def pretrain(args):

@@ -11,6 +11,7 @@ and learning rate are functions of the step. SIGTERM saves and exits with code 0
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import sys
 import time
@@ -19,8 +20,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from ssl_jax import __version__, methods, optim, sharding
 from ssl_jax import config as config_lib
+from ssl_jax import methods, optim, sharding
 from ssl_jax import step as step_lib
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
@@ -208,8 +209,9 @@ def _banner(config, source, method, program, workdir):
     device, mesh, clock = jax.devices()[0], program.mesh.shape, method.clock
     axes = {k: v for k, v in mesh.items() if v > 1} or 'one device'
     epochs = clock.total * config.batch_size / len(source)
+    version = importlib.metadata.version('ssl_jax')
     log(
-        f'{config.name or config.method.name}: ssl_jax {__version__}, jax {jax.__version__}',
+        f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
         f'devices   {jax.device_count()} x {device.device_kind}, mesh {axes}, '
         f'process {jax.process_index() + 1} of {jax.process_count()}',
         f'data      {len(source):,} images, {source.fingerprint}',

@@ -2,12 +2,13 @@
 """The command as a stranger types it: a folder of images in, numbers and pictures out."""
 
 import json
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
 
-from ssl_jax import cli
+from ssl_jax import cli, plan
 from ssl_jax.data import scenes
 
 SMALL = (
@@ -100,3 +101,31 @@ def test_a_mistake_is_one_sentence_with_the_next_step(args, message, capsys, tmp
         cli.main(args)
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 1 and message in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    'args',
+    (
+        ['show', '--workdir', 'w', '--num', '0'],
+        ['eval', '--workdir', 'w', '--limit', '-1'],
+        ['features', '--model', 'm', '--data', 'd', '--out', 'o', '--batch', '0'],
+        ['features', '--model', 'm', '--data', 'd', '--out', 'o', '--size', 'x'],
+        ['plan', '--config', 'c', '--topology', 't', '--slices', '0'],
+    ),
+)
+def test_an_argument_that_counts_is_one_or_more(args, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(args)
+    assert end.value.code == 2
+    assert f'argument {args[-2]}: ' in capsys.readouterr().err
+
+
+def test_plan_takes_recipe_topology_and_fields_from_the_command_line(monkeypatch):
+    run = mock.create_autospec(plan.run)
+    monkeypatch.setattr(plan, 'run', run)
+    cli.main(
+        ['plan', '--config', 'scenes_mae', '--topology', 'v5e:2x2', '--slices', '2', 'batch_size=8']
+    )
+    (config, topology, fields), options = run.call_args
+    assert (config, topology, fields) == ('scenes_mae', 'v5e:2x2', ['batch_size=8'])
+    assert options == dict(slices=2, mesh=None, out=None, search=False)

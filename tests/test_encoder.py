@@ -171,7 +171,7 @@ class Killed(BaseException):
 
 
 def killed(monkeypatch, model, folder, out, batches):
-    """An extraction that dies after so many batches; every batch is a part."""
+    """An extraction that dies after some batches; every batch is a part."""
     real = features_lib._fetch
     left = [batches]
 

@@ -47,8 +47,13 @@ def rank(name):
 def file_of(dotted):
     """'ssl_jax.run.errors' -> 'run/errors'; None for what is no file of the package."""
     package, _, path = dotted.replace('.', '/').partition('/')
+    path = path or '__init__'
     files = [f for f in (path, f'{path}/__init__') if package == 'ssl_jax' and f in FILES]
     return files[0] if files else None
+
+
+def is_room(dotted):
+    return (PACKAGE.parent / dotted.replace('.', '/')).is_dir()
 
 
 def imports(name):
@@ -63,7 +68,7 @@ def imports(name):
             names = [a.name for a in node.names]
         if isinstance(node, ast.ImportFrom):
             inner = [f'{node.module}.{a.name}' for a in node.names]
-            names = [n if file_of(n) else node.module for n in inner]
+            names = [n if file_of(n) or is_room(n) else node.module for n in inner]
         found += [(file, id(node) in top) for file in map(file_of, names) if file]
     return found
 

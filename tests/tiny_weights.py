@@ -79,7 +79,7 @@ def params(w, seed=0):
 
 
 def hints(w):
-    """What the tensors do not tell."""
+    """Values that the tensors do not determine."""
     found = {'num_heads': w.vit.num_heads}
     if w.decoder is not None:
         found['decoder_num_heads'] = w.decoder.num_heads

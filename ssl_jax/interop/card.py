@@ -6,7 +6,6 @@ import math
 
 import jax
 
-from ssl_jax import __version__
 from ssl_jax.interop import files, layouts
 from ssl_jax.models import vit as vit_lib
 
@@ -79,7 +78,7 @@ def model_card(opened, w: layouts.Weights, params, provenance, extra, evaluation
         f'# {config.name or "ssl_jax"}, step {opened.step}',
         '',
         f'Weights of a Vision Transformer in the layout `{w.layout}`, written by ssl_jax '
-        f'{__version__} in {provenance["dtype"]}.',
+        f'{provenance["versions"]["ssl_jax"]} in {provenance["dtype"]}.',
         '',
         *(f'- {line}' for line in describe(w, params, provenance['tensors'])),
         '',

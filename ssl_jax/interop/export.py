@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import pathlib
 
-from ssl_jax import __version__
 from ssl_jax.interop import card, files, layouts, tables
 from ssl_jax.run import checkpoint, errors, hashing, storage
 
@@ -18,7 +17,7 @@ WHATS = ('backbone', 'full')
 DTYPES = ('float32', 'bfloat16')
 FORMAT = 'ssl_jax export 1'
 METADATA = 'ssl_jax'  # key in the safetensors header, of `layouts.to_dict`
-PACKAGES = ('jax', 'flax', 'numpy', 'orbax-checkpoint')
+PACKAGES = ('ssl_jax', 'jax', 'flax', 'numpy', 'orbax-checkpoint')
 
 
 def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
@@ -183,7 +182,7 @@ def _provenance(opened, w, dtype):
         checkpoint_sha256=hashing.sha256_folder(folder),
         imported=opened.meta.get('imported'),
         config=opened.meta['config'],
-        versions={'ssl_jax': __version__, **versions},
+        versions=versions,
         trained_with=opened.meta.get('versions'),
     )
 

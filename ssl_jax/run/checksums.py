@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax import __version__
 from ssl_jax.run import trees
 
 # XLA on CPU starts at most 32 programs per device before the first has ended. One more waits in a
@@ -89,13 +88,13 @@ def _checksum(x, xp, start=0):
 def manifest(items: dict) -> dict:
     """Tensors with type and checksum, versions, PRNG settings, mesh, devices and processes."""
     sums, tensors = of(items), trees.named(items)
-    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint')
+    packages = ('ssl_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
     versions = {name: importlib.metadata.version(name) for name in packages}
     shardings = [getattr(x, 'sharding', None) for x in tensors.values()]  # numpy has none
     meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
     return {
         'tensors': {k: {'type': _spell(tensors[k]), 'sum': sums[k]} for k in tensors},
-        'versions': {'ssl_jax': __version__, **versions},
+        'versions': versions,
         'prng': prng(),
         'mesh': dict(meshes[0].shape) if meshes else {},
         'devices': jax.device_count(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The collapse of a teacher is named by what its targets tell about an image."""
+"""The collapse of a teacher shows in the information of its targets about an image."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A duration is so many steps, epochs or examples; all become steps."""
+"""A duration in steps, epochs or examples becomes steps."""
 
 import types
 

@@ -206,7 +206,7 @@ def usage(w):
 
 
 def _find_heads(found):
-    """({'dino_head': DINOHead[, 'ibot_head']}, names); {} where there is none that is complete."""
+    """({'dino_head': DINOHead[, 'ibot_head']}, names); {} without a complete head."""
     parts = {}  # name of a head -> name within the head -> key
     for key in found.shapes:
         match = (
@@ -234,7 +234,7 @@ def _find_heads(found):
 
 
 class _UnknownError(Exception):
-    """Why a head is none that is known here."""
+    """The error for a head of unknown form."""
 
 
 def _split(head, array):
