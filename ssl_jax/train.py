@@ -11,7 +11,6 @@ and learning rate are functions of the step. SIGTERM saves and exits with code 0
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ import jax
 from etils import epath
 
 from ssl_jax import config as config_lib
-from ssl_jax import methods, optim, sharding
+from ssl_jax import methods, sharding
 from ssl_jax import step as step_lib
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
@@ -70,7 +69,7 @@ def train(config, workdir) -> dict:
         clock = clock_lib.Clock.of(config, len(source))
         method = methods.make(config, clock)
         program = step_lib.make_program(config, method)
-        _banner(config, source, method, program, workdir)
+        start.banner(config, source, method, program, workdir)
         start.store_config(workdir, config)
         saved = checkpoint.Checkpointer(
             workdir / 'checkpoints',
@@ -201,27 +200,6 @@ def evaluate(run: Run, state, step: int) -> None:
         run.writer.eval(step, evals.run(run.tasks, run.look, state, step))
         if 'pictures' in run.tasks:
             pictures.curves(run.workdir)
-
-
-def _banner(config, source, method, program, workdir):
-    """Logs versions, devices, data, model and schedule."""
-    count = sum(x.size for x in jax.tree.leaves(program.abstract.params))
-    device, mesh, clock = jax.devices()[0], program.mesh.shape, method.clock
-    axes = {k: v for k, v in mesh.items() if v > 1} or 'one device'
-    epochs = clock.total * config.batch_size / len(source)
-    version = importlib.metadata.version('ssl_jax')
-    log(
-        f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
-        f'devices   {jax.device_count()} x {device.device_kind}, mesh {axes}, '
-        f'process {jax.process_index() + 1} of {jax.process_count()}',
-        f'data      {len(source):,} images, {source.fingerprint}',
-        f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
-        f'schedule  {clock.total:,} steps of {config.batch_size} ({epochs:.1f} epochs), '
-        f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
-        program.groups,
-        f'workdir   {workdir}',
-        *method.warnings(config.batch_size // config.accum_steps, mesh['data'] * mesh['fsdp']),
-    )
 
 
 def _farewell(run, result, bad):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start of a run: config fields read from its weights, images and devices, and the first state."""
+"""Start of a run: config fields from weights, images and devices; banner; first state."""
 
 import copy
 import dataclasses
+import importlib.metadata
 import json
 from typing import Any
 
@@ -11,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ssl_jax import config as config_lib
-from ssl_jax import methods, sharding
+from ssl_jax import methods, optim, sharding
 from ssl_jax import step as step_lib
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
@@ -57,6 +58,27 @@ def complete(config: ConfigDict, source: Any) -> ConfigDict:
         config.method.update(values)
     config_lib.validate(config)
     return config
+
+
+def banner(config, source, method, program, workdir) -> None:
+    """Logs versions, devices, data, model and schedule."""
+    count = sum(x.size for x in jax.tree.leaves(program.abstract.params))
+    device, mesh, clock = jax.devices()[0], program.mesh.shape, method.clock
+    axes = {k: v for k, v in mesh.items() if v > 1} or 'one device'
+    epochs = clock.total * config.batch_size / len(source)
+    version = importlib.metadata.version('ssl_jax')
+    log(
+        f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
+        f'devices   {jax.device_count()} x {device.device_kind}, mesh {axes}, '
+        f'process {jax.process_index() + 1} of {jax.process_count()}',
+        f'data      {len(source):,} images, {source.fingerprint}',
+        f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
+        f'schedule  {clock.total:,} steps of {config.batch_size} ({epochs:.1f} epochs), '
+        f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
+        program.groups,
+        f'workdir   {workdir}',
+        *method.warnings(config.batch_size // config.accum_steps, mesh['data'] * mesh['fsdp']),
+    )
 
 
 def store_config(workdir: epath.Path, config: ConfigDict) -> None:
