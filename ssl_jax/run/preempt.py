@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ending a run on SIGTERM or SIGINT: at the next step, on all processes at the same one.
+"""Ending a run on SIGTERM, SIGINT or SIGHUP: at the next step, on all processes at the same one.
 
-A handler sets a flag, which costs nothing to poll. A second signal ends the process at once.
+A handler sets a flag, which costs nothing to poll. `timeout` and some schedulers send a signal
+twice, so more of them change nothing; only Ctrl-C, again after PATIENCE, ends the process at once.
 With several processes jax's preemption service spreads a SIGTERM to one process, and all end at the
 same step. It listens to SIGTERM below Python, and a Python handler would take the signal away; so
-only SIGINT has a handler, which sends SIGTERM. (A SIGTERM while several processes compile therefore
-ends the run at the first step; nothing is lost by then.)
+only SIGINT and SIGHUP have a handler, which sends SIGTERM. (A SIGTERM while several processes
+compile therefore ends the run at the first step; nothing is lost by then.)
 """
 
 import concurrent.futures
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 
 POLL_SECONDS = 0.1
+PATIENCE = 1.0  # seconds in which a second Ctrl-C counts as the first
 
 
 class Stopped(Exception):
@@ -27,7 +30,7 @@ class Stopped(Exception):
 
 
 class Preemption:
-    """``with Preemption() as p:`` catches SIGTERM and SIGINT while inside.
+    """``with Preemption() as p:`` catches SIGTERM, SIGINT and SIGHUP while inside.
 
     Attributes:
       requested: whether the run should end, as far as this process knows; cheap. With several
@@ -36,7 +39,7 @@ class Preemption:
 
     def __init__(self):
         self.requested = False
-        self._signals = 0
+        self._first = None  # time of the first signal
         self._old = {}
         self._is_multi = jax.process_count() > 1
 
@@ -48,8 +51,10 @@ class Preemption:
                 'JAX_ENABLE_PREEMPTION_SERVICE=1 before jax.distributed.initialize().'
             )
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            for number in (signal.SIGINT,) if self._is_multi else (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._on_signal)
+            numbers = [signal.SIGINT, signal.SIGHUP] + [signal.SIGTERM] * (not self._is_multi)
+            for number in numbers:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+                    self._old[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_):
@@ -66,12 +71,14 @@ class Preemption:
         return self.requested
 
     def _on_signal(self, number, _):
-        name = signal.Signals(number).name
-        self._signals += 1
-        if self._signals > 1:
-            os.write(2, f'\nSecond {name}: leaving at once, without saving.\n'.encode())
-            os._exit(128 + number)
-        os.write(2, f'\n{name}: saving at the next step; once more leaves at once.\n'.encode())
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._first is not None:
+            if number == signal.SIGINT and now - self._first > PATIENCE:
+                os.write(2, f'\nSecond {name}: leaving at once, without saving.\n'.encode())
+                os._exit(128 + number)
+            return
+        self._first = now
+        os.write(2, f'\n{name}: saving at the next step; another Ctrl-C leaves at once.\n'.encode())
         if self._is_multi:
             os.kill(os.getpid(), signal.SIGTERM)
         else:

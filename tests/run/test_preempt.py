@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A signal ends a run at the next step, a second one at once, also while XLA compiles."""
+"""A signal ends a run at the next step, a second Ctrl-C at once, also while XLA compiles."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ def run_python(code, *args):
     )
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_sets_the_flag_and_one_process_agrees_with_itself(number, capfd):
     before = signal.getsignal(number)
     with preempt.Preemption() as p:
@@ -37,18 +37,40 @@ def test_a_signal_sets_the_flag_and_one_process_agrees_with_itself(number, capfd
     assert 'saving at the next step' in capfd.readouterr().err
 
 
-def test_a_second_signal_exits_at_once_with_128_plus_its_number():
+@pytest.mark.parametrize('second', [signal.SIGTERM, signal.SIGHUP])
+def test_a_repeated_signal_still_saves(second, capfd):
+    with preempt.Preemption() as p:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(second)
+        signal.raise_signal(signal.SIGINT)  # of the same burst
+        assert p.requested
+    assert capfd.readouterr().err.count('saving') == 1
+
+
+def test_a_later_ctrl_c_exits_at_once_with_128_plus_its_number():
     child = run_python("""
-        import signal
+        import signal, time
         from ssl_jax.run import preempt
         with preempt.Preemption() as p:
-            signal.raise_signal(signal.SIGINT)
-            assert p.requested
             signal.raise_signal(signal.SIGTERM)
+            assert p.requested
+            now = time.monotonic()
+            time.monotonic = lambda: now + 2 * preempt.PATIENCE
+            signal.raise_signal(signal.SIGINT)
             print('still here')
     """)
     out, err = child.communicate(timeout=60)
-    assert child.returncode == 128 + signal.SIGTERM and out == '' and 'Second SIGTERM' in err
+    assert child.returncode == 128 + signal.SIGINT and out == '' and 'Second SIGINT' in err
+
+
+def test_a_run_under_nohup_survives_the_end_of_its_session(capfd):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preempt.Preemption() as p:
+            signal.raise_signal(signal.SIGHUP)
+            assert not p.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_run_interruptible_returns_and_raises_what_the_call_does():
