@@ -174,8 +174,7 @@ class BadImages:
         self._source = source
         self._path = epath.Path(path)
         self._allowed = max(1, int(budget * len(source)))
-        lines = self._path.read_text().splitlines() if self._path.exists() else ()
-        self._seen = {self._known(line) for line in lines} - {None}
+        self._seen = {self._known(line) for line in storage.read_lines(self._path)} - {None}
 
     @property
     def count(self) -> int:
@@ -216,7 +215,7 @@ class BadImages:
 
     def _write(self, line):
         if storage.is_remote(self._path):  # object stores cannot append; the list is short
-            old = self._path.read_text() if self._path.exists() else ''
+            old = ''.join(f'{line}\n' for line in storage.read_lines(self._path))
             self._path.write_text(old + line)
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)

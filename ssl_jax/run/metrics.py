@@ -260,11 +260,11 @@ class Writer:
 def read(path: epath.PathLike) -> list[dict]:
     """The rows of a ``metrics.jsonl``, or of the one in a workdir, with floats where they were.
 
-    Incomplete lines, as a kill may leave at the end, are left out.
+    Lines that are no rows, as a kill or a bad disk may leave them, are left out.
     """
     path = epath.Path(path)
     path = path / 'metrics.jsonl' if path.is_dir() else path
-    return [row for row, _ in _parse(path.read_text())]
+    return [row for row, _ in _parse(path)]
 
 
 def has_evaluation(workdir: epath.PathLike, step: int) -> bool:
@@ -287,8 +287,7 @@ class _Rows:
 
     def __init__(self, path, start_step, clock):
         self._path, self._clock = path, clock
-        old = _parse(path.read_text()) if path.exists() else []
-        self._text = ''.join(f'{line}\n' for row, line in old if row['step'] <= start_step)
+        self._text = ''.join(f'{line}\n' for row, line in _parse(path) if row['step'] <= start_step)
         storage.atomic_write(path, self._text)
         self._written = clock()
 
@@ -338,10 +337,10 @@ def _wandb(workdir):
     return lambda step, values: run.log(values, step=step), run.finish
 
 
-def _parse(text):
+def _parse(path):
     """[(row, line)] of the complete rows."""
     rows = []
-    for line in text.splitlines():
+    for line in storage.read_lines(path):
         try:
             row = json.loads(line)
             row['step'] + 0

@@ -34,6 +34,12 @@ def atomic_write(path: epath.PathLike, data: str | bytes) -> None:
         epath.Path(target).write_bytes(data)
 
 
+def read_lines(path: epath.PathLike) -> list[str]:
+    """Lines of a text file, [] if it is absent; bytes that are not UTF-8 become U+FFFD."""
+    path = epath.Path(path)
+    return path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
+
+
 @contextlib.contextmanager
 def atomic_file(path: epath.PathLike) -> Iterator[str]:
     """``with atomic_file(PATH) as temporary:`` write to `temporary`; it becomes the local PATH."""

@@ -7,11 +7,12 @@ the model saw.
 """
 
 import io
-import json
 import math
 
 import numpy as np
 from etils import epath
+
+from ssl_jax.run import metrics
 
 MIN_TILE = 128  # pixels; smaller images are enlarged by a whole factor
 GAP, MARGIN, HEADER = 6, 16, 26  # pixels
@@ -208,18 +209,11 @@ def _scientific(x, _):
 
 def _series(path):
     """{key: (steps, values)} of all finite numbers, nested keys joined by '/', steps ascending."""
-    path = epath.Path(path)
-    text = path.read_text() if path.exists() else ''
     values = {}
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            step = int(row['step'])
-        except (ValueError, TypeError, KeyError):
-            continue  # torn by a kill, or not a row
+    for row in metrics.read(path):
         for key, value in _flatten(row):
             if key != 'step':
-                values.setdefault(key, {})[step] = value
+                values.setdefault(key, {})[int(row['step'])] = value
     return {key: np.array(sorted(x.items()), float).T for key, x in values.items()}
 
 

@@ -287,6 +287,14 @@ def test_bad_images_are_listed_once_with_path_and_reason(tmp_path):
     assert entries == [dict(id=i, path=f'file {i}', reason='text, not an image') for i in (7, 9)]
 
 
+def test_a_byte_that_is_no_text_costs_its_entry_alone(tmp_path):
+    path = tmp_path / 'bad_images.jsonl'
+    source = Broken(1000, (7, 9))
+    stream_lib.BadImages(source, path, 0.01).update(bad_batch(7, 9))
+    path.write_bytes(path.read_bytes().replace(b'file 9', b'file \xff'))
+    assert stream_lib.BadImages(source, path, 0.01).count == 1
+
+
 def test_the_list_survives_a_restart_and_a_line_cut_off_by_a_kill(tmp_path):
     path = tmp_path / 'bad_images.jsonl'
     source = Broken(1000, (7, 9, 20))

@@ -93,6 +93,13 @@ def test_a_torn_last_line_is_not_merged_with_the_next_row(tmp_path):
     assert [row['step'] for row in metrics.read(tmp_path)] == [10, 30]
 
 
+def test_a_byte_that_is_no_text_costs_its_row_alone(tmp_path):
+    rows = b'{"step": 10, "loss": 1}\n{"step": 20, "loss": \xff}\n{"step": 30, "loss": 3}\n'
+    (tmp_path / 'metrics.jsonl').write_bytes(rows)
+    run(tmp_path, 30, 30).close()
+    assert [row['step'] for row in metrics.read(tmp_path)] == [10, 30]
+
+
 def test_every_line_is_strict_json_and_not_finite_numbers_come_back(tmp_path):
     writer = make_writer(tmp_path)
     writer.log(1, {'a': jnp.float32('nan'), 'b': jnp.float32('-inf'), 'c': jnp.bfloat16(0.1)})
