@@ -56,7 +56,7 @@ def train(config, workdir) -> dict:
       workdir: local folder or gs:// path; checkpoints/, metrics.jsonl, pictures/, config.json.
 
     Returns:
-      dict of the last metrics and evaluations, 'step', and 'preempted': whether SIGTERM ended the
+      dict of the last metrics and evaluations, 'step', and 'preempted': whether a signal ended the
       run early (after saving).
     """
     workdir, started = epath.Path(workdir), time.monotonic()
@@ -227,7 +227,7 @@ def main(argv=None):
 
 
 def command(recipe, overrides, workdir):
-    """Trains for a command line: errors as one sentence, exit code 0 after SIGTERM."""
+    """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
     try:
         result = train(config_lib.load(recipe, overrides), workdir)
     except (ValueError, OSError, RuntimeError) as error:

@@ -51,10 +51,13 @@ class Preemption:
                 'JAX_ENABLE_PREEMPTION_SERVICE=1 before jax.distributed.initialize().'
             )
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            numbers = [signal.SIGINT, signal.SIGHUP] + [signal.SIGTERM] * (not self._is_multi)
+            numbers = [signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+                numbers.append(signal.SIGHUP)
+            if not self._is_multi:
+                numbers.append(signal.SIGTERM)
             for number in numbers:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets SIGHUP
-                    self._old[number] = signal.signal(number, self._on_signal)
+                self._old[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_):

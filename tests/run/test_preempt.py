@@ -63,7 +63,7 @@ def test_a_later_ctrl_c_exits_at_once_with_128_plus_its_number():
     assert child.returncode == 128 + signal.SIGINT and out == '' and 'Second SIGINT' in err
 
 
-def test_a_run_under_nohup_survives_the_end_of_its_session(capfd):
+def test_a_run_under_nohup_survives_the_end_of_its_session():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with preempt.Preemption() as p:
