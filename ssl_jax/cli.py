@@ -20,6 +20,8 @@ import json
 import os
 import sys
 
+from ssl_jax.run import errors
+
 # --recipe of `ssl_jax finetune` -> recipe
 FINETUNE = {
     'mae': 'finetune_mae_vitb16',
@@ -37,13 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         args.hints, more = args.hints + more, []  # argparse takes no FIELD=VALUE after an option
     if more:
         parser.error(f'unrecognized arguments: {" ".join(more)}')
-    try:
+    with errors.in_a_sentence(f'ssl_jax {args.command}'):
         args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get('SSL_JAX_TRACEBACK'):
-            raise
-        print(f'ssl_jax {args.command}: {error}', file=sys.stderr)
-        sys.exit(1)
 
 
 def _parser():
@@ -145,7 +142,7 @@ def _positive(text):
 def pretrain(args):
     """`ssl_jax pretrain`."""
     from ssl_jax import config, train
-    from ssl_jax.run import errors, launch
+    from ssl_jax.run import launch
 
     if not args.config and not args.data:
         raise errors.UserError(
@@ -163,7 +160,7 @@ def pretrain(args):
 def finetune(args):
     """`ssl_jax finetune`."""
     from ssl_jax import train
-    from ssl_jax.run import errors, launch
+    from ssl_jax.run import launch
 
     if args.recipe and args.config:
         raise errors.UserError(
@@ -240,7 +237,7 @@ def export(args):
 def import_(args):
     """`ssl_jax import`."""
     _on_cpu()
-    from ssl_jax.run import errors, weights
+    from ssl_jax.run import weights
 
     hints = {}
     for hint in args.hints:

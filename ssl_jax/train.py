@@ -11,8 +11,6 @@ and learning rate are functions of the step. SIGTERM saves and exits with code 0
 import argparse
 import contextlib
 import dataclasses
-import os
-import sys
 import time
 from typing import Any
 
@@ -26,7 +24,7 @@ from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.evals import features, pictures
-from ssl_jax.run import checkpoint, launch, metrics, preempt, start
+from ssl_jax.run import checkpoint, errors, launch, metrics, preempt, start
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 from ssl_jax.run.launch import log
@@ -228,13 +226,8 @@ def main(argv=None):
 
 def command(recipe, overrides, workdir):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
-    try:
+    with errors.in_a_sentence('ssl_jax'):
         result = train(config_lib.load(recipe, overrides), workdir)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get('SSL_JAX_TRACEBACK'):
-            raise
-        print(f'ssl_jax: {error}', file=sys.stderr, flush=True)
-        sys.exit(1)
     if result['preempted']:
         preempt.exit_now(0)
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.run import errors
+
 # ImageNet statistics for values in [0, 1]; all released MAE, Pixio and DINOv2 weights expect them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -113,11 +115,13 @@ def photometric(
     """
     height, width = images.shape[1:3]
     if not 0 <= hue <= 0.5:
-        raise ValueError(f'hue={hue} is not in [0, 0.5]; DINO takes 0.1.')
+        raise errors.UserError(f'hue={hue} is not in [0, 0.5]; DINO takes 0.1.')
     if not 0 < blur_sigma[0] <= blur_sigma[1]:
-        raise ValueError(f'blur_sigma={blur_sigma} is no range above 0; DINO takes (0.1, 2.0).')
+        raise errors.UserError(
+            f'blur_sigma={blur_sigma} is no range above 0; DINO takes (0.1, 2.0).'
+        )
     if blur_kernel % 2 == 0 or min(height, width) <= blur_kernel // 2:
-        raise ValueError(
+        raise errors.UserError(
             f'blur_kernel={blur_kernel} is even or reaches twice over the edge of {height}x{width} '
             f'px; DINOv2 takes 9.'
         )

@@ -37,7 +37,9 @@ def expand(path: str | os.PathLike, split: str | None, suffix: str) -> list[str]
     """Sorted files of a sharded data set: a file, a glob, or a folder (then `suffix`, `split`)."""
     path = os.fspath(path)
     if storage.is_remote(path):
-        raise ValueError(f'{path} is remote: copy *{suffix} files to a disk, or mount the bucket.')
+        raise errors.UserError(
+            f'{path} is remote: copy *{suffix} files to a disk, or mount the bucket.'
+        )
     if glob.has_magic(path):
         files = sorted(glob.glob(path, recursive=True))
         if not files:
@@ -79,7 +81,7 @@ def class_names(labels: np.ndarray | None, classes: Sequence | None = None) -> t
     if classes is None:
         return tuple(str(c) for c in range(highest + 1))
     if highest >= len(classes):
-        raise ValueError(
+        raise errors.UserError(
             f'Label {highest} has no name: there are {len(classes)} class names, '
             f'{highest + 1} or more are needed.'
         )

@@ -15,6 +15,8 @@ import PIL.Image
 import PIL.ImageOps
 import simplejpeg
 
+from ssl_jax.run import errors
+
 cv2.setNumThreads(0)  # the stream is parallel over samples; nested threads only add contention
 
 # Pillow's own limit for an error: 2 x MAX_IMAGE_PIXELS. More is a decompression bomb or a mosaic
@@ -37,7 +39,7 @@ class View:
     scale: tuple[float, float] = (0.2, 1.0)  # range of the crop's share of the image area
 
 
-class DecodeError(ValueError):
+class DecodeError(errors.UserError):
     """The data are not a usable image; the message is the reason."""
 
 
@@ -129,7 +131,9 @@ def resize_center_crop(
     """
     resize = resize or size
     if resize < size:
-        raise ValueError(f'resize={resize} is smaller than the crop of {size}: use {size} or more.')
+        raise errors.UserError(
+            f'resize={resize} is smaller than the crop of {size}: use {size} or more.'
+        )
     height, width = image.shape[:2]
     if height < width:
         h, w = resize, max(resize, int(resize * width / height))

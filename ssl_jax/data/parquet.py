@@ -57,12 +57,12 @@ class Parquet:
         for column in filter(None, (self._image, self._label)):
             if column not in schema.names:
                 hint = errors.nearest(column, schema.names)
-                raise ValueError(f'There is no column {column!r} in {self.files[0]}{hint}')
+                raise errors.UserError(f'There is no column {column!r} in {self.files[0]}{hint}')
         if self._label == self._image:
             self._label = None
         self._ends = np.cumsum([m.num_rows for m in metadata]).tolist()
         if not self._ends[-1]:
-            raise ValueError(f'{self.files[0]} has no rows: give a file with images.')
+            raise errors.UserError(f'{self.files[0]} has no rows: give a file with images.')
         names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
         self.fingerprint = hashing.digest('parquet', *names, *sizes, *self._ends)
         self._labels, self.classes = self._read_labels(features)
@@ -161,7 +161,7 @@ def _metadata(file):
         return pq.ParquetFile(file).metadata
     except pa.ArrowInvalid as e:
         reason = str(e).split('\n')[0].rstrip('.')
-        raise ValueError(f'{file} is not a readable Parquet file: {reason}.') from None
+        raise errors.UserError(f'{file} is not a readable Parquet file: {reason}.') from None
 
 
 def _features(schema):
@@ -182,7 +182,7 @@ def _image_column(schema, features, file):
     binary = [f.name for f in schema if _holds_bytes(f.type)]
     if usual or len(binary) == 1:
         return (usual or binary)[0]
-    raise ValueError(
+    raise errors.UserError(
         f'Cannot tell which column of {file} holds the images: set image_column to one of '
         f'{", ".join(schema.names)}.'
     )

@@ -31,13 +31,13 @@ class ArrayRecord:
         self.files = files.expand(path, split, '.array_record')
         folder = os.path.dirname(self.files[0])
         if os.path.exists(os.path.join(folder, 'features.json')):
-            raise ValueError(
+            raise errors.UserError(
                 f'{folder} was written by TensorFlow Datasets: read it with source=tfds, '
                 'name=<data set> and path=<data_dir>.'
             )
         self._records = grain.sources.ArrayRecordDataSource(self.files)
         if not len(self._records):
-            raise ValueError(f'{self.files[0]} has no records: give a file with images.')
+            raise errors.UserError(f'{self.files[0]} has no records: give a file with images.')
         names = classes or files.read_class_names(self.files[0])
         labelled = names and 'label' in _unpack(self._records[0])
         self.classes = tuple(str(n) for n in names) if labelled else None
@@ -82,7 +82,7 @@ class Tfds:
             builder = tfds.builder(name, data_dir=path)
         except tfds.core.DatasetNotFoundError:
             hint = errors.nearest(name, _prepared(path) or tfds.list_builders())
-            raise ValueError(f'TFDS has no data set {name!r} {where}{hint}') from None
+            raise errors.UserError(f'TFDS has no data set {name!r} {where}{hint}') from None
         if not builder.data_path.exists():
             raise FileNotFoundError(
                 f'The TFDS data set {name!r} is not prepared {where}: run '
@@ -92,19 +92,21 @@ class Tfds:
         features = builder.info.features
         images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
         if not images:
-            raise ValueError(f'The TFDS data set {name!r} has no images: {", ".join(features)}.')
+            raise errors.UserError(
+                f'The TFDS data set {name!r} has no images: {", ".join(features)}.'
+            )
         labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
         self._image, self._label = images[0], labels[0] if labels else None
         base = split.split('[')[0]
         if base not in builder.info.splits and '+' not in base:
             hint = errors.nearest(base, builder.info.splits)
-            raise ValueError(f'The TFDS data set {name!r} has no split {base!r}{hint}')
+            raise errors.UserError(f'The TFDS data set {name!r} has no split {base!r}{hint}')
         try:
             self._records = builder.as_data_source(
                 split, decoders={k: tfds.decode.SkipDecoding() for k in images}
             )
         except NotImplementedError:
-            raise ValueError(
+            raise errors.UserError(
                 f'The TFDS data set {name!r} lies {where} in a format without random access: '
                 "prepare it with file_format='array_record'."
             ) from None

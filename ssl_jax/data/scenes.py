@@ -13,6 +13,8 @@ import zlib
 
 import numpy as np
 
+from ssl_jax.run import errors
+
 _CACHE_BYTES = 512 << 20
 _KINDS = ('stripes', 'checks', 'dots', 'noise', 'plain', 'lattice')  # of `_texture`
 _COARSE, _FINE = (0.7, 1.1), (2.2, 3.2)  # ranges of a texture's frequency per radius
@@ -80,7 +82,7 @@ class Scenes:
 
     def __init__(self, n: int = 4096, size: int = 96, seed: int = 0, split: str = 'train'):
         if n < 1 or size < 16:
-            raise ValueError(f'Scenes need n >= 1 and size >= 16, not n={n} and size={size}.')
+            raise errors.UserError(f'Scenes need n >= 1 and size >= 16, not n={n} and size={size}.')
         self._n, self._size, self._seed, self._split = n, size, seed, split
         self._cache = {}
         self.fingerprint = f'scenes-2-{n}-{size}-{seed}-{split}'

@@ -39,9 +39,11 @@ class Arrays:
         self, images: Sequence, labels: Sequence | None = None, classes: Sequence | None = None
     ):
         if len(images) == 0:
-            raise ValueError('source=arrays got no images: `images` has length 0.')
+            raise errors.UserError('source=arrays got no images: `images` has length 0.')
         if labels is not None and len(labels) != len(images):
-            raise ValueError(f'{len(images)} images but {len(labels)} labels: give one for each.')
+            raise errors.UserError(
+                f'{len(images)} images but {len(labels)} labels: give one for each.'
+            )
         self._images = images
         self._labels = None if labels is None else np.asarray(labels, np.int32)
         self.classes = files.class_names(self._labels, classes)
@@ -91,15 +93,17 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any]) -> Any:
     known = sorted({'source'}.union(*arguments.values()))
     for key in spec:
         if key not in known:
-            raise ValueError(f'Unknown key {key!r} in the data spec{errors.nearest(key, known)}')
+            raise errors.UserError(
+                f'Unknown key {key!r} in the data spec{errors.nearest(key, known)}'
+            )
     if 'source' not in spec and 'path' not in spec:
-        raise ValueError(f'The data spec needs `source`, one of {", ".join(SOURCES)}.')
+        raise errors.UserError(f'The data spec needs `source`, one of {", ".join(SOURCES)}.')
     name = spec.get('source') or _kind(spec['path'])
     if name not in SOURCES:
-        raise ValueError(f'Unknown source {name!r}{errors.nearest(name, SOURCES)}')
+        raise errors.UserError(f'Unknown source {name!r}{errors.nearest(name, SOURCES)}')
     for key, argument in arguments[name].items():
         if argument.default is argument.empty and key not in spec:
-            raise ValueError(f'source={name!r} needs {key!r}: set it in the data spec.')
+            raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
     return SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
 
 
@@ -114,7 +118,7 @@ def _kind(path):
         return 'folder'
     files.require(path)
     if not os.path.isdir(path):
-        raise ValueError(
+        raise errors.UserError(
             f'{path} is neither a folder, nor *.parquet, nor *.array_record*: '
             'give the folder that holds the images.'
         )

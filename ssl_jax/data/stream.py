@@ -27,7 +27,7 @@ from absl import flags, logging
 from etils import epath
 
 from ssl_jax.data import host
-from ssl_jax.run import hashing, launch, storage
+from ssl_jax.run import errors, hashing, launch, storage
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
 _IO_PAUSES = (0.1, 0.5, 2.0)  # seconds before each repetition of a failed read
@@ -83,7 +83,7 @@ def train_stream(
     """
     n = len(source)
     if n < batch_size:
-        raise ValueError(
+        raise errors.UserError(
             f'{n} images are fewer than one batch of {batch_size}: add images or set '
             f'batch_size to {n} or less.'
         )
@@ -154,7 +154,7 @@ def _stop(samples, iterator):
     iterator.close()
 
 
-class TooManyBadImages(RuntimeError):  # noqa: N818  named for the event
+class TooManyBadImages(errors.UserError):  # noqa: N818  named for the event
     """More images could not be decoded than the budget allows."""
 
 
@@ -288,7 +288,7 @@ class _TrainSamples(_Samples):
                 return i, item, host.decode(item['image'], self._min_size), bad
             except (host.DecodeError, OSError) as e:
                 bad[attempt], reason = i, str(e)
-        raise RuntimeError(
+        raise errors.UserError(
             f'{MAX_TRIES} images in a row could not be decoded, the last being '
             f'{self._source.describe(i)} ({reason}): check the data set.'
         )

@@ -63,7 +63,7 @@ def accuracy(method, params, extra, source, *, size: int, **options) -> dict[str
         for name, logits in batch['features'].items():
             totals[name] += _count(logits[mask], batch['label'][mask])
     if not totals['test'][0]:
-        raise ValueError(f'None of the {len(source)} test images could be decoded.')
+        raise errors.UserError(f'None of the {len(source)} test images could be decoded.')
     return {
         name: dict(top1=100 * one / n, top5=100 * five / n, loss=loss / n, n=int(n))
         for name, (n, one, five, loss) in sorted(totals.items(), reverse=True)  # test, ema

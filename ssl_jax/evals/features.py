@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from ssl_jax import sharding
 from ssl_jax.augment import photometry
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.run import hashing, launch
+from ssl_jax.run import errors, hashing, launch
 
 
 class Stopped(Exception):
@@ -58,7 +58,9 @@ def extract(forward: Callable, source, **options) -> tuple[dict, np.ndarray | No
     ]
     whole = jax.tree.map(lambda *x: np.concatenate(x), *decoded)
     if not len(whole['id']):
-        raise ValueError(f'None of the {len(source)} images of {source.describe(0)} ... decodes.')
+        raise errors.UserError(
+            f'None of the {len(source)} images of {source.describe(0)} ... decodes.'
+        )
     return whole['features'], whole.get('label')
 
 
@@ -166,6 +168,6 @@ def split(source) -> tuple[Subset, Subset]:
     """
     n = len(source)
     if n < 2:
-        raise ValueError(f'{n} image cannot be split in train and test; give at least two.')
+        raise errors.UserError(f'{n} image cannot be split in train and test; give at least two.')
     test = pick(n, min(n - 1, max(1, round(n * 0.2))))
     return Subset(source, np.setdiff1d(np.arange(n), test)), Subset(source, test)

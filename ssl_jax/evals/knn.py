@@ -27,6 +27,7 @@ from ssl_jax import sharding
 from ssl_jax.evals import accuracy
 from ssl_jax.fields import Range
 from ssl_jax.models import blocks
+from ssl_jax.run import errors
 
 AXES = ('data', 'fsdp')
 # Similarities of one chunk of queries on one device: 2^27 float32 are 512 MiB.
@@ -89,11 +90,11 @@ def knn(
     train_x, test_x = np.asarray(train_x, np.float32), np.asarray(test_x, np.float32)
     train_y, test_y = np.asarray(train_y, np.int32), np.asarray(test_y, np.int32)
     if not ks or min(ks) < 1:
-        raise ValueError(f'ks={ks} must name at least one neighbour count, each 1 or more.')
+        raise errors.UserError(f'ks={ks} must name at least one neighbour count, each 1 or more.')
     for name, x, y in (('train', train_x, train_y), ('test', test_x, test_y)):
         accuracy.check_labels(name, y, num_classes)
         if bad := (~np.isfinite(x)).any(axis=1).sum():
-            raise ValueError(
+            raise errors.UserError(
                 f'{name} features have NaN or inf in {bad} of {len(x)} rows; look for non-finite '
                 f'parameters in the checkpoint.'
             )

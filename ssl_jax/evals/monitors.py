@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.fields import Range
-from ssl_jax.run import launch
+from ssl_jax.run import errors, launch
 
 EPS = 1e-7  # of RankMe
 NAMES = ('std', 'rankme', 'rankme_max', 'cosine')
@@ -61,7 +61,7 @@ def monitors(features: jax.Array) -> dict[str, jax.Array]:
     """
     b, d = features.shape
     if b < 2:
-        raise ValueError(f'Monitors compare images with each other: pass 2 or more, not {b}.')
+        raise errors.UserError(f'Monitors compare images with each other: pass 2 or more, not {b}.')
     x = features.astype(jnp.float32)
     z = x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     sigma = jnp.linalg.svd(x, compute_uv=False)

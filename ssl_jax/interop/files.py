@@ -97,12 +97,12 @@ def read(path) -> File:
       ValueError: one sentence; no code of the file is ever run.
     """
     if storage.is_remote(path):
-        raise ValueError(f'{path} is not local; copy it to a disk first.')
+        raise errors.UserError(f'{path} is not local; copy it to a disk first.')
     path = pathlib.Path(path)
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = errors.close(path.name, beside)
-        raise ValueError(
+        raise errors.UserError(
             f'there is nothing at {path}{f"; did you mean {near[0]}?" if near else "."}'
         )
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
@@ -112,7 +112,7 @@ def read(path) -> File:
         part, metadata, taken = _read_one(p)
         stored |= part
     if not stored:
-        raise ValueError(f'{path} holds no tensors; give a file of weights.')
+        raise errors.UserError(f'{path} holds no tensors; give a file of weights.')
     stored, taken = _strip(stored, path, taken)
     sidecar = folder / EXTRA if folder else None
     return File(
@@ -168,20 +168,22 @@ def _files(folder):
             continue
         shards = _json(folder, index.name).get('weight_map')
         if not isinstance(shards, dict):
-            raise ValueError(f'{index} has no weight_map; download it again.')
+            raise errors.UserError(f'{index} has no weight_map; download it again.')
         paths = tuple(folder / str(name) for name in sorted(set(shards.values())))
         if absent := [p.name for p in paths if not p.exists()]:
-            raise ValueError(f'{folder} lacks the shard {absent[0]} that {index.name} names.')
+            raise errors.UserError(f'{folder} lacks the shard {absent[0]} that {index.name} names.')
         return paths
     paths = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.name != EXTRA)
     if not paths:
-        raise ValueError(
+        raise errors.UserError(
             f'{folder} holds neither a run nor weights ({WEIGHTS}, or one file of '
             f'{", ".join(SUFFIXES)}).'
         )
     if len(paths) > 1:
         names = ', '.join(p.name for p in paths[:5])
-        raise ValueError(f'{folder} holds several files of weights ({names}); give one of them.')
+        raise errors.UserError(
+            f'{folder} holds several files of weights ({names}); give one of them.'
+        )
     return tuple(paths)
 
 
@@ -190,7 +192,7 @@ def _read_one(path):
     with open(path, 'rb') as file:
         start = file.read(16)
     if start.startswith(torch_pickle.LEGACY):
-        raise ValueError(
+        raise errors.UserError(
             f'{path} has the format of torch before 1.6; in PyTorch, where you trust the file, '
             f'write it anew: torch.save(torch.load({path.name!r}, weights_only=False), '
             f"'new.pth')."
@@ -202,7 +204,7 @@ def _read_one(path):
         return stored, {}, taken
     if path.suffix == '.safetensors' or start[8:9] == b'{':
         return *_safetensors(path), ''
-    raise ValueError(
+    raise errors.UserError(
         f'{path} is neither safetensors nor a file of torch.save (nor a .npz), or it is damaged; '
         f'download it again.'
     )
@@ -213,7 +215,7 @@ def _safetensors(path):
     try:
         file = safetensors.safe_open(path, 'numpy')
     except safetensors.SafetensorError as error:
-        raise ValueError(
+        raise errors.UserError(
             f'{path} is damaged or truncated ({error}); download or copy it again.'
         ) from error
     stored = {}
@@ -221,7 +223,7 @@ def _safetensors(path):
         part = file.get_slice(name)
         kind = part.get_dtype()
         if kind not in DTYPES:
-            raise ValueError(
+            raise errors.UserError(
                 f'{path} holds {name} as {kind}, which is not read; known: {", ".join(DTYPES)}.'
             )
         read = functools.partial(file.get_tensor, name)
@@ -235,7 +237,7 @@ def _npz(path):
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise errors.UserError(
             f'{path} is damaged, or holds Python objects, which are not read ({error}); save '
             f'plain arrays.'
         ) from error
@@ -245,7 +247,7 @@ def _npz(path):
 def _unwrap(tree, path, taken=()):
     """(name -> Stored, which part) of what torch.load would return."""
     if not isinstance(tree, dict):
-        raise ValueError(
+        raise errors.UserError(
             f'{path} holds a {type(tree).__name__} and no weights by name; save the state_dict() '
             f'of the model.'
         )
@@ -257,12 +259,12 @@ def _unwrap(tree, path, taken=()):
         return {str(k): v for k, v in stored.items()}, '/'.join(taken)
     keys = [str(k) for k in tree]
     if any(k in OPTIMIZER for k in keys):
-        raise ValueError(
+        raise errors.UserError(
             f'{path} holds the state of an optimizer ({", ".join(keys[:5])}) and no weights; give '
             f'the checkpoint of the model, which has a part {" or ".join(map(repr, WRAPPERS))}.'
         )
     listed = f'its keys are {", ".join(keys[:5])}' if keys else 'it is empty'
-    raise ValueError(
+    raise errors.UserError(
         f'{path} holds no tensors: {listed}; the weights are looked for at the top and in '
         f'{", ".join(WRAPPERS)}.'
     )
@@ -273,7 +275,7 @@ def _strip(stored, path, taken):
     out = {name.replace('_fsdp_wrapped_module.', ''): x for name, x in stored.items()}
     flat = next((name for name in out if '_flat_param' in name), None)
     if flat:
-        raise ValueError(
+        raise errors.UserError(
             f'{path} is the part of one process of an FSDP run ({flat}); gather the full state '
             f'dict there and save that.'
         )
@@ -286,7 +288,7 @@ def _strip(stored, path, taken):
         if any(name.startswith(prefix) for name in out):
             new = {name.removeprefix(prefix): x for name, x in out.items()}
             if len(new) < len(out):
-                raise ValueError(
+                raise errors.UserError(
                     f'{path} has names with and without {prefix!r} that become the same; keep one '
                     f'of the two sets.'
                 )
@@ -301,7 +303,9 @@ def _json(folder, name):
     try:
         return dict(json.loads((folder / name).read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f'{folder / name} is not a JSON object; download it again.') from error
+        raise errors.UserError(
+            f'{folder / name} is not a JSON object; download it again.'
+        ) from error
 
 
 def transform_of(

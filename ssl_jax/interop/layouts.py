@@ -328,7 +328,7 @@ def to_ours(weights, state_dict, extra=None):
     given = {path: np.asarray(extra[path], np.float32) for path in homeless if path in extra}
     for path, value in given.items():
         if value.shape != tuple(shape_of[path]):
-            raise ValueError(
+            raise errors.UserError(
                 f'the sidecar holds {path} with shape {value.shape}, expected {shape_of[path]}; it '
                 f'belongs to other weights, so delete it.'
             )
@@ -344,7 +344,7 @@ def to_ours(weights, state_dict, extra=None):
             # All three may have been rounded to bfloat16, each on its own.
             slack = 0.01 * (np.abs(row) + np.abs(enc['cls_token'])) + 1e-6
             if (np.abs(row + enc['cls_token'] - total) > slack).any():
-                raise ValueError(
+                raise errors.UserError(
                     'cls_token is not the sum of the class token and its position in the sidecar; '
                     'that belongs to other weights, so delete it.'
                 )

@@ -141,7 +141,7 @@ def _vit(hints, hidden, scaled, dino, **fields):
     """
     dim, ffn = fields['embed_dim'], fields['ffn']
     if not hidden:
-        raise ValueError('no block has an FFN of a known kind, fc1 and fc2 or a SwiGLU.')
+        raise errors.UserError('no block has an FFN of a known kind, fc1 and fc2 or a SwiGLU.')
     resize = 'bicubic'
     if scaled or dino:
         resize = 'antialias' if fields['num_register_tokens'] else 'offset'
@@ -172,15 +172,15 @@ def decoder(found, vit):
     dim = have.get(f'{prefix}decoder_embed.weight', have.get(f'{prefix}mask_token', (0,)))[0]
     layers, side = depth(have, stack), vit.img_size // vit.patch_size
     if dim <= 1:
-        raise ValueError(absent(f'{prefix}decoder_embed.weight', have))
+        raise errors.UserError(absent(f'{prefix}decoder_embed.weight', have))
     hidden = next((s[0] for k, s in have.items() if k.startswith(stack) and k.endswith(fc1)), None)
     if hidden is None:
-        raise ValueError(absent(f'{stack}.0{fc1}', have))
+        raise errors.UserError(absent(f'{stack}.0{fc1}', have))
     name = f'{prefix}decoder_pos_embed'
     heads = hints.get('decoder_num_heads', hints.get('decoder_num_attention_heads'))
     heads = heads or DECODER_HEADS.get(dim)
     if not heads or dim % int(heads):
-        raise ValueError(
+        raise errors.UserError(
             f'the number of heads of a decoder of width {dim} is not in its tensors'
             f'{f", and {heads} does not divide that" if heads else ""}; give decoder_num_heads.'
         )
@@ -201,7 +201,7 @@ def patch_embed(have, key):
     """(embed_dim, patch_size) of the kernel of the patch embedding."""
     shape = have[key]
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ValueError(
+        raise errors.UserError(
             f'{key} has shape {shape}, expected (width, 3, patch, patch): square patches of RGB.'
         )
     return shape[0], shape[2]
@@ -211,7 +211,7 @@ def depth(have, stack):
     found = [re.match(re.escape(stack) + r'\.(\d+)\.', k) for k in have]
     depth = 1 + max((int(m[1]) for m in found if m), default=-1)
     if not depth:
-        raise ValueError(absent(f'{stack}.0', have))
+        raise errors.UserError(absent(f'{stack}.0', have))
     return depth
 
 
@@ -225,16 +225,16 @@ def rows(have, end, axis=0):
 def grid(have, hints, pos, cls, patch, folded):
     """(class tokens, img_size) from the tables of positions and class tokens."""
     if pos not in have:
-        raise ValueError(absent(pos, have))
+        raise errors.UserError(absent(pos, have))
     if len(have[pos]) != 3:
-        raise ValueError(f'{pos} has shape {have[pos]}, expected (1, positions, width).')
+        raise errors.UserError(f'{pos} has shape {have[pos]}, expected (1, positions, width).')
     n = have[pos][1]
     classes = have[cls][1] if len(have.get(cls, ())) == 3 else 0
     if cls not in have and math.isqrt(n) ** 2 != n:
-        raise ValueError(absent(cls, have))
+        raise errors.UserError(absent(cls, have))
     side = math.isqrt(n - (0 if folded else classes))
     if side**2 != n - (0 if folded else classes):
-        raise ValueError(
+        raise errors.UserError(
             f'{pos} has {n} positions, and without those of {classes} class tokens that is no '
             f'square grid; only square tables are read.'
         )
@@ -247,7 +247,7 @@ def stated(hints, side, patch):
     given = given if isinstance(given, int) else max(given)
     hinted = hints.get('patch_size', patch)
     if given // patch != side or hinted not in (patch, [patch, patch], (patch, patch)):
-        raise ValueError(
+        raise errors.UserError(
             f'img_size {given} and patch_size {hinted} do not fit the tensors, which have '
             f'{side} x {side} positions and patches of {patch} pixels.'
         )
@@ -272,12 +272,12 @@ def num_heads(hints, dim, depth):
     heads = heads or (hints.get('model_args') or {}).get('num_heads')
     heads = heads or {(d, n): h for d, n, h in vit_lib.SIZES.values()}.get((dim, depth))
     if not heads:
-        raise ValueError(
+        raise errors.UserError(
             f'{depth} blocks of width {dim} are no size with a name, and the number of heads is '
             f'not in the tensors; give num_heads.'
         )
     if dim % int(heads):
-        raise ValueError(f'num_heads={heads} does not divide the width {dim}; give another.')
+        raise errors.UserError(f'num_heads={heads} does not divide the width {dim}; give another.')
     return int(heads)
 
 
@@ -287,7 +287,7 @@ def mlp_ratio(hidden, dim, ffn):
         if blocks_lib.swiglu_hidden(dim, 4.0) == hidden:
             return 4.0
         if hidden % 8:
-            raise ValueError(f'a SwiGLU of {hidden} channels is no multiple of 8.')
+            raise errors.UserError(f'a SwiGLU of {hidden} channels is no multiple of 8.')
         return mlp_ratio(hidden * 3 // 2, dim, 'mlp')
     for digits in range(17):
         ratio = round(hidden / dim, digits)

@@ -217,7 +217,9 @@ def from_torch(
     if unnamed := sorted(set(out) - {path for path, _, _ in rows}):
         problems.append(f'no rename for {unnamed}')
     if problems:
-        raise ValueError('the weights do not fit, nothing was loaded: ' + '; '.join(problems) + '.')
+        raise errors.UserError(
+            'the weights do not fit, nothing was loaded: ' + '; '.join(problems) + '.'
+        )
     return trees.nested(out)
 
 
@@ -230,7 +232,7 @@ def to_torch(
         array = np.asarray(fixed[path] if how == 'fixed' else flat.pop(path))
         out.update((name, _to_torch(part, how)) for name, part in _pieces(array, key))
     if flat:
-        raise ValueError(f'no rename for {sorted(flat)}; nothing was exported.')
+        raise errors.UserError(f'no rename for {sorted(flat)}; nothing was exported.')
     return out
 
 

@@ -25,6 +25,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ssl_jax.run import errors
+
 # First bytes of files of torch before 1.6, a row of bare pickles.
 LEGACY = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.'
 
@@ -74,11 +76,13 @@ def load(path: pathlib.Path) -> Any:
     members = _members(path)
     pickles = [name for name in members if name.rpartition('/')[2] == 'data.pkl']
     if len(pickles) != 1:
-        raise ValueError(f'{path} is a zip archive that torch.save has not written (no data.pkl).')
+        raise errors.UserError(
+            f'{path} is a zip archive that torch.save has not written (no data.pkl).'
+        )
     root = pickles[0].removesuffix('data.pkl')
     order = members.get(f'{root}byteorder')
     if order is not None and _map(path, *order).tobytes() != b'little':
-        raise ValueError(
+        raise errors.UserError(
             f'{path} was saved by a big-endian machine; load it in PyTorch and save it again.'
         )
     try:
@@ -86,7 +90,7 @@ def load(path: pathlib.Path) -> Any:
     except Refused:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(
+        raise errors.UserError(
             f'{path} cannot be read ({type(error).__name__}: {error}); it may be truncated, so '
             f'download or copy it again.'
         ) from error
@@ -117,7 +121,7 @@ def _members(path):
                 members[info.filename] = (start, info.file_size)
             return members
     except zipfile.BadZipFile as error:
-        raise ValueError(
+        raise errors.UserError(
             f'{path} is damaged or truncated ({str(error).lower()}); download or copy it again.'
         ) from error
 

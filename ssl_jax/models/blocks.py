@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ssl_jax import sharding
 from ssl_jax.kernels import attention, ops, subsets
 from ssl_jax.kernels.segments import Segment, tokens_per_row
+from ssl_jax.run import errors
 
 # 'dots' keeps the results of attention, of the first layer of the MLP and of the residual sum
 # between them; if images skip branches, only the gathered images of both sums. Norms and the fused
@@ -262,7 +263,7 @@ class Block(nn.Module):
         elif self.ffn == 'swiglu':
             mlp = SwiGLU(swiglu_hidden(dim, self.mlp_ratio), name='mlp', **parts)
         else:
-            raise ValueError(f"ffn={self.ffn!r} is unknown; use 'mlp' or 'swiglu'.")
+            raise errors.UserError(f"ffn={self.ffn!r} is unknown; use 'mlp' or 'swiglu'.")
         norms = [LayerNorm(self.eps, name=f'norm{i}') for i in (1, 2)]
         gammas = [None, None]
         if self.layer_scale is not None:

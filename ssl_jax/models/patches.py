@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.augment import photometry
+from ssl_jax.run import errors
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
@@ -12,7 +13,7 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     b, h, w, c = images.shape
     p = patch_size
     if h % p or w % p:
-        raise ValueError(
+        raise errors.UserError(
             f'images of {h}x{w} px are not multiples of patch_size={p}: resize or crop them.'
         )
     x = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import interpolate
 
+from ssl_jax.run import errors
+
 
 def sincos(embed_dim: int, grid: int, num_prefix: int) -> np.ndarray:
     """MAE's fixed table, float32 (1, num_prefix + grid², embed_dim); prefix rows are zero.
@@ -23,7 +25,7 @@ def sincos(embed_dim: int, grid: int, num_prefix: int) -> np.ndarray:
       MAE `util/pos_embed.py: get_2d_sincos_pos_embed`
     """
     if embed_dim % 4:
-        raise ValueError(f'sin-cos positions need embed_dim divisible by 4, got {embed_dim}.')
+        raise errors.UserError(f'sin-cos positions need embed_dim divisible by 4, got {embed_dim}.')
     omega = 10000.0 ** (-np.arange(embed_dim // 4, dtype=np.float64) / (embed_dim / 4))
     angles = np.arange(grid, dtype=np.float64)[:, None] * omega  # (grid, D/4)
     half = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, D/2)
@@ -121,7 +123,7 @@ def relative_weights(n_in: int, n_out: int) -> np.ndarray:
     evaluated at integer distances. Beyond the farthest position it keeps its last value.
     """
     if n_in < 3:
-        raise ValueError(
+        raise errors.UserError(
             f'a table of relative positions of {n_in}x{n_in} patches is too small for a cubic '
             f'spline: keep the image size, or start from weights with at least 3x3 patches.'
         )

@@ -26,6 +26,7 @@ from ssl_jax.kernels.tpu import rows as tpu_rows
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import pos_embed
+from ssl_jax.run import errors
 
 Size = Literal['Ti', 'S', 'B', 'L', 'H', '1B', '5B', 'g']
 # name: (embed_dim, depth, num_heads)
@@ -126,7 +127,7 @@ class ViT(nn.Module):
           For several sizes, a list of dicts with a crop axis after B.
         """
         if capture and max(capture) >= self.depth:
-            raise ValueError(
+            raise errors.UserError(
                 f'capture={capture} names a block beyond depth {self.depth}: use 0 to '
                 f'{self.depth - 1}.'
             )
@@ -244,13 +245,13 @@ class ViT(nn.Module):
         side = self.img_size // self.patch_size
         size = images[0].shape[2:4]
         if len(images) > 1 or size != (self.img_size,) * 2 or ids_keep is not None:
-            raise ValueError(
+            raise errors.UserError(
                 f'relative positions are for whole images of {self.img_size}x{self.img_size} px, '
                 f'not for {"crops of several sizes" if len(images) > 1 else size}'
                 f'{" without some patches" if ids_keep is not None else ""}; resize the images.'
             )
         if self.num_cls_tokens != 1 or self.num_register_tokens:
-            raise ValueError(
+            raise errors.UserError(
                 f'relative positions need one class token and no registers, not '
                 f'{self.num_cls_tokens} and {self.num_register_tokens}: set num_cls_tokens=1 and '
                 f'num_register_tokens=0.'

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.models import blocks
+from ssl_jax.run import errors
 
 TINY = 1e-37  # lower bound of a divisor: a sum over no rows is 0
 
@@ -143,7 +144,9 @@ def info_nce(a: jax.Array, b: jax.Array, temp: float = 0.2) -> tuple[jax.Array, 
     """
     n = len(a)
     if n < 2:
-        raise ValueError(f'info_nce compares images with each other: pass 2 or more, not {n}.')
+        raise errors.UserError(
+            f'info_nce compares images with each other: pass 2 or more, not {n}.'
+        )
     a, b = blocks.l2_normalize(a), blocks.l2_normalize(b)
 
     def direction(x, y):
@@ -181,7 +184,7 @@ def dino_loss(
       DINO `main_dino.py: DINOLoss`; DINOv2 `train/ssl_meta_arch.py`
     """
     if len(targets) != 2 or len(global_logits) != 2:
-        raise ValueError(
+        raise errors.UserError(
             f'dino_loss pairs 2 global views, got {len(targets)} of the teacher and '
             f'{len(global_logits)} of the student: pass arrays (2, B, K).'
         )
@@ -231,7 +234,7 @@ def koleo(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     """
     n = len(x)
     if n < 2:
-        raise ValueError(f'koleo keeps rows apart from each other: pass 2 or more, not {n}.')
+        raise errors.UserError(f'koleo keeps rows apart from each other: pass 2 or more, not {n}.')
     x = blocks.l2_normalize(x, eps)
     cosine = jnp.einsum('nd,md->nm', *[jax.lax.stop_gradient(x)] * 2, precision='float32')
     cosine = jnp.where(jnp.eye(n, dtype=bool), -1.0, cosine)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssl_jax.run import errors
+
 # Rounds of the block sampler: each places one block or ends the mask. 20,000 masks of 14x14 patches
 # needed at most 15, 3,000 masks of 64x64 at most 22.
 ROUNDS = 32
@@ -26,7 +28,7 @@ def num_blocks(grid: tuple[int, int], mask_grid: int) -> int:
     """Number of blocks of mask_grid x mask_grid patches in a `grid` (h, w)."""
     h, w = grid
     if h % mask_grid or w % mask_grid:
-        raise ValueError(
+        raise errors.UserError(
             f'mask_grid={mask_grid} does not divide the token grid {h}x{w}; '
             f'choose a divisor of both sides (1 masks single patches, as MAE does).'
         )
@@ -53,7 +55,7 @@ def from_noise(
     h, w = grid
     blocks = num_blocks(grid, mask_grid)
     if noise.shape[-1] != blocks:
-        raise ValueError(
+        raise errors.UserError(
             f'noise has {noise.shape[-1]} values per image for {blocks} blocks: pass one per block.'
         )
     kept = int(blocks * (1 - mask_ratio))
@@ -167,16 +169,16 @@ def _strata(num_crops, grid, sampler, probability, ratio):
     """Interval ends of the targets, float64: (masked crops + 1,) of DINOv2, (2,) of iBOT."""
     low, high = ratio
     if not 0 <= low <= high <= 1:
-        raise ValueError(
+        raise errors.UserError(
             f'mask_ratio_min_max={tuple(ratio)} is no range within 0 and 1: give (low, high).'
         )
     masked = 1
     if sampler == 'dinov2':
         masked = int(num_crops * probability)
     elif sampler != 'ibot':
-        raise ValueError(f"mask_sampler={sampler!r} is unknown; give 'dinov2' or 'ibot'.")
+        raise errors.UserError(f"mask_sampler={sampler!r} is unknown; give 'dinov2' or 'ibot'.")
     if masked < 1:
-        raise ValueError(
+        raise errors.UserError(
             f'mask_probability={probability} masks none of {num_crops} crops; '
             f'give {1 / num_crops:.3g} or more.'
         )

@@ -37,6 +37,7 @@ import numpy as np
 from ssl_jax.augment import photometry
 from ssl_jax.models import blocks
 from ssl_jax.models import patches as patches_lib
+from ssl_jax.run import errors
 
 FITTED = ('random_patches', 'kmeans')  # words come from training patches and look like them
 CHUNK = 1024  # words compared at a time: scores of all 8,192 for a large batch take gigabytes
@@ -57,12 +58,12 @@ class Tokenizer:
 
     def __post_init__(self):
         if self.patch < 1 or self.image_patch % self.patch:
-            raise ValueError(
+            raise errors.UserError(
                 f'method.token_patch_size={self.patch} does not divide method.patch_size='
                 f'{self.image_patch}: use {_divisor(self.image_patch, self.patch)}.'
             )
         if self.kind == 'dvae' and self.patch != 8:
-            raise ValueError(
+            raise errors.UserError(
                 f'the dVAE has patches of 8 pixels: set method.token_patch_size=8, not '
                 f'{self.patch}.'
             )
@@ -149,7 +150,7 @@ def _sample(tok, batches, seed):
     for images in seen:
         x = np.asarray(_patches(tok, images))
         if per_image > x.shape[1]:
-            raise ValueError(
+            raise errors.UserError(
                 f'method.vocab={tok.vocab} is more than the {len(seen) * size * x.shape[1]} '
                 f'patches of {len(seen)} batches: lower it.'
             )
@@ -293,7 +294,7 @@ def check(tok: Tokenizer, stats: dict, minimum: float) -> None:
     if perplexity >= minimum:
         return
     other = 'kmeans' if tok.kind == 'random_patches' else 'random_patches'
-    raise ValueError(
+    raise errors.UserError(
         f'The {tok.vocab} words of tokenizer={tok.kind} have a perplexity of {perplexity:.1f} (the '
         f'most frequent has {float(stats["token_top"]):.0%}), below method.min_perplexity='
         f'{minimum:g}: set method.tokenizer={other}, or min_perplexity=0 to train on them.'
@@ -339,7 +340,7 @@ def dvae_codebook(tok: Tokenizer, weights: dict[str, np.ndarray]) -> dict[str, n
         value = np.asarray(weights[keys[name]], np.float32) if name in keys else None
         if value is None or value.shape != shape:
             problem = 'is missing' if value is None else f'has shape {value.shape}'
-            raise ValueError(
+            raise errors.UserError(
                 f'The dVAE does not fit, nothing was loaded: {name} {problem}, expected {shape}; '
                 f"give the state dict of DALL-E's encoder, and set method.vocab to its number of "
                 f'words (8192 in the published one).'

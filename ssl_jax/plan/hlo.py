@@ -23,6 +23,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ssl_jax.run import errors
+
 COLLECTIVES = (
     'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
     'collective-permute', 'collective-broadcast',
@@ -107,7 +109,7 @@ def parse(text: str) -> Module:
         elif instruction := _instruction(line):
             current[instruction.name] = instruction
     if entry is None:
-        raise ValueError('no ENTRY computation in this text; give the text of an HLO module.')
+        raise errors.UserError('no ENTRY computation in this text; give the text of an HLO module.')
     return Module(computations, entry)
 
 

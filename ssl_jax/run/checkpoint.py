@@ -47,7 +47,7 @@ SHARED_BYTES = 2**20
 READ_GB = 16
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(errors.UserError):
     """A checkpoint could not be written or read; the message is one sentence."""
 
 

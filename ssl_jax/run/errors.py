@@ -1,14 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors for users: one sentence with the name, its value and the next step."""
 
+import contextlib
 import difflib
 import importlib
+import os
+import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
     """Invalid input of a user; the message is one sentence."""
+
+
+@contextlib.contextmanager
+def in_a_sentence(command: str) -> Iterator[None]:
+    """Ends the process with code 1 and one line on stderr on errors of users and the system.
+
+    All others are bugs, of ours or of a library, and keep their traceback. SSL_JAX_TRACEBACK=1
+    shows it for every error.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if os.environ.get('SSL_JAX_TRACEBACK'):
+            raise
+        print(f'{command}: {error}', file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def close(word: str, words: Iterable, cutoff: float = 0.6) -> list[str]:

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ssl_jax.run import launch, storage
+from ssl_jax.run import errors, launch, storage
 
 REMOTE_SECONDS = 60  # objects in a bucket cannot be appended to: they are rewritten this often
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(errors.UserError):
     """More updates were skipped as non-finite than the budget allows."""
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ssl_jax.data import host, scenes, sources
 from ssl_jax.data import host as host_lib
 from ssl_jax.data import stream as stream_lib
+from ssl_jax.run import errors
 
 VIEWS = (host.View('global', 16, count=2), host.View('local', 8, scale=(0.05, 0.3)))
 TINY = (host.View('image', 1),)
@@ -251,7 +252,9 @@ def test_a_bad_image_is_replaced_the_same_way_whoever_loads_it():
 
 
 def test_when_no_image_can_be_decoded_the_stream_says_so():
-    with pytest.raises(RuntimeError, match=r'8 images in a row .*file \d+ \(text, not an image\)'):
+    with pytest.raises(
+        errors.UserError, match=r'8 images in a row .*file \d+ \(text, not an image\)'
+    ):
         take(Broken(4, bad=range(4)), 1, TINY, batch_size=2)
 
 
@@ -317,14 +320,14 @@ def test_entries_of_another_data_set_are_not_counted(tmp_path):
 def test_more_bad_images_than_the_budget_stop_the_run(tmp_path):
     bad = stream_lib.BadImages(Broken(300, range(9)), tmp_path / 'bad.jsonl', 0.01)
     bad.update(bad_batch(0, 1, 2))
-    with pytest.raises(RuntimeError, match='4 of 300 images .*3 allowed.*bad.jsonl'):
+    with pytest.raises(errors.UserError, match='4 of 300 images .*3 allowed.*bad.jsonl'):
         bad.update(bad_batch(3))
 
 
 def test_one_bad_image_is_always_allowed(tmp_path):
     bad = stream_lib.BadImages(Broken(10, range(9)), tmp_path / 'bad.jsonl', 0.0)
     bad.update(bad_batch(0))
-    with pytest.raises(RuntimeError, match='2 of 10 images .*1 allowed'):
+    with pytest.raises(errors.UserError, match='2 of 10 images .*1 allowed'):
         bad.update(bad_batch(5))
 
 

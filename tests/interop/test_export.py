@@ -25,7 +25,7 @@ from ssl_jax.evals import report
 from ssl_jax.interop import export, families, files, layouts
 from ssl_jax.models import decoder as decoder_lib
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import checkpoint, weights
+from ssl_jax.run import checkpoint, errors, weights
 
 KINDS = {
     'mae': {},
@@ -403,7 +403,7 @@ def test_a_bare_folder_one_step_and_an_older_step_are_exported(tmp_path):
         assert p['step'] == (step or 2)
         got, want = weights.open_weights(out), weights.open_run(tmp_path / 'run', p['step'])
         assert_same_bits(*(x.networks()['encoder'][1] for x in (got, want)))
-    with pytest.raises(RuntimeError, match='no complete checkpoint of step 7'):
+    with pytest.raises(errors.UserError, match='no complete checkpoint of step 7'):
         leave(saved, 'official', tmp_path / 'out', step=7)
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 import tomllib
 
+import jax
 import pytest
 
 from ssl_jax.run import errors
@@ -52,3 +53,21 @@ def test_every_extra_that_a_sentence_names_can_be_installed():
     named = re.findall(r"errors\.extra\('[\w.]+', '(\w+)'\)", source)
     named += re.findall(r"pip install 'ssl_jax\[(\w+)\]'", source)
     assert named and set(named) <= set(project['optional-dependencies'])
+
+
+@pytest.mark.parametrize(
+    'error', [errors.UserError('say X.'), FileNotFoundError('say X.'), PermissionError('say X.')]
+)
+def test_an_error_of_the_user_or_the_system_is_one_line_and_code_1(error, capsys):
+    with pytest.raises(SystemExit) as end, errors.in_a_sentence('ssl_jax eval'):
+        raise error
+    assert end.value.code == 1
+    assert capsys.readouterr().err == 'ssl_jax eval: say X.\n'
+
+
+@pytest.mark.parametrize(
+    'bug', [ValueError('x'), RuntimeError('x'), KeyError('x'), jax.errors.JaxRuntimeError('x')]
+)
+def test_a_bug_of_ours_or_of_xla_keeps_its_traceback(bug):
+    with pytest.raises(type(bug)), errors.in_a_sentence('ssl_jax eval'):
+        raise bug

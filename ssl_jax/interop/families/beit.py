@@ -20,6 +20,7 @@ from ssl_jax.interop import shapes, tables
 from ssl_jax.interop.families import vit as plain
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.run import errors
 
 ORDER = 10
 NETWORKS = {'head': blocks_lib.Dense}  # `Weights.vocab` is its width
@@ -118,7 +119,7 @@ def check(w, state_dict):
     for key in (k for k in state_dict if k.endswith(INDEX)):
         value, want = np.asarray(state_dict[key]), index(w.vit)
         if value.shape != want.shape or (value != want).any():
-            raise ValueError(f'{key} is not the order of relative positions that BEiT has.')
+            raise errors.UserError(f'{key} is not the order of relative positions that BEiT has.')
 
 
 def refusals(w):
@@ -230,7 +231,7 @@ def _read(found, modules, stack, name):
     depth = shapes.depth(have, stack)
     hidden = shapes.rows(have, name['fc1'])
     if hidden is None:
-        raise ValueError(shapes.absent(f'{stack}.0.{name["fc1"]}', have))
+        raise errors.UserError(shapes.absent(f'{stack}.0.{name["fc1"]}', have))
     rel_pos = next((k for k, m in modules.items() if f'{m}.{TABLE}'.format(i=0) in have), None)
     learned, heads = name['pos'] in have, None
     if rel_pos is not None:
@@ -240,7 +241,7 @@ def _read(found, modules, stack, name):
     elif learned:
         img_size = shapes.grid(have, hints, name['pos'], name['cls'], patch, False)[1]
     else:
-        raise ValueError(shapes.absent(f'{modules["shared"]}.{TABLE}', have))
+        raise errors.UserError(shapes.absent(f'{modules["shared"]}.{TABLE}', have))
     scaled = any(k.endswith(name['scale']) for k in have)
     start = hints.get('layer_scale_init_value', hints.get('layerscale_value', 1.0))
     vit = vit_lib.ViT(
@@ -276,7 +277,7 @@ def _side(key, shape):
     """Patches along a side, from the shape ((2 side - 1)^2 + 3, heads) of a table."""
     side = (math.isqrt(max(shape[0] - 3, 0)) + 1) // 2
     if len(shape) != 2 or side < 1 or (2 * side - 1) ** 2 + 3 != shape[0]:
-        raise ValueError(
+        raise errors.UserError(
             f'{key} has shape {shape}, expected ((2 n - 1)^2 + 3, heads) for n x n patches; only '
             f'square grids are read.'
         )
