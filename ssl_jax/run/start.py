@@ -18,7 +18,7 @@ from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.interop import files
 from ssl_jax.methods import base
-from ssl_jax.run import checkpoint, launch, storage, weights
+from ssl_jax.run import checkpoint, launch, peers, storage, weights
 from ssl_jax.run.launch import log
 
 
@@ -58,6 +58,14 @@ def complete(config: ConfigDict, source: Any) -> ConfigDict:
         config.method.update(values)
     config_lib.validate(config)
     return config
+
+
+def compare(config: ConfigDict, source: Any, workdir: epath.Path) -> None:
+    """Checks that all processes run the same, before a collective waits for one that does not."""
+    versions = {name: importlib.metadata.version(name) for name in ('ssl_jax', 'jax')}
+    flat = config_lib.flatten(config)
+    flat.pop('overrides')  # the same values may be written in two ways
+    peers.compare({**flat, 'workdir': str(workdir), 'images': source.fingerprint, **versions})
 
 
 def banner(config, source, method, program, workdir) -> None:
