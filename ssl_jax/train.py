@@ -174,7 +174,7 @@ def loop(run: Run, state, started: float) -> dict:
         save(run, state)  # it is finite
         raise
     except stream_lib.TooManyBadImages:
-        if jax.process_count() == 1:  # other processes do not know and would wait
+        if jax.process_count() == 1:  # else the others are at another step
             save(run, state)
         raise
     finally:

@@ -309,6 +309,7 @@ COMMAND = """
     from ssl_jax.data import stream
     from ssl_jax.run import launch
     launch.initialize_distributed()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests takes it away
     me = int(os.environ['JAX_PROCESS_ID'])
     real, batches = stream.BadImages.update, []
 
