@@ -15,7 +15,6 @@ Each command imports its modules when it runs, so that `ssl_jax --help` is quick
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -59,7 +58,7 @@ def _parser():
 
     p = command(pretrain, help='train an encoder on your images')
     p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
-    p.add_argument('--method', default='mae', help='mae, pixio, dinov2, splitmask or beit')
+    p.add_argument('--method', help='mae (the default), pixio, dinov2, splitmask or beit')
     p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
     p.add_argument('--workdir', required=True, help='folder of the run; start again to continue')
     fields(p)
@@ -148,7 +147,11 @@ def pretrain(args):
         raise errors.UserError(
             'give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).'
         )
-    recipe = args.config or f'images_{args.method}'
+    if args.config and args.method:
+        raise errors.UserError(
+            f'--config {args.config} and --method {args.method} both name a recipe: give one.'
+        )
+    recipe = args.config or f'images_{args.method or "mae"}'
     if recipe.startswith('images_') and recipe not in config.recipes():
         known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
         raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
@@ -208,10 +211,10 @@ def show(args):
 def features(args):
     """`ssl_jax features`."""
     from ssl_jax.evals import feature_file
+    from ssl_jax.run import launch
 
-    log = functools.partial(print, flush=True)  # a pipe sees every line at once
     feature_file.extract(
-        args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=log
+        args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=launch.log
     )
 
 

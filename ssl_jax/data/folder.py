@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from ssl_jax.data import files
-from ssl_jax.run import hashing, storage
+from ssl_jax.run import storage
 
 
 class Folder:
@@ -59,7 +59,8 @@ class Folder:
         if classes is not None:
             names = files.class_names(self._labels, classes)
             self.classes = names or tuple(str(c) for c in classes)
-        self.fingerprint = hashing.digest('folder', *self._files)
+        paths = [os.path.join(self.path, f) for f in self._files]
+        self.fingerprint = files.fingerprint('folder', paths, *self._files)
 
     def __len__(self) -> int:
         return len(self._files)

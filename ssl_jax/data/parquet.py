@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssl_jax.data import files
-from ssl_jax.run import errors, hashing, storage
+from ssl_jax.run import errors, storage
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
 MEMORY_BYTES = 2 << 30
@@ -63,8 +63,8 @@ class Parquet:
         self._ends = np.cumsum([m.num_rows for m in metadata]).tolist()
         if not self._ends[-1]:
             raise errors.UserError(f'{self.files[0]} has no rows: give a file with images.')
-        names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
-        self.fingerprint = hashing.digest('parquet', *names, *sizes, *self._ends)
+        names = map(os.path.basename, self.files)
+        self.fingerprint = files.fingerprint('parquet', self.files, *names, *self._ends)
         self._labels, self.classes = self._read_labels(features)
         self._cache = None
         if sum(_image_bytes(m, self._image) for m in metadata) > MEMORY_BYTES:

@@ -41,8 +41,8 @@ class ArrayRecord:
         names = classes or files.read_class_names(self.files[0])
         labelled = names and 'label' in _unpack(self._records[0])
         self.classes = tuple(str(n) for n in names) if labelled else None
-        names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
-        self.fingerprint = hashing.digest('array_record', *names, *sizes, len(self))
+        names = map(os.path.basename, self.files)
+        self.fingerprint = files.fingerprint('array_record', self.files, *names, len(self))
 
     def __len__(self) -> int:
         return len(self._records)

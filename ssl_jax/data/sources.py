@@ -8,7 +8,7 @@ A source is anything with
                    depth=float32 (H, W)); all but `image` only if the source has them
   classes          tuple of names in label order, or None if there are no labels
   describe(i)      where image i comes from, for messages
-  fingerprint      str; changes when the list of images changes
+  fingerprint      str; changes when the images change, see `files.fingerprint`
 
 that can be pickled and read from several threads.
 """
@@ -47,8 +47,9 @@ class Arrays:
         self._images = images
         self._labels = None if labels is None else np.asarray(labels, np.int32)
         self.classes = files.class_names(self._labels, classes)
-        ends = [x if isinstance(x, bytes) else x.tobytes() for x in (images[0], images[-1])]
-        self.fingerprint = hashing.digest('arrays', len(images), *ends)
+        sample = [images[i] for i in files.spread(len(images), files.SAMPLE)]
+        sample = [x if isinstance(x, bytes) else np.asarray(x).tobytes() for x in sample]
+        self.fingerprint = hashing.digest('arrays', len(images), *sample)
 
     def __len__(self) -> int:
         return len(self._images)

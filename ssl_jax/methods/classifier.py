@@ -166,6 +166,12 @@ class Classifier(base.OneView):
                 f'The training images are of {len(names)} classes, method.num_classes is '
                 f'{self.num_classes}: set method.num_classes=None.'
             )
+        if self.classes and tuple(self.classes) != names:
+            odd = sorted({*self.classes} ^ {*names})[:10]
+            raise errors.UserError(
+                f'The training images have other classes than this run began with ({", ".join(odd)}'
+                f'{" on one side only" if odd else ", in another order"}): give a new --workdir.'
+            )
         shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
         lines = [f'classes   {len(names)}: {shown}']
         return {'num_classes': len(names), 'classes': names}, lines
