@@ -11,6 +11,7 @@ import zlib
 
 import cv2
 import numpy as np
+import PIL.features
 import PIL.Image
 import PIL.ImageOps
 
@@ -22,6 +23,7 @@ __all__ = ['MAX_PIXELS', 'DecodeError', 'decode']
 
 _HEIF = {b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs', b'mif1', b'msf1'}
 _PNG = b'\x89PNG\r\n\x1a\n'
+_KNOWN = b'RIFF', b'GIF8', b'BM', b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51', _PNG, b'P5', b'P6'
 _PNM = re.compile(rb'P([56])' + 3 * rb'(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})' + rb'\s')
 
 
@@ -88,7 +90,8 @@ def _pillow(data):
                 file.info['transparency'] *= 255 // (2 ** data[24] - 1)
             image = PIL.ImageOps.exif_transpose(file)
         if image.mode.startswith('I;16'):
-            return _from_array(np.asarray(image).astype(np.uint16))
+            white = 65535 if file.format == 'JPEG2000' else None  # Pillow scales to it
+            return _from_array(pixels.to_8_bits(np.asarray(image).astype(np.uint16), white))
         if image.mode == 'I' and file.format == 'PPM':  # scaled by Pillow to 16 bits
             return _from_array(pixels.to_8_bits(np.asarray(image).astype(np.uint16), 65535))
         if image.mode == 'I':
@@ -111,6 +114,10 @@ def _pillow(data):
 
 
 def _open(data):
+    if data[:4] == b'RIFF' and data[8:16] == b'WEBPVP8X' and len(data) > 20 and data[20] & 2:
+        # An animation. What its first frame leaves free of the canvas is transparent, also if no
+        # frame has alpha; without this flag Pillow paints it black.
+        data = data[:20] + bytes([data[20] | 0x10]) + data[21:]
     try:
         return PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError:
@@ -120,7 +127,7 @@ def _open(data):
         heif = errors.extra('pillow_heif', 'heif')
     except errors.UserError as e:
         raise DecodeError(f'an HEIC photo, and {e}') from None
-    return heif.HeifImagePlugin.HeifImageFile(io.BytesIO(data))  # registers nothing in Pillow
+    return heif.HeifImageFile(io.BytesIO(data))  # no plugin for all of Pillow
 
 
 def _png(data):
@@ -207,6 +214,11 @@ def _what_is(data):
         return 'an HTML page, not an image: the download probably failed'
     if head.startswith((b'<?xml', b'<svg')):
         return 'XML or SVG, not a raster image'
+    avif = data[4:12] in (b'ftypavif', b'ftypavis')
+    if avif and not PIL.features.check('avif'):
+        return 'an AVIF image, which Pillow reads since 11.3: update it'
+    if avif or data.startswith(_KNOWN):
+        return 'a truncated or corrupt image (its header cannot be read)'
     if data[4:8] == b'ftyp':
         return f'a {data[8:12].decode("ascii", "replace")} container that Pillow cannot read'
     if not any(data[:4096]):
