@@ -137,9 +137,11 @@ def _png(data):
     decode to that point.
     """
     at, bits, colour = 8, *data[24:26].ljust(2, b'\0')
-    while at < len(data) and data[at + 4 : at + 8] != b'IEND':
-        end = at + 8 + int.from_bytes(data[at : at + 4], 'big')
-        if data[at + 4 : at + 8] == b'IDAT':
+    name, has_exif = b'', False
+    while at < len(data) and name != b'IEND':
+        name, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], 'big')
+        has_exif |= name == b'eXIf'
+        if name == b'IDAT':
             stored = int.from_bytes(data[end : end + 4], 'big')
             if len(data) < end + 4 or zlib.crc32(memoryview(data)[at + 4 : end]) != stored:
                 raise pixels.corrupt('PNG', 'a wrong checksum')
@@ -150,7 +152,8 @@ def _png(data):
         with PIL.Image.open(io.BytesIO(data)) as file:
             pixels.check_size(*file.size)
             hidden = file.info.get('transparency')
-            orientation = file.getexif().get(0x0112, 1)
+            # Pillow would decode all pixels to look for a block that is not there.
+            orientation = file.getexif().get(0x0112, 1) if has_exif else 1
             grey = np.asarray(file) if colour == 0 else None
     except PIL.Image.DecompressionBombError:
         raise DecodeError(pixels.TOO_LARGE) from None
@@ -162,13 +165,15 @@ def _png(data):
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if image is None or image.dtype != np.uint16:
             raise pixels.corrupt('PNG', 'OpenCV cannot read it')
-        image = image[:, :, [2, 1, 0, 3][: image.shape[2]]]
+        parts = [image] if image.shape[2] == 3 else [image[:, :, :3], image[:, :, 3:]]
+        image = np.dstack([pixels.to_8_bits(part) for part in parts])  # alpha has its own range
+        order = cv2.COLOR_BGR2RGB if len(parts) == 1 else cv2.COLOR_BGRA2RGBA
+        image = cv2.cvtColor(image, order)
     else:
-        image = grey.astype(np.uint16)[:, :, None]
+        image = pixels.to_8_bits(grey.astype(np.uint16))[:, :, None]
         if hidden is not None:
-            image = np.concatenate([image, np.where(image == hidden, 0, 65535)], 2)
-            image = image.astype(np.uint16)
-    return pixels.upright(pixels.to_rgb(pixels.to_8_bits(image)), orientation)
+            image = np.dstack([image, np.where(grey == hidden, 0, 255).astype(np.uint8)])
+    return pixels.upright(pixels.to_rgb(image), orientation)
 
 
 def _pnm(data):
@@ -203,6 +208,7 @@ def _check_written(data):
         end = len(data) if size in (0, 1) and any(data[end + 4 : end + 8]) else end
     else:
         return
+    end = min(end, len(data))
     if end >= 64 and not any(data[end - 64 : end]):
         raise pixels.corrupt('image', 'it ends in zeros that were never written')
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the pixels that files hold to uint8 RGB: range, transparency, orientation, size."""
 
+import cv2
 import numpy as np
 
 from ssl_jax.run import errors
@@ -43,8 +44,7 @@ def to_8_bits(x: np.ndarray, white: int | None = None) -> np.ndarray:
         white = next(2**b - 1 for b in DEPTHS if brightest < 2**b)
     if x.dtype == np.uint8 and white == 255:
         return x
-    values = np.arange(np.iinfo(x.dtype).max + 1, dtype=np.int64)
-    return np.minimum((values * 255 + white // 2) // white, 255).astype(np.uint8)[x]
+    return cv2.convertScaleAbs(x, alpha=255 / white).reshape(x.shape)  # rounds and saturates
 
 
 def unit_to_8_bits(x: np.ndarray) -> np.ndarray:

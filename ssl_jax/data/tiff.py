@@ -21,9 +21,9 @@ _NAMES = {
     **{266: 'fill_order', 273: 'offsets', 274: 'orientation', 277: 'bands', 278: 'rows'},
     **{279: 'counts', 281: 'white', 284: 'planar', 317: 'predictor', 320: 'palette'},
     **{322: 'tile_width', 323: 'tile_height', 324: 'offsets', 325: 'counts', 332: 'inks'},
-    **{338: 'extra', 339: 'format', 341: 'white'},
+    **{338: 'extra', 339: 'format', 341: 'white', 50706: 'dng'},
 }
-_NONE, _JPEG = 1, 7
+_NONE, _JPEG = 1, {6, 7}
 _BYTES = {_NONE, 5, 8, 32773, 32946, 34925, 50000}  # none, LZW, deflate, PackBits, LZMA, zstd
 _FAX = {2, 3, 4, 32771}
 _COLOURS = {0: 'white is zero', 1: 'grey', 2: 'RGB', 3: 'palette', 5: 'CMYK', 6: 'YCbCr'}
@@ -44,8 +44,10 @@ def decode(data: bytes) -> np.ndarray | None:
     """
     try:
         t = _tags(data)
-    except (ValueError, struct.error, IndexError) as e:
+    except (ValueError, struct.error, OverflowError) as e:
         raise pixels.corrupt('TIFF', f'its tags cannot be read: {e}') from None
+    if 'dng' in t:
+        raise pixels.DecodeError('a raw file of a camera (DNG): develop it to TIFF or JPEG')
     width, height, bands = _one(t, 'width', 0), _one(t, 'height', 0), _one(t, 'bands', 1)
     if width < 1 or height < 1:
         raise pixels.corrupt('TIFF', f'{width}x{height} pixels')
@@ -56,9 +58,11 @@ def decode(data: bytes) -> np.ndarray | None:
     if len(set(bits)) > 1:
         raise pixels.DecodeError(f'a TIFF with bands of {", ".join(map(str, bits))} bits')
     bits = bits[0]
+    if not 1 <= bits <= 64:
+        raise pixels.corrupt('TIFF', f'{bits} bits')
     if compression in _FAX and bands == bits == 1:
         return None
-    if compression == _JPEG and bits == 8 and planar == 1:
+    if compression in _JPEG and bits == 8 and planar == 1 and photometric != 3:
         return None
     if photometric == 6:
         if compression in _BYTES - {_NONE} and bits == 8 and planar == 1 and bands == 3:
@@ -229,20 +233,15 @@ def _colours(x, t, photometric, alpha, bits):
     x = x[:, :, : _BANDS[photometric] + (at is not None)]  # other bands have no meaning for the eye
     if photometric == 3:
         return _palette(x[:, :, 0], t, bits)
-    if x.dtype.kind == 'f':
-        x = pixels.unit_to_8_bits(x)
-    elif bits <= 8 or bits not in (16, 32):
-        x = pixels.to_8_bits(x, 2**bits - 1)
-    else:
-        brightest, white = int(x.max()), max(t.get('white', [0]))
-        if bits == 32:
-            if not brightest <= white < 2**16:
-                raise pixels.DecodeError(pixels.NO_WHITE)
-            x = x.astype(np.uint16)
-        x = pixels.to_8_bits(x, white if 0 < brightest <= white else None)
-    colours, opaque = x[:, :, : _BANDS[photometric]], None if at is None else x[:, :, at:]
+    n = _BANDS[photometric]
+    if at is None or premultiplied:
+        x = _to_8_bits(x, t, bits)
+        colours, opaque = x[:, :, :n], None if at is None else x[:, :, n:]
+    else:  # alpha has its own range
+        colours, opaque = _to_8_bits(x[:, :, :n], t, bits), _to_8_bits(x[:, :, n:], t, bits)
     if photometric == 0:
-        colours = (opaque if premultiplied else 255) - colours
+        white = opaque if premultiplied else np.uint8(255)
+        colours = white - np.minimum(colours, white)
     if photometric == 5:
         image = PIL.Image.fromarray(np.ascontiguousarray(colours), 'CMYK')
         colours = np.asarray(image.convert('RGB'))
@@ -258,3 +257,16 @@ def _palette(index, t, bits):
     # Some writers store 0 ... 255 where the format wants 0 ... 65535.
     table = pixels.to_8_bits(table, 255 if table.max() < 256 else 65535)
     return table.reshape(3, -1).T[index]
+
+
+def _to_8_bits(x, t, bits):
+    if x.dtype.kind == 'f':
+        return pixels.unit_to_8_bits(x)
+    if bits not in (16, 32):
+        return pixels.to_8_bits(x, 2**bits - 1)
+    brightest, white = int(x.max()), max(t.get('white', [0]))
+    if bits == 32:
+        if not brightest <= white < 2**16:
+            raise pixels.DecodeError(pixels.NO_WHITE)
+        x = x.astype(np.uint16)
+    return pixels.to_8_bits(x, white if 0 < brightest <= white else None)

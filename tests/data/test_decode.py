@@ -72,6 +72,9 @@ PASSES = (
 ADAM7 = [(slice(y, None, dy), slice(x, None, dx)) for x, dx, y, dy in PASSES]
 
 
+PNGS = (0, 1), (4, 2), (2, 3), (6, 4)  # kind of colour, bands
+
+
 def png(samples, bits, colour, interlaced=False, size=None, **chunks):
     rows = b''
     for part in ADAM7 if interlaced else [(slice(None),) * 2]:
@@ -87,21 +90,20 @@ def png(samples, bits, colour, interlaced=False, size=None, **chunks):
 
 
 @pytest.mark.parametrize('interlaced', [False, True])
-@pytest.mark.parametrize('bits', [1, 2, 4, 8, 16])
-@pytest.mark.parametrize('colour, bands', [(0, 1), (4, 2), (2, 3), (6, 4)])
-def test_png_of_all_depths(colour, bands, bits, interlaced):
-    if bits < 8 and colour:
-        pytest.skip('no such PNG')
+@pytest.mark.parametrize(
+    'bits, colour, bands',
+    [*((b, 0, 1) for b in (1, 2, 4)), *((b, *c) for b in (8, 16) for c in PNGS)],
+)
+def test_png_of_all_depths(bits, colour, bands, interlaced):
     values = BANDS[:, :, [0, 3] if bands == 2 else slice(bands)]
     samples = np.round(values * (2**bits - 1)).astype(int)
     check(png(samples, bits, colour, interlaced), over_white(samples / (2**bits - 1)), 1.51)
 
 
-@pytest.mark.parametrize('bits', [1, 2, 4, 8, 16])
-@pytest.mark.parametrize('colour, bands', [(0, 1), (2, 3)])
-def test_the_transparent_colour_of_a_png_becomes_white_at_all_depths(colour, bands, bits):
-    if bits < 8 and colour:
-        pytest.skip('no such PNG')
+@pytest.mark.parametrize(
+    'bits, colour, bands', [*((b, 0, 1) for b in (1, 2, 4, 8, 16)), (8, 2, 3), (16, 2, 3)]
+)
+def test_the_transparent_colour_of_a_png_becomes_white_at_all_depths(bits, colour, bands):
     samples = np.round(BANDS[:, :, :bands] * (2**bits - 1)).astype(int)
     hidden = samples[5, 7]
     expected = over_white(samples / (2**bits - 1)).copy()
@@ -259,6 +261,16 @@ def test_heic_is_read_and_nothing_is_registered_in_pillow():
     rgba[:, :80, 3] = 255
     out = host.decode(heic(rgba, chroma=444)).astype(int)
     assert np.abs(out[:, :80] - picture[:, :80]).mean() < 4 and (out[:, 90:] > 250).all()
+
+
+def test_the_orientation_of_a_heic_is_undone_once():
+    picture = np.kron(noise(8, 10), np.ones((16, 16, 1), np.uint8))
+    for orientation, turns in ((3, 2), (6, -1), (8, 1)):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        out = host.decode(heic(picture, chroma=444, exif=exif.tobytes()))
+        expected = np.rot90(picture, turns)
+        assert out.shape == expected.shape and np.abs(out - expected.astype(int)).mean() < 4
 
 
 def test_heic_without_the_extra_says_how_to_install_it(monkeypatch):

@@ -251,6 +251,15 @@ def test_a_range_that_the_file_does_not_state_is_the_smallest_that_holds_its_pix
     check(grey, shown(BANDS[:, :, :1], GREY, None))
 
 
+def test_alpha_of_16_bits_beside_colours_of_12_has_its_own_range():
+    for alpha_top in (4095, 65535):
+        tops = np.array([4095, 4095, 4095, alpha_top])
+        samples = np.round(BANDS[:, :, :4] * tops).astype(np.uint16)
+        check(tiff(samples, 16, RGB, ALPHA), shown(samples / tops, RGB, ALPHA), 1.51)
+        data = cv2.imencode('.png', samples[:, :, [2, 1, 0, 3]])[1].tobytes()
+        check(data, shown(samples / tops, RGB, ALPHA), 1.51)
+
+
 def test_a_stated_range_wins_unless_a_pixel_is_brighter():
     samples = np.round(BANDS[:, :, :1] * 3000).astype(np.uint16)
     for stated, white in ((3000, 3000), (65535, 65535), (5000, 5000), (200, 4095)):
@@ -331,7 +340,7 @@ def test_what_the_tags_declare_is_checked_before_anything_is_allocated():
 
     assert 'million pixels' in reason(declared(width=60000, height=60000))
     assert 'truncated or corrupt' in reason(declared(width=0))
-    assert 'truncated or corrupt' in reason(declared(width=10000, height=10000, rows=10000))
+    assert 'truncated or corrupt' in reason(declared(width=9000, height=9000, rows=9000))
     assert 'million pixels' in reason(declared(tile_width=60000, tile_height=60000))
     assert 'bands' in reason(declared(bands=60000))
 
@@ -343,4 +352,5 @@ def test_other_layouts_are_refused_by_name():
     assert 'colours of kind 32803' in reason(tiff(grey, 8, 32803))
     assert 'predictor 3' in reason(tiff(rgb, 8, RGB, tags={317: [3]}))
     assert 'samples of format [5]' in reason(tiff(rgb, 8, RGB, format=5))
+    assert 'a raw file of a camera' in reason(tiff(rgb, 8, RGB, tags={50706: [1]}))
     assert 'colours are RGB' in reason(tiff(grey, 8, RGB))
