@@ -85,14 +85,10 @@ def _upright(image, data):
 def _segments(data):
     """(marker, start, end) up to the end marker; of a scan, its header.
 
-    Skips bytes between the segments of the header. Raises ValueError at them behind a scan, where
-    they may be a scan whose marker is damaged, and at a segment that is not whole.
+    Skips bytes between them. Raises ValueError at a segment that is not whole.
     """
-    at, scanned = 2, False
-    while (found := data.find(b'\xff', at)) >= 0 and found + 1 < len(data):
-        if scanned and found > at:
-            raise ValueError('bytes between segments')
-        at = found
+    at = 2
+    while (at := data.find(b'\xff', at)) >= 0 and at + 1 < len(data):
         marker = data[at + 1]
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7:  # no segment
             at += 1 if marker == 0xFF else 2
@@ -105,7 +101,7 @@ def _segments(data):
             return
         at = end
         if marker == 0xDA:
-            stop, scanned = _END_OF_SCAN.search(data, end), True
+            stop = _END_OF_SCAN.search(data, end)
             at = stop.start() if stop else len(data)
 
 
@@ -130,10 +126,11 @@ def _check_scans(data):
 def _bare(data, padding):
     """The same image without what is no image data, or None if its structure is damaged.
 
-    All coefficients must be there. Removes bytes between the segments of the header and behind the
-    image, comments and application data; adds the end marker. Restart markers that count from
-    another start, or not at all, are numbered. Unless `padding` is None, padding at the end of the
-    data of a scan or a restart interval is cut to that many bytes: damaged data do not end so.
+    All coefficients must be there: bytes between segments may be a scan whose marker is damaged.
+    Removes such bytes and those behind the image, comments and application data; adds the end
+    marker. Restart markers that count from another start, or not at all, are numbered. Unless
+    `padding` is None, padding at the end of the data of a scan or a restart interval is cut to that
+    many bytes: damaged data do not end so.
     """
     parts, frame, left = [b'\xff\xd8'], None, set()
     try:

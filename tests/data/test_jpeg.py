@@ -190,6 +190,17 @@ def test_a_progressive_file_that_lacks_scans_is_refused_though_each_scan_is_whol
         refused(data[:at])
 
 
+def test_a_scan_or_table_whose_marker_is_damaged_is_noticed():
+    for options in (dict(), dict(subsampling=0), dict(restart_marker_rows=1)):
+        data = encode(progressive=True, **options)
+        first = data.index(b'\xff\xda')
+        markers = [m.start() for m in re.finditer(rb'\xff[\xc4\xda]', data) if m.start() >= first]
+        assert len(markers) > 15
+        for at in markers:
+            for damaged in (b'\0' + data[at + 1 : at + 2], b'\xff\0', b'\xff\xec'):
+                refused(data[:at] + damaged + data[at + 2 :])
+
+
 def test_a_file_without_chroma_scans_is_refused():
     head = KINDS['444'][: KINDS['444'].index(b'\xff\xda')]
     grey = encode('L')
