@@ -22,13 +22,20 @@ class ArrayRecord:
       path: file, glob, or folder (searched recursively).
       split: for a folder, take the files of this split: train.array_record, ...
       classes: names in label order.
+      purpose: chooses the split if `split` does not, see `splits.PURPOSES`.
     """
 
-    def __init__(self, path: str, split: str | None = None, classes: Sequence | None = None):
+    def __init__(
+        self,
+        path: str,
+        split: str | None = None,
+        classes: Sequence | None = None,
+        purpose: str = 'train',
+    ):
         import grain  # slow: it imports jax
 
         errors.extra('array_record', 'arrayrecord')
-        self.files = files.expand(path, split, '.array_record')
+        self.files, self.notes = files.expand(path, split, '.array_record', purpose)[0]
         folder = os.path.dirname(self.files[0])
         if os.path.exists(os.path.join(folder, 'features.json')):
             raise errors.UserError(

@@ -71,7 +71,7 @@ def banner(config, source, method, program, workdir) -> None:
         f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
         f'devices   {jax.device_count()} x {device.device_kind}, mesh {axes}, '
         f'process {jax.process_index() + 1} of {jax.process_count()}',
-        f'data      {len(source):,} images, {source.fingerprint}',
+        *sources.lines(source),
         f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
         f'schedule  {clock.total:,} steps of {config.batch_size} ({epochs:.1f} epochs), '
         f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',

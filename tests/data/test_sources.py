@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssl_jax.data import folder, host, parquet, sources
+from ssl_jax.data import files, host, parquet, sources
 
 
 def png(value, side=4):
@@ -106,8 +106,12 @@ def test_the_fingerprint_follows_the_list_of_images(tmp_path):
 def test_remote_folders_are_listed_like_local_ones(tmp_path):
     for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
         write(tmp_path / name)
-    listed = folder._list_remote(str(tmp_path))
-    assert listed == folder._list_local(str(tmp_path)) == (['0.png', 'a/x/1.jpg', 'b/2.png'], 1)
+    (tmp_path / '.hidden').mkdir()
+    write(tmp_path / '.hidden/3.png')
+    names, left = files.walk_remote(str(tmp_path), files.is_image)
+    assert names == ['0.png', 'a/x/1.jpg', 'b/2.png']
+    assert names == files.walk(str(tmp_path), files.is_image)[0]
+    assert files.left_out(left) == ['left out: 1 in .hidden, 1 of extension .txt']
 
 
 def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
@@ -307,7 +311,7 @@ def test_misspelt_names_are_answered_with_the_nearest_one(tmp_path):
 def test_folders_without_images_are_refused(tmp_path):
     assert 'is empty' in sentence(FileNotFoundError, str(tmp_path))
     write(tmp_path / 'notes.txt')
-    assert 'None of the 1 files' in sentence(FileNotFoundError, str(tmp_path))
+    assert '1 of extension .txt' in sentence(FileNotFoundError, str(tmp_path))
     assert 'neither a folder' in sentence(ValueError, str(tmp_path / 'notes.txt'))
 
 
