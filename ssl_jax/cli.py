@@ -181,6 +181,7 @@ def pretrain(args):
     from ssl_jax import config, train
     from ssl_jax.run import launch
 
+    fields = _data_fields(args)
     if not args.config and not args.data:
         raise errors.UserError(
             'give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).'
@@ -189,7 +190,6 @@ def pretrain(args):
     if recipe.startswith('images_') and recipe not in config.recipes():
         known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
         raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
-    fields = _data_fields(args)
     launch.initialize_distributed()
     train.command(recipe, fields + args.fields, args.workdir)
 
@@ -199,6 +199,7 @@ def finetune(args):
     from ssl_jax import train
     from ssl_jax.run import launch
 
+    own = _data_fields(args)
     if args.recipe and args.config:
         raise errors.UserError(
             f'--recipe {args.recipe} and --config {args.config} are both recipes: give one.'
@@ -211,7 +212,7 @@ def finetune(args):
     # From scratch the lower layers have as much to learn as the upper ones.
     scratch = args.model == 'none'
     fields = ['optim.layer_decay=None'] if scratch else [f'init_from={args.model}']
-    if own := _data_fields(args):
+    if own:
         fields += [*own, 'method.num_classes=None']
     if args.data or args.test:
         fields.append(f'data.eval_test={args.test}')

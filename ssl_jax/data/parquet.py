@@ -314,8 +314,12 @@ def _field(column):
 
 
 def _plain(column):
-    """A column without a dictionary."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    """A column without a dictionary, with nulls for NaN."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return column
 
 
 def _label_kind(column):
