@@ -61,7 +61,7 @@ class Folder:
         self._files = names
         self.ignored = sum(count for count, _ in left.values())
         self.labels, self.classes, said = _labels(names, drop)
-        if self.labels is None and drop is not None:
+        if self.labels is None and drop is not None and not said:  # all splits are flat
             self.labels, self.classes, said = _labels(names)
         self.notes = (*notes, *said)
         self._segmentation = None

@@ -79,7 +79,7 @@ def test_the_training_split_is_used_and_the_rest_is_said(layout, tmp_path):
 @pytest.mark.parametrize(
     'folders',
     [('test', 'foo'), ('train', 'plane', 'car'), ('freight_train', 'night_train'), ('dev', 'val')]
-    + [('train', 'training'), ('1', '2')],
+    + [('train', 'training'), ('1', '2'), ('crash_test', 'freight_train')],
     ids='-'.join,
 )
 def test_classes_that_are_called_like_splits_stay_classes(folders, tmp_path):
@@ -113,6 +113,14 @@ def test_images_to_be_scored_on_are_those_of_a_test_split_with_labels(tmp_path):
     (tmp_path / 'test/4.png').unlink()
     assert names(sources.open_source(str(tmp_path), 'test'), tmp_path)[0] == 'test/a/4.png'
     assert len(sources.open_source(str(tmp_path), 'all')) == 6
+
+
+def test_all_splits_have_labels_only_if_each_has_classes(tmp_path):
+    fill(tmp_path, 'train/a/1.png', 'train/b/2.png', 'test/3.png')
+    source = sources.open_source({'path': str(tmp_path), 'split': 'all'})
+    assert len(source) == 3 and source.classes is None and 'test/3.png' in notes(source)
+    fill(tmp_path / 'flat', 'train/1.png', 'test/2.png')
+    assert sources.open_source(str(tmp_path / 'flat'), 'all').classes == ('test', 'train')
 
 
 def test_a_folder_of_splits_without_one_for_training_asks_for_a_name(tmp_path):
