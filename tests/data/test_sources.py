@@ -290,6 +290,14 @@ def test_every_shard_is_looked_at(tmp_path):
     assert sources.open_source(tmp_path).labels.tolist() == [0, -1]
 
 
+def test_shards_that_name_their_classes_differently_are_refused(tmp_path):
+    for name, classes in (('a', ['owl', 'yak']), ('b', ['yak', 'owl'])):
+        features = dict(label=dict(_type='ClassLabel', names=classes))
+        tagged = table([0, 1], [0, 1], metadata=dict(info=dict(features=features)))
+        pq.write_table(tagged, tmp_path / f'{name}.parquet')
+    assert "name the classes of 'label' differently" in sentence(ValueError, tmp_path)
+
+
 def test_a_cache_holds_shards_of_different_types(tmp_path, monkeypatch):
     save(tmp_path / 'a.parquet', image=[png(0)])
     save(tmp_path / 'b.parquet', image=pa.array([png(1)], pa.large_binary()))
