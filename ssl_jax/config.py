@@ -294,8 +294,9 @@ def _set_open(config, keys, text):
             parent[keys[1]] = None if text.strip().lower() == 'none' else text.strip()
             return
         for key in keys[1:-1]:
-            if not isinstance(parent.get(key), ConfigDict):
-                parent[key] = ConfigDict()
+            if not isinstance(value := parent.get(key), ConfigDict):
+                path = keys[0] == 'data' and value  # data.train=DIR data.train.split=val
+                parent[key] = ConfigDict({'path': value} if path else {})
             parent = parent[key]
         value = {'none': None}.get(text.strip().lower(), fields.literal(text))
         parent[keys[-1]] = fields.tuples(value)

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from ssl_jax import config as config_lib
 from ssl_jax import methods, optim, sharding
 from ssl_jax import step as step_lib
-from ssl_jax.data import files as files_lib
-from ssl_jax.data import sources
+from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.interop import files
 from ssl_jax.methods import base
@@ -113,7 +112,7 @@ def banner(config, source, method, program, workdir) -> None:
         f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
         f'devices   {jax.device_count()} x {device.device_kind}, mesh {axes}, '
         f'process {jax.process_index() + 1} of {jax.process_count()}',
-        f'data      {len(source):,} images, {source.fingerprint}',
+        *sources.lines(source),
         f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
         f'schedule  {clock.total:,} steps of {config.batch_size} ({epochs:.1f} epochs), '
         f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
@@ -186,7 +185,7 @@ def check_images(config: ConfigDict, meta: dict, source: Any) -> None:
     before, now = meta.get('data'), source.fingerprint
     if before == now or 'images' not in meta:  # of an earlier version
         return
-    if files_lib.same_content(before, now):
+    if fingerprint.same_content(before, now):
         log('images    with other times of change; names, sizes and a sample are as before')
         return
     sentence = (
