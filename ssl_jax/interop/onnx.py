@@ -94,7 +94,10 @@ def _load(folder, w):
     """The model of transformers."""
     transformers = errors.extra('transformers', 'onnx')
     name = layouts.family(w).hf_class(w)
-    options = {'add_pooling_layer': False} if name == 'ViTModel' else {}
+    # Their faster attention does not trace where logits have a bias (BEiT).
+    options = {'attn_implementation': 'eager'}
+    if name == 'ViTModel':
+        options['add_pooling_layer'] = False
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

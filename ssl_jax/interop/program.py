@@ -65,10 +65,11 @@ def write(folder, vit, params, transform, dtype):
 
     again = jax_export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
     weights = safetensors_numpy.load_file(folder / files.WEIGHTS)
+    rounded = {k: x.astype(jnp.dtype(dtype)) for k, x in named.items()}
     rng, worst = np.random.default_rng(0), 0.0
     for n in BATCHES:
         images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
-        got, want = again.call(weights, images), jax.jit(forward)(weights, images)
+        got, want = again.call(weights, images), jax.jit(forward)(rounded, images)
         worst = max([worst, *(difference(got[k], want[k], PROGRAM) for k in want)])
     return _card(vit, transform, worst), {'largest_difference': worst}
 
@@ -134,8 +135,8 @@ def _card(vit, transform, worst):
         f'- Input: the weights, a dict by name, and images, uint8 (batch, {size}, {size}, 3), RGB. '
         f'The batch may have any size, the sides are fixed. Mean and std are applied inside.',
         f'- Output: float32, after the final norm: {", ".join(outputs)}.',
-        f'- Lowered for {", ".join(PLATFORMS)}, with the default precision of products there (TF32 on '
-        f'newer NVIDIA GPUs, passes of bfloat16 on TPUs), as in training; ssl_jax is not needed.',
+        f'- Lowered for {", ".join(PLATFORMS)}, with the default precision of products there '
+        f'(TF32 on newer NVIDIA GPUs, passes of bfloat16 on TPUs), as in training.',
         f'- Read again when it was written and compared with the encoder on batches of '
         f'{" and ".join(map(str, BATCHES))}: the largest difference was {worst:.2g} of the largest '
         f'value.',
