@@ -6,7 +6,7 @@
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
-    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
+    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
     ssl_jax demo                                             # a few minutes on rendered scenes
@@ -114,9 +114,9 @@ def _parser():
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
 
-    p = command(export, help='weights for PyTorch: safetensors and a model card')
+    p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
-    p.add_argument('--to', required=True, help='naming of the tensors: official, hf or timm')
+    p.add_argument('--to', required=True, help='official, hf, timm (all for PyTorch), onnx or jax')
     p.add_argument('--out', required=True, help='folder to write')
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
     p.add_argument('--what', default='backbone', help='backbone, or full with decoder or heads')
