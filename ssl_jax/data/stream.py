@@ -13,7 +13,10 @@ import contextlib
 import functools
 import json
 import math
+import mmap
+import multiprocessing.connection
 import os
+import queue
 import sys
 import threading
 import time
@@ -30,6 +33,8 @@ from ssl_jax.data import host
 from ssl_jax.run import errors, hashing, launch, storage
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
+READY = 2  # finished batches that wait for the trainer
+CLOSE_SECONDS = 2.0  # for threads to finish their images
 _IO_PAUSES = (0.1, 0.5, 2.0)  # seconds before each repetition of a failed read
 
 
@@ -61,6 +66,10 @@ def train_stream(
     'bad': int64 (B, MAX_TRIES) indices that could not be decoded, padded with -1, and 'label':
     int32 (B,) if the source has labels}, where B = len(rows).
 
+    Memory: besides the batch that was returned at most READY finished ones, ceil(num_threads / B)
+    in work, and an image per thread. Each worker process has one finished batch less, but up to
+    four on their way. Nothing is read before the first next().
+
     A hash of (seed, g, attempt) chooses the replacement of an image that cannot be decoded, so it
     is the same on any number of threads, processes and hosts.
 
@@ -71,15 +80,16 @@ def train_stream(
       seed: with `source`, `views`, `batch_size` and `repeats` it determines every batch.
       start_step: the step of the first batch.
       rows: sorted rows of the global batch to load; default all.
-      num_threads: per process; default one per core. Each builds one batch at a time.
+      num_threads: per process, over rows of the batch that is needed next; default one per core
+        that this process may use, 64 at most.
       num_workers: processes; 0 loads in threads of this process. Threads are faster unless the GIL
-        is the limit; decoding and resizing release it.
+        is the limit; decoding and resizing release it. Batches are copied once more.
       repeats: consecutive samples with crops of one image; an epoch then has one of `repeats`
         images (repeated augmentation: Hoffer et al., arXiv 1901.09335).
 
     Raises:
-      ValueError: if there are fewer images than rows in a batch.
-      RuntimeError: from next(), if MAX_TRIES images in a row could not be decoded.
+      UserError: if there are fewer images than rows in a batch; from next(), if MAX_TRIES images in
+        a row could not be decoded.
     """
     n = len(source)
     if n < batch_size:
@@ -118,28 +128,46 @@ def eval_stream(
 
 
 def _stream(samples, num_threads, num_workers=0):
-    dataset = grain.MapDataset.source(samples).batch(len(samples.rows))
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
-    dataset = dataset.to_iter_dataset(options)
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # in notebooks and pytest; Grain reads one of the flags
-            flags.FLAGS.mark_as_parsed()
-        start = functools.partial(_start_worker, os.getpid())
-        options = grain.MultiprocessingOptions(num_workers=num_workers)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=start)
-    return Stream(dataset, samples)
+    if not num_workers:
+        batches = _Batches(samples, num_threads, READY)
+        # `map` holds nothing but the next index; Grain's own threads would be joined at the end of
+        # the interpreter, after all that they have yet to do.
+        return Stream(map(batches.get, range(len(batches))), batches.close)
+    if not flags.FLAGS.is_parsed():  # in notebooks and pytest; Grain reads one of the flags
+        flags.FLAGS.mark_as_parsed()
+    name = f'\0ssl_jax-{os.getpid()}-{id(samples)}' if sys.platform == 'linux' else None
+    alive = multiprocessing.connection.Listener(name, 'AF_UNIX', backlog=num_workers)
+    batches = _Batches(samples, num_threads, READY - 1, stride=num_workers)
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(0, 0))
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=num_workers),
+        worker_init_fn=functools.partial(_start_worker, os.getpid(), alive.address),
+    )
+    iterator = iter(dataset)
+
+    def close():
+        alive.close()
+        iterator.close()
+
+    return Stream(map(_copied, iterator), close)
+
+
+def _copied(batch):
+    """The batch in memory of its own: Grain's must be given back before the program ends."""
+    return {name: np.array(value) for name, value in batch.items()}
 
 
 class Stream(contextlib.AbstractContextManager, collections.abc.Iterator):
-    """Iterator over the batches of a Grain dataset that can be closed promptly."""
+    """Iterator over batches that can be closed promptly; the end of the program closes it too."""
 
-    def __init__(self, dataset, samples):
-        self._iterator = iter(dataset)
-        self._finalizer = weakref.finalize(self, _stop, samples, self._iterator)
-        self._finalizer.atexit = False  # Grain's threads have ended by then
+    def __init__(self, iterator, close):
+        self._iterators = [iterator]  # none once closed
+        self._finalizer = weakref.finalize(self, _close, self._iterators, close)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        if not self._iterators:
+            raise RuntimeError('The stream is closed.')
+        return next(self._iterators[0])
 
     def close(self) -> None:
         """Stops threads and worker processes; batches in work are abandoned."""
@@ -149,9 +177,114 @@ class Stream(contextlib.AbstractContextManager, collections.abc.Iterator):
         self.close()
 
 
-def _stop(samples, iterator):
-    samples.closed = True
-    iterator.close()
+def _close(iterators, close):
+    iterators.clear()  # deleted at the end of the program, Grain's would miss their modules
+    close()
+
+
+class _Batches:
+    """Random access to the batches of samples; threads fill the rows of one after the other.
+
+    Batch t starts the batches t + stride, t + 2 * stride, ... as well. The threads take rows in the
+    order of the stream, so all of them work on the batch that is needed next.
+
+    Args:
+      samples: `_Samples`.
+      num_threads: started with the first batch.
+      ready: batches to have finished beside those in work.
+      stride: distance to the batch that is asked for next.
+    """
+
+    def __init__(self, samples, num_threads, ready, stride=1):
+        self._samples, self._num_threads, self._stride = samples, num_threads, stride
+        self._size = len(samples.rows)
+        self._ahead = ready + -(-num_threads // self._size)
+        self._started = {}  # number of a batch -> (list of the batch, queue of its rows' errors)
+        self._threads = []
+        self._tasks = None  # queues cannot be sent to workers
+
+    def __len__(self):
+        return len(self._samples) // self._size
+
+    def __getitem__(self, t):
+        """`get` for Grain in a worker; {} of a closed stream."""
+        try:
+            return self.get(t)
+        except Exception:
+            if not self._samples.closed:
+                raise
+            return {}  # after an error Grain leaves shared memory behind; nobody reads this
+
+    def get(self, t):
+        """Batch t."""
+        if not self._threads:
+            self._start()
+        for u in range(t, min(t + self._ahead * self._stride, len(self)), self._stride):
+            if u not in self._started:
+                self._started[u] = [], queue.SimpleQueue()
+                for row in range(self._size):
+                    self._tasks.put((u, row, *self._started[u]))
+        if self._samples.closed:  # by another thread, whose end of the tasks may precede these
+            raise RuntimeError('The stream is closed.')
+        batch, errors_of_rows = self._started.pop(t)
+        for _ in range(self._size):
+            error = errors_of_rows.get()
+            if error is not None:
+                raise error
+        return batch[0]
+
+    def close(self):
+        """Abandons all batches and ends the threads, unless one hangs in a read."""
+        self._samples.closed = True
+        for _ in self._threads:
+            self._tasks.put(None)
+        until = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # which may collect an open stream
+                thread.join(max(0.0, until - time.monotonic()))
+
+    def _start(self):
+        self._tasks = queue.SimpleQueue()
+        # Daemons, since others are joined at the end of the program before anything can stop them.
+        self._threads = [
+            threading.Thread(target=self._work, name=f'ssl_jax-loader-{i}', daemon=True)
+            for i in range(self._num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self):
+        while self._fill(self._tasks.get()):
+            pass
+
+    def _fill(self, task):
+        """Loads a row into its batch; a function, as a thread that waits must hold no batch."""
+        if task is None:
+            return False
+        t, row, batch, errors_of_rows = task
+        error = None
+        try:
+            sample = self._samples[t * self._size + row]
+            if not batch:  # other threads may append theirs too: the first counts
+                batch.append({k: _rows_like(v, self._size) for k, v in sample.items()})
+            if sample.keys() != batch[0].keys():
+                raise ValueError(f'A batch has {[*batch[0]]}, but one of its rows {[*sample]}.')
+            for name, value in sample.items():
+                batch[0][name][row] = value
+        except BaseException as e:  # whatever it is, the consumer must not wait for this row
+            error = e
+        errors_of_rows.put(error)
+        return True
+
+
+def _rows_like(value, size):
+    """An array of `size` such values, in pages that return to the system when it is deleted.
+
+    Malloc would take it from the arena of one of many threads, and each arena keeps what it had.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, max(1, size * value.nbytes), flags=flags)
+    return np.ndarray((size, *value.shape), value.dtype, pages)
 
 
 class TooManyBadImages(errors.UserError):  # noqa: N818  named for the event
@@ -339,20 +472,24 @@ def _read(source, i):
     return source[i]
 
 
-def _start_worker(parent, *_):
-    """Makes the worker die with the trainer, and keeps it off the trainer's accelerator."""
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+def _start_worker(parent, address, *_):
+    """Makes the worker stop with the stream or trainer, and keeps it off its accelerator."""
+    alive = multiprocessing.connection.Client(address, 'AF_UNIX')
+    threading.Thread(target=_stop_with, args=(alive, parent), daemon=True).start()
     os.environ['JAX_PLATFORMS'] = 'cpu'
     if 'jax' in sys.modules:  # Grain imports it, without touching a device
         sys.modules['jax'].config.update('jax_platforms', 'cpu')
 
 
-def _die_with(parent):
-    """Ends this process within a second of the end of its parent, whatever ended it.
+def _stop_with(alive, parent):
+    """Abandons the batches in work when the stream is closed; ends with the trainer's process.
 
-    Linux has PR_SET_PDEATHSIG, but sends it at the end of the *thread* that started the worker, and
-    a short-lived thread may fetch the first batch.
+    Grain would wait for these batches. Linux has PR_SET_PDEATHSIG for the second, but sends it at
+    the end of the *thread* that started the worker, and that thread may be short-lived.
     """
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv_bytes()  # nothing is sent: it returns when the other end is gone
+    _Samples.closed = True
     while os.getppid() == parent:
-        time.sleep(1)
+        time.sleep(0.1)
     os._exit(1)
