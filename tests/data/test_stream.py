@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_jax.data import host, scenes, sources
+from ssl_jax.data import host, loader, scenes, sources
 from ssl_jax.data import host as host_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.run import errors, launch
@@ -472,11 +472,11 @@ def test_a_batch_that_was_dropped_is_freed_though_threads_wait():
 
 
 def test_an_array_of_a_batch_goes_back_to_the_system_when_it_is_deleted():
-    rows = stream_lib._rows_like(np.zeros((300, 300, 3), np.uint8), 100)
+    rows = loader._rows_like(np.zeros((300, 300, 3), np.uint8), 100)
     assert rows.shape == (100, 300, 300, 3) and rows.dtype == np.uint8 and rows.flags.c_contiguous
     assert isinstance(rows.base, mmap.mmap)
-    assert stream_lib._rows_like(np.zeros((0, 3), np.int64), 5).shape == (5, 0, 3)
-    assert stream_lib._rows_like(np.float32(1), 5).shape == (5,)
+    assert loader._rows_like(np.zeros((0, 3), np.int64), 5).shape == (5, 0, 3)
+    assert loader._rows_like(np.float32(1), 5).shape == (5,)
 
 
 @pytest.mark.parametrize('error', [KeyError('lost'), MemoryError('full'), SystemExit('gone')])
@@ -545,7 +545,8 @@ def test_closing_wakes_a_consumer_that_waits_in_another_thread():
 
     def consume():
         try:
-            next(stream)
+            while True:
+                next(stream)
         except RuntimeError as e:
             errors_seen.append(str(e))
 
