@@ -65,7 +65,8 @@ class Run:
 class Data:
     """Images. `train`, `eval_train` and `eval_test` are arguments of `sources.open_source`."""
 
-    num_threads: Annotated[int, Range(1, 1024)] = 16  # decoding threads per process
+    # Decoding threads per process, None: one per core; more may help where files are far away.
+    num_threads: Annotated[int | None, Range(1, 1024)] = None
     num_workers: Annotated[int, Range(0, 1024)] = 0  # decoding processes per process; 0: threads
     bad_budget: fields.Probability = 0.01  # share of undecodable images that stops the run
     # Other images than those that the run began with: stop, or go on with them.
