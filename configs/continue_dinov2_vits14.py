@@ -51,7 +51,6 @@ def get_config(arg=''):
     c.optim.warm_freeze_moments = False
     c.optim.warm_freeze_steps = 1000
 
-    c.data.num_threads = 32
     c.eval.every_steps = 2000
 
     return c

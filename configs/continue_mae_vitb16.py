@@ -42,7 +42,6 @@ def get_config(arg=''):
     c.optim.lr_mult = (('^encoder/', 0.25),)
     c.optim.layer_decay = 0.75
 
-    c.data.num_threads = 32
     c.eval.every_epochs = 10.0
 
     return c

@@ -42,7 +42,6 @@ def get_config(arg=''):
     c.optim.warm_freeze_epochs = 1.0
 
     c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
-    c.data.num_threads = 32
     c.eval.every_epochs = 10.0
     c.eval.max_train = 130_000
     c.eval.max_test = 10_000

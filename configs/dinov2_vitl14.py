@@ -49,7 +49,6 @@ def get_config(arg=''):
     c.optim.warm_freeze_steps = 1250
 
     c.data.train.update(source='folder', path=arg or '/data/imagenet22k')
-    c.data.num_threads = 64
     c.eval.every_steps = 12_500
 
     return c

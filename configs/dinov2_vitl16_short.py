@@ -46,7 +46,6 @@ def get_config(arg=''):
     c.optim.warm_freeze_steps = 1250
 
     c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
-    c.data.num_threads = 64
     c.eval.every_steps = 12_500
     c.eval.max_train = 130_000
     c.eval.max_test = 10_000

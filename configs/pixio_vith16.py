@@ -49,7 +49,6 @@ def get_config(arg=''):
     c.optim.weight_decay = 0.05
 
     c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
-    c.data.num_threads = 32
     c.eval.every_steps = 32_100
     c.eval.max_train = 130_000
     c.eval.max_test = 10_000

@@ -40,7 +40,6 @@ def get_config(arg=''):
     c.optim.weight_decay = 0.05
 
     c.data.train.update(source='folder', path=arg or '/data/web')
-    c.data.num_threads = 64
     c.eval.every_steps = 20_000
     c.eval.tasks.pictures = None
 

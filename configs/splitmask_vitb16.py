@@ -39,7 +39,6 @@ def get_config(arg=''):
     words.optim(c.optim)
 
     c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
-    c.data.num_threads = 32
     c.eval.every_epochs = 20.0
     c.eval.max_train = 130_000
     c.eval.max_test = 10_000

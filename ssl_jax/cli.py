@@ -6,7 +6,7 @@
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
-    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch
+    ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
     ssl_jax demo                                             # a few minutes on rendered scenes
@@ -15,7 +15,6 @@ Each command imports its modules when it runs, so that `ssl_jax --help` is quick
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -37,9 +36,16 @@ def main(argv: list[str] | None = None) -> None:
     args, more = parser.parse_known_args(argv)
     if args.command == 'import' and not any(word.startswith('-') for word in more):
         args.hints, more = args.hints + more, []  # argparse takes no FIELD=VALUE after an option
-    if more:
+    unknown = [word for word in more if word.startswith('-')]
+    paths = [word for word in (*more, *getattr(args, 'fields', ())) if '=' not in word]
+    if unknown or (more and not getattr(args, 'data', None)):
         parser.error(f'unrecognized arguments: {" ".join(more)}')
     with errors.in_a_sentence(f'ssl_jax {args.command}'):
+        if paths and getattr(args, 'data', None):
+            raise errors.UserError(
+                f"'{paths[0]}' is no FIELD=VALUE, and --data and --test take one folder or file "
+                f'each: give the folder that holds them all.'
+            )
         args.run(args)
 
 
@@ -54,12 +60,16 @@ def _parser():
         p.set_defaults(run=run)
         return p
 
+    def data(p, help, required=False):
+        p.add_argument('--data', required=required, action=_Once, help=help)
+        p.add_argument('--split', help='of --data, such as val; all: every image')
+
     def fields(p):
         p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
 
     p = command(pretrain, help='train an encoder on your images')
-    p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
-    p.add_argument('--method', default='mae', help='mae, pixio, dinov2, splitmask or beit')
+    data(p, 'folder of images, Parquet file or folder, ArrayRecord files')
+    p.add_argument('--method', help='mae (the default), pixio, dinov2, splitmask or beit')
     p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
     p.add_argument('--workdir', required=True, help='folder of the run; start again to continue')
     fields(p)
@@ -68,8 +78,10 @@ def _parser():
     p.add_argument(
         '--model', required=True, help='a run, an export, HF or timm folder, a file; none: scratch'
     )
-    p.add_argument('--data', help='labelled images; default: those of the recipe')
-    p.add_argument('--test', help='labelled images to score; default: none with --data')
+    data(p, 'labelled images; default: those of the recipe')
+    p.add_argument(
+        '--test', action=_Once, help='labelled images to score; default: none with --data'
+    )
     p.add_argument('--recipe', help='mae, beit or splitmask: the settings of that paper')
     p.add_argument('--config', help='a recipe by name or path, e.g. finetune_cifar10')
     p.add_argument('--workdir', required=True, help='a new run; start again to continue')
@@ -77,8 +89,10 @@ def _parser():
 
     p = command(eval_, help='kNN and linear probe of a run, beside two baselines')
     p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
-    p.add_argument('--data', help="labelled images to learn from; default: the run's eval set")
-    p.add_argument('--test', help='labelled images to score; default: a fifth of --data')
+    data(p, "labelled images to learn from; default: the run's eval set")
+    p.add_argument(
+        '--test', action=_Once, help='labelled images to score; default: a fifth of --data'
+    )
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
     p.add_argument('--limit', type=_positive, help='most images of each set')
     p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
@@ -89,20 +103,20 @@ def _parser():
 
     p = command(show, help='reconstructions, features and curves of a run')
     p.add_argument('--workdir', required=True)
-    p.add_argument('--data', help="images to reconstruct; default: the run's training set")
+    data(p, "images to reconstruct; default: the run's training set")
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
     p.add_argument('--num', type=_positive, default=8, help='number of images')
 
     p = command(features, help='features of every image in a Parquet file')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
-    p.add_argument('--data', required=True, help='folder of images, Parquet, ArrayRecord files')
+    data(p, 'folder of images, Parquet, ArrayRecord files', required=True)
     p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
 
-    p = command(export, help='weights for PyTorch: safetensors and a model card')
+    p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
-    p.add_argument('--to', required=True, help='naming of the tensors: official, hf or timm')
+    p.add_argument('--to', required=True, help='official, hf, timm (all for PyTorch), onnx or jax')
     p.add_argument('--out', required=True, help='folder to write')
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
     p.add_argument('--what', default='backbone', help='backbone, or full with decoder or heads')
@@ -132,6 +146,28 @@ def _parser():
     return parser
 
 
+class _Once(argparse.Action):
+    """An option that is no list: the second of two would replace the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f'{option_string} takes one folder or file: give the folder of them all.')
+        setattr(namespace, self.dest, values)
+
+
+def _data(args):
+    """The spec of --data and --split for `sources.open_source`; None without --data."""
+    if args.split and not args.data:
+        raise errors.UserError(f'--split {args.split} is of --data: give --data too.')
+    return {'path': args.data, 'split': args.split} if args.split else args.data
+
+
+def _data_fields(args):
+    """Overrides of --data and --split."""
+    fields = [f'data.train={args.data}'] if _data(args) else []
+    return fields + ([f'data.train.split={args.split}'] if args.split else [])
+
+
 def _positive(text):
     """An argument that counts, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -144,15 +180,19 @@ def pretrain(args):
     from ssl_jax import config, train
     from ssl_jax.run import launch
 
+    fields = _data_fields(args)
     if not args.config and not args.data:
         raise errors.UserError(
             'give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).'
         )
-    recipe = args.config or f'images_{args.method}'
+    if args.config and args.method:
+        raise errors.UserError(
+            f'--config {args.config} and --method {args.method} both name a recipe: give one.'
+        )
+    recipe = args.config or f'images_{args.method or "mae"}'
     if recipe.startswith('images_') and recipe not in config.recipes():
         known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
         raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
-    fields = [f'data.train={args.data}'] if args.data else []
     launch.initialize_distributed()
     train.command(recipe, fields + args.fields, args.workdir)
 
@@ -162,6 +202,7 @@ def finetune(args):
     from ssl_jax import train
     from ssl_jax.run import launch
 
+    own = _data_fields(args)
     if args.recipe and args.config:
         raise errors.UserError(
             f'--recipe {args.recipe} and --config {args.config} are both recipes: give one.'
@@ -174,8 +215,8 @@ def finetune(args):
     # From scratch the lower layers have as much to learn as the upper ones.
     scratch = args.model == 'none'
     fields = ['optim.layer_decay=None'] if scratch else [f'init_from={args.model}']
-    if args.data:
-        fields += [f'data.train={args.data}', 'method.num_classes=None']
+    if own:
+        fields += [*own, 'method.num_classes=None']
     if args.data or args.test:
         fields.append(f'data.eval_test={args.test}')
     launch.initialize_distributed()
@@ -188,7 +229,7 @@ def eval_(args):
 
     report.evaluate_run(
         args.workdir,
-        data=args.data,
+        data=_data(args),
         test=args.test,
         step=args.step,
         limit=args.limit,
@@ -201,17 +242,17 @@ def show(args):
     """`ssl_jax show`."""
     from ssl_jax.viz import show as show_lib
 
-    for path in show_lib.show(args.workdir, data=args.data, out=args.out, num=args.num):
+    for path in show_lib.show(args.workdir, data=_data(args), out=args.out, num=args.num):
         print(path)
 
 
 def features(args):
     """`ssl_jax features`."""
     from ssl_jax.evals import feature_file
+    from ssl_jax.run import launch
 
-    log = functools.partial(print, flush=True)  # a pipe sees every line at once
     feature_file.extract(
-        args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=log
+        args.model, _data(args), args.out, size=args.size, batch_size=args.batch, log=launch.log
     )
 
 

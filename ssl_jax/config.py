@@ -65,9 +65,12 @@ class Run:
 class Data:
     """Images. `train`, `eval_train` and `eval_test` are arguments of `sources.open_source`."""
 
-    num_threads: Annotated[int, Range(1, 1024)] = 16  # decoding threads per process
+    # Decoding threads per process, None: one per core; more may help where files are far away.
+    num_threads: Annotated[int | None, Range(1, 1024)] = None
     num_workers: Annotated[int, Range(0, 1024)] = 0  # decoding processes per process; 0: threads
     bad_budget: fields.Probability = 0.01  # share of undecodable images that stops the run
+    # Other images than those that the run began with: stop, or go on with them.
+    changed: Literal['refuse', 'accept'] = 'refuse'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,11 +295,35 @@ def _set_open(config, keys, text):
             parent[keys[1]] = None if text.strip().lower() == 'none' else text.strip()
             return
         for key in keys[1:-1]:
-            if not isinstance(parent.get(key), ConfigDict):
-                parent[key] = ConfigDict()
+            if not isinstance(value := parent.get(key), ConfigDict):
+                path = keys[0] == 'data' and value  # data.train=DIR data.train.split=val
+                parent[key] = ConfigDict({'path': value} if path else {})
             parent = parent[key]
         value = {'none': None}.get(text.strip().lower(), fields.literal(text))
         parent[keys[-1]] = fields.tuples(value)
+
+
+def lay_over(stored: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """A locked copy of a stored config with the overrides of a command.
+
+    An override that the run has had already changes nothing: its `None` may have become a value
+    since, such as the number of classes.
+    """
+    config, new = copy.deepcopy(stored), [o for o in overrides if o not in stored.overrides]
+    for override in new:
+        set_value(config, override)
+    replaced = {_slot(o) for o in new}
+    with config.unlocked():
+        config.overrides = (*(o for o in stored.overrides if _slot(o) not in replaced), *new)
+        fill_size(config.method)
+    return lock(config)
+
+
+def _slot(override):
+    """The field of an override; the units of one duration share it."""
+    name = override.partition('=')[0].strip().removeprefix('config.')
+    prefix, _, unit = name.rpartition('_')
+    return prefix if unit in clock_lib.UNITS else name
 
 
 def _has(parent, key):

@@ -42,8 +42,8 @@ class Run:
     saved: checkpoint.Checkpointer
     stop: preempt.Preemption
     tasks: dict  # evaluations, see `evals.base`
+    look: evals.Look
     writer: metrics.Writer | None = None
-    look: evals.Look | None = None
 
 
 def train(config, workdir) -> dict:
@@ -61,24 +61,36 @@ def train(config, workdir) -> dict:
     if config.compile_cache:
         launch.enable_compile_cache()
     with peers.announced(), workdir_lib.lock(workdir), preempt.Preemption() as stop:
+        is_new = start.stored(workdir) is None
+        if config.infer or methods.get(config.method.name).follows:  # fields are left to decide
+            config = start.continued(config, workdir)
         source = sources.open_source(config.data.train)
-        config = start.complete(config, source)
+        config = start.complete(config, source, is_new)
         start.compare(config, source, workdir)
         tasks = evals.load(config.eval.tasks)
         clock = clock_lib.Clock.of(config, len(source))
         method = methods.make(config, clock)
         program = step_lib.make_program(config, method)
         start.banner(config, source, method, program, workdir)
-        start.store_config(workdir, config)
         saved = checkpoint.Checkpointer(
             workdir / 'checkpoints',
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
         )
         with jax.set_mesh(program.mesh), contextlib.closing(saved), peers.announced():
-            run = Run(config, workdir, source, method, program, saved, stop, tasks)
-            state, origin = start.first_state(config, method, program, saved, source)
+            look = evals.Look.of(
+                config, method, program.mesh, workdir, source, lambda: stop.requested
+            )
+            evals.check(tasks, look)
+            try:
+                with stop.interrupts():
+                    state, origin = start.first_state(config, method, program, saved, source)
+            except preempt.Stopped:
+                log('stopped on request before the first step; nothing is lost.')
+                return {'preempted': True, 'step': saved.latest() or 0}
+            start.store_config(workdir, config)  # no earlier: a refused command changes nothing
             log(f'start: {origin}, {clock.total} steps in all')
+            run = Run(config, workdir, source, method, program, saved, stop, tasks, look)
             return loop(run, state, started)
 
 
@@ -93,8 +105,6 @@ def loop(run: Run, state, started: float) -> dict:
     eval_every = method.clock.steps('every', config.eval, default=0)
     if first >= total:
         log(f'this run is finished: step {first} of {total}; raise total_steps to go on.')
-    look = evals.Look.of(config, method, mesh, run.workdir, run.source, lambda: run.stop.requested)
-    evals.check(run.tasks, look)
     writer = metrics.Writer(
         run.workdir,
         total_steps=total,
@@ -105,13 +115,16 @@ def loop(run: Run, state, started: float) -> dict:
         start_step=first,
         is_main=launch.is_main(),
     )
-    run = dataclasses.replace(run, writer=writer, look=look)
+    run = dataclasses.replace(run, writer=writer)
     # Each process lists the bad images of its rows in its own file.
     suffix = f'.{jax.process_index()}' if jax.process_index() else ''
     bad = stream_lib.BadImages(
         run.source, run.workdir / f'bad_images{suffix}.jsonl', config.data.bad_budget
     )
-    budget = metrics.NonFinite(config.nonfinite.in_a_row, config.nonfinite.total)
+    skipped = int(state.skipped[1])
+    budget = metrics.NonFinite(config.nonfinite.in_a_row, config.nonfinite.total, skipped)
+    if skipped:
+        log(f'{skipped} updates were skipped as not finite before; the budget counts anew.')
     saves = checkpoint.Due(config.checkpoint.every_steps, config.checkpoint.every_minutes)
     rows = sharding.process_rows(mesh, size)
     stream = stream_lib.train_stream(
@@ -140,7 +153,7 @@ def loop(run: Run, state, started: float) -> dict:
             peers.at(f'step {step}')
             if run.stop.agreed(step):
                 raise preempt.Stopped
-            with writer.timers('data'):
+            with writer.timers('data'), run.stop.interrupts():
                 batch = next(stream)
             bad.update(batch)
             inputs = {name: batch[name] for name in run.program.batch}
@@ -192,7 +205,9 @@ def save(run: Run, state) -> None:
     peers.at(f'saving step {int(state.step)}')
     with run.writer.timers('save'):
         run.writer.flush()
-        meta = {'config': run.config.to_dict(), 'data': run.source.fingerprint}
+        meta = dict(
+            config=run.config.to_dict(), data=run.source.fingerprint, images=len(run.source)
+        )
         run.saved.save(int(state.step), state, meta)
 
 
@@ -200,7 +215,9 @@ def evaluate(run: Run, state, step: int) -> None:
     """Runs the evaluations; stopped in between, they leave no row and the restart repeats them."""
     peers.at(f'evaluating step {step}')
     with run.writer.timers('eval'), contextlib.suppress(features.Stopped):
-        run.writer.eval(step, evals.run(run.tasks, run.look, state, step))
+        with run.stop.interrupts():
+            rows = evals.run(run.tasks, run.look, state, step)
+        run.writer.eval(step, rows)
         if 'pictures' in run.tasks:
             pictures.curves(run.workdir)
 
@@ -233,7 +250,8 @@ def main(argv=None):
 def command(recipe, overrides, workdir):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
     with errors.in_a_sentence('ssl_jax'), peers.announced():
-        result = train(config_lib.load(recipe, overrides), workdir)
+        config = start.continued(config_lib.load(recipe, overrides), workdir)
+        result = train(config, workdir)
     if result['preempted']:
         launch.leave()
         preempt.exit_now(0)

@@ -90,6 +90,10 @@ def test_show_writes_pictures_of_other_images(run, folder, tmp_path, capsys):
         (['pretrain', '--workdir', 'w', '--data', '.', '--method', 'mea'], 'mae, pixio'),
         (['pretrain', '--workdir', 'w', '--config', 'scene_mae'], 'scenes_mae'),
         (['pretrain', '--workdir', 'w', '--config', 'scenes_mae', 'batchsize=3'], 'batch_size'),
+        (
+            ['pretrain', '--workdir', 'w', '--config', 'scenes_mae', '--method', 'dinov2'],
+            'both name a recipe',
+        ),
         (['eval', '--workdir', '/nowhere/run'], '/nowhere/run'),
         (['show', '--workdir', '/nowhere/run'], '/nowhere/run'),
     ],

@@ -401,6 +401,7 @@ def test_default_with_a_length_is_valid():
         (dict(method__embed_dim=None), "method.embed_dim is None: set it, or use method.size='S'"),
         (dict(method__pos_embed='rope'), "method.pos_embed='rope' is unknown"),
         (dict(method__mask_ratio=1.0), 'method.mask_ratio=1.0 is out of range'),
+        (dict(method__mask_ratio=0.0), 'method.mask_ratio=0 hides no patch'),
         (dict(method__drop_path=-0.1), 'method.drop_path=-0.1 is out of range'),
         (dict(method__flip=2.0), 'method.flip=2.0 is out of range: use a value from 0.0 to 1.0'),
         (

@@ -9,35 +9,41 @@ written once and memory-mapped. Decoded images are never kept.
 import bisect
 import json
 import os
+import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ssl_jax.data import files
-from ssl_jax.run import errors, hashing, storage
+from ssl_jax.data import files, fingerprint
+from ssl_jax.run import errors, storage
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
 MEMORY_BYTES = 2 << 30
 
-_IMAGE_NAMES = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'pixel_values')
+_IMAGE_NAMES = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'pixel_values', 'images')
+_PATH_NAMES = ('file_name', 'filename', 'file', 'path', 'filepath', 'image_path', 'image_file')
 _LABEL_NAMES = ('label', 'labels', 'fine_label', 'target', 'class', 'cls')
 
 
 class Parquet:
     """One Parquet file, a glob, or a folder of shards.
 
-    The image column is struct(bytes, path) or raw bytes; where `bytes` is null, `path` is read,
-    relative to the Parquet file. Class names come from the Hugging Face metadata, else from
-    `classes.txt` beside the file, else they are the numbers; a column of strings has its own.
-    A data set whose labels are all -1 (a hidden test set) counts as unlabelled.
+    The image column is struct(bytes, path), raw bytes, or paths; where `bytes` is null, `path` is
+    read. Paths are relative to the Parquet file, or absolute. Class names come from the Hugging
+    Face metadata, else from `classes.txt` beside the file, else they are the numbers, see
+    `files.classes_of`; a column of strings has its own. A label that is null or below 0 is missing;
+    a data set without any (a hidden test set) counts as unlabelled.
 
     Args:
       path: file, glob, or folder (searched recursively).
       split: for a folder, take the files of this split: train.parquet, train-00000-of-00005.parquet
-        or train/0000.parquet.
+        or train/0000.parquet; 'all' takes every file. Without it a folder of several splits gives
+        that of `purpose`.
       image_column, label_column: default: the metadata's, else the usual names.
       cache_dir: where the Arrow file of a large data set goes; default ~/.cache/ssl_jax.
+      purpose: what the images are for, see `splits.PURPOSES`.
     """
 
     def __init__(
@@ -47,25 +53,28 @@ class Parquet:
         image_column: str | None = None,
         label_column: str | None = None,
         cache_dir: str | None = None,
+        purpose: str = 'train',
     ):
-        self.files = files.expand(path, split, '.parquet')
-        metadata = [_metadata(f) for f in self.files]
-        schema = metadata[0].schema.to_arrow_schema()
-        features = _features(schema)
-        self._image = image_column or _image_column(schema, features, self.files[0])
-        self._label = label_column or _label_column(schema, features)
-        for column in filter(None, (self._image, self._label)):
-            if column not in schema.names:
-                hint = errors.nearest(column, schema.names)
-                raise errors.UserError(f'There is no column {column!r} in {self.files[0]}{hint}')
-        if self._label == self._image:
-            self._label = None
+        choices = files.expand(path, split, '.parquet', purpose)
+        for choice in (*choices, choices[0]):  # the first if none has labels
+            self.files = shards = choice[0]
+            metadata = [_metadata(f) for f in shards]
+            schemas = [m.schema.to_arrow_schema() for m in metadata]
+            features = _features(schemas, shards)
+            self._image = image_column or _image_column(schemas[0], features, shards[0])
+            self._label = label_column or _label_column(schemas, features)
+            _check_columns(self._image, label_column, schemas, shards)
+            if self._label == self._image:
+                self._label = None
+            self.labels, self.classes, said = self._read_labels(schemas, features)
+            if len(choices) == 1 or self.labels is not None:
+                break
+        self.notes = (*choice[1], *said)
         self._ends = np.cumsum([m.num_rows for m in metadata]).tolist()
         if not self._ends[-1]:
             raise errors.UserError(f'{self.files[0]} has no rows: give a file with images.')
-        names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
-        self.fingerprint = hashing.digest('parquet', *names, *sizes, *self._ends)
-        self._labels, self.classes = self._read_labels(features)
+        names = map(os.path.basename, self.files)
+        self.fingerprint = fingerprint.of_files('parquet', self.files, *names, *self._ends)
         self._cache = None
         if sum(_image_bytes(m, self._image) for m in metadata) > MEMORY_BYTES:
             cache_dir = cache_dir or os.path.expanduser('~/.cache/ssl_jax')
@@ -79,20 +88,22 @@ class Parquet:
         i = range(len(self))[i]
         chunk = bisect.bisect_right(self._chunk_ends, i)
         row = i - (self._chunk_ends[chunk - 1] if chunk else 0)
-        data = self._bytes[chunk][row].as_py()
+        data = self._values[chunk][row].as_py()
         if data is None:
-            data = self._read_beside(i, self._chunks[chunk][row].as_py())
+            value = self._chunks[chunk][row].as_py()
+            data = value.get('path') if isinstance(value, dict) else None
+        if not isinstance(data, bytes):
+            data = self._read_beside(i, data)
         item = {'image': data}
-        if self._labels is not None:
-            item['label'] = int(self._labels[i])
+        if self.labels is not None:
+            item['label'] = int(self.labels[i])
         return item
 
-    def _read_beside(self, i, value):
-        path = value.get('path') if isinstance(value, dict) else None
+    def _read_beside(self, i, path):
         if not path:
             return b''
         file = self.files[bisect.bisect_right(self._ends, i)]
-        return files.read_bytes(os.path.join(os.path.dirname(file), path))
+        return files.read_bytes(os.path.join(os.path.dirname(file), path.removeprefix('file://')))
 
     def describe(self, i: int) -> str:
         file = bisect.bisect_right(self._ends, i)
@@ -101,7 +112,7 @@ class Parquet:
 
     def __getstate__(self):
         # A worker process opens the files again: nothing large is sent to it.
-        opened = ('_chunks', '_bytes', '_chunk_ends')
+        opened = ('_chunks', '_values', '_chunk_ends')
         return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state):
@@ -119,9 +130,7 @@ class Parquet:
         else:
             column = [pq.read_table(f, columns=[self._image]).column(0) for f in self.files]
             self._chunks = [chunk for c in column for chunk in c.chunks]
-        # as_py() of a struct builds a dict and takes 20 us, of its bytes 2 us.
-        structs = pa.types.is_struct(self._chunks[0].type)
-        self._bytes = [c.field('bytes') for c in self._chunks] if structs else self._chunks
+        self._values = [_field(c) for c in self._chunks]
         self._chunk_ends = np.cumsum([len(c) for c in self._chunks]).tolist()
 
     def _write_cache(self):
@@ -135,25 +144,44 @@ class Parquet:
         ):
             for file in self.files:
                 for batch in pq.ParquetFile(file).iter_batches(64, columns=[self._image]):
-                    writer.write_batch(pa.RecordBatch.from_arrays([batch.column(0)], [self._image]))
+                    column = batch.column(0).cast(schema.types[0])
+                    writer.write_batch(pa.RecordBatch.from_arrays([column], [self._image]))
 
-    def _read_labels(self, features):
+    def _read_labels(self, schemas, features):
+        """(int32 labels, class names, sentences for the log); None twice without labels."""
         if self._label is None:
-            return None, None
-        columns = [pq.read_table(f, columns=[self._label]).column(0) for f in self.files]
-        labels = pa.chunked_array([chunk for c in columns for chunk in c.chunks])
-        if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type):
-            values = np.array(labels.to_pylist(), dtype=object)
-            names, labels = np.unique(values.astype(str), return_inverse=True)
-            return labels.astype(np.int32), tuple(names.tolist())
-        if not pa.types.is_integer(labels.type):
-            return None, None  # boxes, captions, regression targets: not classes
-        labels = labels.fill_null(-1).to_numpy().astype(np.int32)
-        if (labels < 0).all():
-            return None, None
-        names = features.get(self._label, {}).get('names')
-        names = names or files.read_class_names(self.files[0])
-        return labels, files.class_names(labels, names)
+            return None, None, []
+        columns, kinds = [], {}
+        for file, schema in zip(self.files, schemas, strict=True):
+            if self._label in schema.names:
+                column = _plain(pq.read_table(file, columns=[self._label]).column(0))
+                columns.append(column)
+                kinds.setdefault(_label_kind(column), file)
+            else:
+                columns.append(pa.chunked_array([pa.nulls(pq.read_metadata(file).num_rows)]))
+        kinds.pop('nothing', None)
+        if not kinds:
+            return None, None, []
+        if len(kinds) > 1:
+            (one, first), (two, second), *_ = kinds.items()
+            raise errors.UserError(
+                f'The column {self._label!r} holds {one} in {first} and {two} in {second}: write '
+                f'all files alike, or name another label_column.'
+            )
+        kind = next(iter(kinds))
+        if kind not in ('text', 'bool', 'numbers'):
+            return None, None, [f'no labels: the column {self._label!r} holds {kind}']
+        to = pa.large_string() if kind == 'text' else pa.int64()
+        labels = pa.chunked_array([chunk for c in columns for chunk in c.cast(to).chunks], to)
+        if kind == 'text':
+            found = pc.unique(labels).to_pylist()
+            names = sorted(name for name in found if name)
+            labels = pc.index_in(labels, pa.array(names, to))
+        else:
+            names = features.get(self._label, {}).get('names')
+            names = names or files.read_class_names(self.files[0])
+            names = names or (['False', 'True'] if kind == 'bool' else None)
+        return files.classes_of(labels.fill_null(-1).to_numpy(), names)
 
 
 def _metadata(file):
@@ -164,39 +192,154 @@ def _metadata(file):
         raise errors.UserError(f'{file} is not a readable Parquet file: {reason}.') from None
 
 
-def _features(schema):
+def _features(schemas, shards):
     """Hugging Face's description of the columns: {column: {'_type': 'Image', ...}}."""
-    raw = (schema.metadata or {}).get(b'huggingface')
-    try:
-        features = json.loads(raw)['info']['features'] if raw else {}
-    except (ValueError, KeyError, TypeError):
-        features = {}
-    return {k: v for k, v in features.items() if isinstance(v, dict)}
+    known = {}
+    for schema, file in zip(schemas, shards, strict=True):
+        raw = (schema.metadata or {}).get(b'huggingface')
+        try:
+            features = json.loads(raw)['info']['features'] if raw else {}
+        except (ValueError, KeyError, TypeError):
+            features = {}
+        for column, value in features.items():
+            if not isinstance(value, dict):
+                continue
+            if known.setdefault(column, value).get('names') != value.get('names'):
+                raise errors.UserError(
+                    f'{shards[0]} and {file} name the classes of {column!r} differently: labels '
+                    f'would not mean the same.'
+                )
+    return known
 
 
 def _image_column(schema, features, file):
     tagged = [k for k, v in features.items() if v.get('_type') == 'Image' and k in schema.names]
     if tagged:
         return tagged[0]
-    usual = [n for n in _IMAGE_NAMES if n in schema.names and _holds_bytes(schema.field(n).type)]
-    binary = [f.name for f in schema if _holds_bytes(f.type)]
-    if usual or len(binary) == 1:
-        return (usual or binary)[0]
+    kinds = {f.name: _image_kind(f.type) for f in schema}
+    held = [n for n, kind in kinds.items() if kind in ('bytes', 'structs')]
+    paths = [n for n in (*_IMAGE_NAMES, *_PATH_NAMES) if kinds.get(n) == 'paths']
+    usual = [n for n in _IMAGE_NAMES if n in held]
+    odd = [n for n in _IMAGE_NAMES if n in schema.names]  # `_check_columns` says what is odd
+    if usual or len(held) == 1:
+        return (usual or held)[0]
+    if not held and (paths or odd):
+        return (paths or odd)[0]
     raise errors.UserError(
         f'Cannot tell which column of {file} holds the images: set image_column to one of '
         f'{", ".join(schema.names)}.'
     )
 
 
-def _holds_bytes(kind):
+def holds_images(file: str) -> bool:
+    """Whether a column of a Parquet file may hold images."""
+    try:
+        schema = _metadata(file).schema.to_arrow_schema()
+        image = _image_column(schema, _features([schema], [file]), file)
+        _check_columns(image, None, [schema], [file])
+    except errors.UserError:
+        return False
+    return True
+
+
+def _image_kind(kind):
+    """'bytes', 'structs', 'paths', or what else a column of this type holds."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_struct(kind):
-        return kind.get_field_index('bytes') >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        fields = {f.name for f in kind} & {'bytes', 'path'}
+        return 'structs' if fields else str(kind)
+    if _is_text(kind):
+        return 'paths'
+    is_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return 'bytes' if any(test(kind) for test in is_bytes) else str(kind)
 
 
-def _label_column(schema, features):
+def _is_text(kind):
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _check_columns(image, label, schemas, shards):
+    """Raises unless every file has the image column, of one kind that can be read."""
+    first = None
+    for schema, file in zip(schemas, shards, strict=True):
+        if image not in schema.names:
+            hint = errors.nearest(image, schema.names)
+            raise errors.UserError(f'There is no column {image!r} in {file}{hint}')
+        kind = _image_kind(schema.field(image).type)
+        if kind not in ('bytes', 'structs', 'paths'):
+            raise errors.UserError(
+                f'The column {image!r} of {file} holds {kind}: give one image in each row, as the '
+                f'bytes of an image file or as its path.'
+            )
+        first = first or kind
+        if kind != first:
+            raise errors.UserError(
+                f'The column {image!r} holds {first} in {shards[0]} and {kind} in {file}: write '
+                f'all files alike.'
+            )
+        if kind == 'paths' and file == shards[0]:
+            _check_path(image, file)
+    names = {name for schema in schemas for name in schema.names}
+    if label and label not in names:
+        hint = errors.nearest(label, sorted(names))
+        raise errors.UserError(f'There is no column {label!r} in {shards[0]}{hint}')
+
+
+def _check_path(column, file):
+    """Raises where the first text in the column is no path."""
+    for batch in pq.ParquetFile(file).iter_batches(64, columns=[column]):
+        text = next((x for x in batch.column(0).to_pylist() if x), None)
+        if text is None:
+            continue
+        if re.match(r'(https?|ftp|s3)://', text):
+            raise errors.UserError(
+                f'The column {column!r} of {file} holds addresses ({text[:60]}): download the '
+                f'images and give their paths.'
+            )
+        if len(text) > 1000 or text.startswith('data:') or not os.path.splitext(text)[1]:
+            raise errors.UserError(
+                f'The column {column!r} of {file} holds text that is no path of an image '
+                f'({text[:30]!r}): give the bytes of the image files (base64 decoded) or paths.'
+            )
+        return
+
+
+def _field(column):
+    """The bytes or paths of a column; null where they are in the other field of a struct."""
+    # as_py() of a struct builds a dict and takes 20 us, of its bytes 2 us.
+    if not pa.types.is_struct(column.type):
+        return column
+    names = [f.name for f in column.type]
+    return column.field('bytes' if 'bytes' in names else 'path')
+
+
+def _plain(column):
+    """A column without a dictionary, with nulls for NaN."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return column
+
+
+def _label_kind(column):
+    """'text', 'bool', 'numbers', 'nothing', or what else a column of labels holds."""
+    kind = column.type
+    if column.null_count == len(column):
+        return 'nothing'
+    if _is_text(kind):
+        return 'text'
+    if pa.types.is_boolean(kind):
+        return 'bool'
+    if pa.types.is_floating(kind):  # of pandas, where some are missing
+        return 'numbers' if pc.all(pc.equal(pc.round(column), column)).as_py() else 'fractions'
+    return 'numbers' if pa.types.is_integer(kind) else str(kind)
+
+
+def _label_column(schemas, features):
+    columns = {name for schema in schemas for name in schema.names}
     tagged = [k for k, v in features.items() if v.get('_type') == 'ClassLabel']
-    names = [n for n in (*tagged, *_LABEL_NAMES) if n in schema.names]
+    names = [n for n in (*tagged, *_LABEL_NAMES) if n in columns]
     return names[0] if names else None
 
 

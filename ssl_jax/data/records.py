@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgpack
 import numpy as np
 
-from ssl_jax.data import files
+from ssl_jax.data import files, fingerprint
 from ssl_jax.run import errors, hashing
 
 
@@ -22,13 +22,20 @@ class ArrayRecord:
       path: file, glob, or folder (searched recursively).
       split: for a folder, take the files of this split: train.array_record, ...
       classes: names in label order.
+      purpose: chooses the split if `split` does not, see `splits.PURPOSES`.
     """
 
-    def __init__(self, path: str, split: str | None = None, classes: Sequence | None = None):
+    def __init__(
+        self,
+        path: str,
+        split: str | None = None,
+        classes: Sequence | None = None,
+        purpose: str = 'train',
+    ):
         import grain  # slow: it imports jax
 
         errors.extra('array_record', 'arrayrecord')
-        self.files = files.expand(path, split, '.array_record')
+        self.files, self.notes = files.expand(path, split, '.array_record', purpose)[0]
         folder = os.path.dirname(self.files[0])
         if os.path.exists(os.path.join(folder, 'features.json')):
             raise errors.UserError(
@@ -41,8 +48,8 @@ class ArrayRecord:
         names = classes or files.read_class_names(self.files[0])
         labelled = names and 'label' in _unpack(self._records[0])
         self.classes = tuple(str(n) for n in names) if labelled else None
-        names, sizes = map(os.path.basename, self.files), map(os.path.getsize, self.files)
-        self.fingerprint = hashing.digest('array_record', *names, *sizes, len(self))
+        names = map(os.path.basename, self.files)
+        self.fingerprint = fingerprint.of_files('array_record', self.files, *names, len(self))
 
     def __len__(self) -> int:
         return len(self._records)

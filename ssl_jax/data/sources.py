@@ -7,8 +7,10 @@ A source is anything with
   __getitem__(i)   dict(image=bytes | uint8 array, label=int, segmentation=uint8 (H, W),
                    depth=float32 (H, W)); all but `image` only if the source has them
   classes          tuple of names in label order, or None if there are no labels
+  labels           (optional) int32 array of all labels, -1 where one is missing, or None
+  notes            (optional) sentences for the log: what was chosen, what is left out
   describe(i)      where image i comes from, for messages
-  fingerprint      str; changes when the list of images changes
+  fingerprint      str; changes when the images change, see `data/fingerprint.py`
 
 that can be pickled and read from several threads.
 """
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.data import files, folder, host, parquet, records, scenes
+from ssl_jax.data import files, fingerprint, folder, host, parquet, records, scenes
 from ssl_jax.run import errors, hashing, storage
 
 
@@ -45,18 +47,18 @@ class Arrays:
                 f'{len(images)} images but {len(labels)} labels: give one for each.'
             )
         self._images = images
-        self._labels = None if labels is None else np.asarray(labels, np.int32)
-        self.classes = files.class_names(self._labels, classes)
-        ends = [x if isinstance(x, bytes) else x.tobytes() for x in (images[0], images[-1])]
-        self.fingerprint = hashing.digest('arrays', len(images), *ends)
+        self.labels, self.classes, self.notes = files.classes_of(labels, classes)
+        sample = [images[i] for i in fingerprint.spread(len(images), fingerprint.SAMPLE)]
+        sample = [x if isinstance(x, bytes) else np.asarray(x).tobytes() for x in sample]
+        self.fingerprint = hashing.digest('arrays', len(images), *sample)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, i: int) -> dict:
         item = {'image': self._images[i]}
-        if self._labels is not None:
-            item['label'] = int(self._labels[i])
+        if self.labels is not None:
+            item['label'] = int(self.labels[i])
         return item
 
     def describe(self, i: int) -> str:
@@ -73,7 +75,7 @@ SOURCES = {
 }
 
 
-def open_source(spec: str | os.PathLike | Mapping[str, Any]) -> Any:
+def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'train') -> Any:
     """Opens the images that `spec` names.
 
     Args:
@@ -81,6 +83,8 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any]) -> Any:
         a mapping with `source`, a name in SOURCES, and the arguments of that class. Values that are
         None or '' count as not given. Arguments of other sources are allowed, so that a config can
         switch `source` and leave the rest.
+      purpose: what the images are for, 'train', 'test' or 'all': which split is used of a folder
+        that has several, if `spec` names none, see `splits.PURPOSES`.
 
     Raises:
       ValueError, FileNotFoundError: one sentence that says what is wrong and what to do.
@@ -90,7 +94,7 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any]) -> Any:
     spec = dict(spec)
     spec = {k: v for k, v in spec.items() if not (v is None or isinstance(v, str) and v == '')}
     arguments = {k: inspect.signature(v).parameters for k, v in SOURCES.items()}
-    known = sorted({'source'}.union(*arguments.values()))
+    known = sorted({'source'}.union(*arguments.values()) - {'purpose'})
     for key in spec:
         if key not in known:
             raise errors.UserError(
@@ -98,12 +102,14 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any]) -> Any:
             )
     if 'source' not in spec and 'path' not in spec:
         raise errors.UserError(f'The data spec needs `source`, one of {", ".join(SOURCES)}.')
+    spec |= {k: str(spec[k]) for k in ('path', 'split') if k in spec}  # 2017 is read as a number
     name = spec.get('source') or _kind(spec['path'])
     if name not in SOURCES:
         raise errors.UserError(f'Unknown source {name!r}{errors.nearest(name, SOURCES)}')
     for key, argument in arguments[name].items():
         if argument.default is argument.empty and key not in spec:
             raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
+    spec['purpose'] = purpose
     return SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
 
 
@@ -122,28 +128,97 @@ def _kind(path):
             f'{path} is neither a folder, nor *.parquet, nor *.array_record*: '
             'give the folder that holds the images.'
         )
-    for parent in (path, os.path.join(path, 'data')):  # Hugging Face repositories use data/
-        names = os.listdir(parent) if os.path.isdir(parent) else []
-        if any(n.endswith('.parquet') for n in names):
-            return 'parquet'
-        if any('.array_record' in n for n in names):
-            return 'array_record'
-    return 'folder'
+    return _kind_of_folder(path)
+
+
+def _kind_of_folder(path):
+    """The kind of the topmost files of a data set in a folder: no class folders are looked into."""
+    level, parquet_without = [path], False
+    for _ in range(5):  # archive/data/default/train/0000.parquet
+        below = []
+        for parent in level[:100]:
+            with contextlib.suppress(PermissionError):  # the listing counts it
+                names = sorted(n for n in os.listdir(parent) if not files.is_system(n))
+                paths = [os.path.join(parent, n) for n in names]
+                shards = [p for p in paths if p.endswith('.parquet') and os.path.isfile(p)]
+                if shards and parquet.holds_images(shards[0]):
+                    return 'parquet'
+                parquet_without |= bool(shards)
+                if any('.array_record' in n for n in names):
+                    return 'array_record'
+                if any(map(files.is_image, names)):
+                    return 'folder'
+                below += filter(os.path.isdir, paths)
+        level = below
+    return 'parquet' if parquet_without else 'folder'
+
+
+# What commands say of a source, and what they ask of its labels.
+
+
+def lines(source: Any) -> list[str]:
+    """Log lines: the number of images, the fingerprint, and what was chosen and left out."""
+    notes = getattr(source, 'notes', ())
+    return [
+        f'data      {len(source):,} images, {source.fingerprint}',
+        *(f'          {note}' for note in notes),
+    ]
+
+
+def check_labels(source: Any) -> None:
+    """Raises if images of a labelled source have no label; to call where labels are used."""
+    labels = getattr(source, 'labels', None)
+    if labels is not None and (labels < 0).any():
+        missing, first = int((labels < 0).sum()), int(labels.argmin())
+        raise errors.UserError(
+            f'{missing:,} of {len(source):,} images ({source.describe(first)} is the first) have '
+            f'no label (null or below 0): label them, or leave them out.'
+        )
+    if labels is None and source.classes and source[0].get('label', 0) < 0:
+        raise errors.UserError(
+            f'Images such as {source.describe(0)} have no label (below 0): give labelled ones.'
+        )
+
+
+def in_classes(source: Any, classes: Sequence[str] | None) -> Any:
+    """A source whose labels count in `classes`, where it has numbers for names.
+
+    A set of few images lacks some numbers, and would count those it has. The source is returned as
+    it is if its names are no numbers, or if it has others; `accuracy.check_classes` says so.
+
+    Args:
+      source: labelled.
+      classes: names in label order, e.g. those of the training images.
+    """
+    labels, names = getattr(source, 'labels', None), source.classes
+    if labels is None or not classes or not all(map(str.isdigit, (*names, *classes))):
+        return source
+    index = {name: k for k, name in enumerate(classes)}
+    found = np.array([index.get(name, -1) for name in names])
+    if (found[np.unique(labels[labels >= 0])] < 0).any():
+        return source
+    new = object.__new__(type(source))
+    moved = np.where(labels < 0, -1, found[labels]).astype(np.int32)
+    new.__dict__.update(source.__dict__, labels=moved, classes=tuple(classes))
+    return new
 
 
 def typical_size(source: Any) -> tuple[int, int]:
-    """(height, width) in pixels of a typical image: the median short side of the first 64.
+    """(height, width) in pixels of a typical image: the median short side of 64, evenly spread.
 
     Raises:
       UserError: no image can be decoded.
     """
-    sides, count = [], min(len(source), 64)
+    n, sides, reason = len(source), [], ''
+    count = min(n, 64)
     for i in range(count):
-        with contextlib.suppress(host.DecodeError, OSError):  # the stream counts and lists it
-            sides.append(host.decode(source[i]['image']).shape[:2])
+        try:
+            sides.append(host.decode(source[i * n // count]['image']).shape[:2])
+        except (host.DecodeError, OSError) as e:  # the stream counts and lists it
+            reason = str(e).rstrip('.')
     if not sides:
         raise errors.UserError(
-            f'none of the first {count} images can be decoded, {source.describe(0)} for one; '
+            f'none of {count} images can be decoded, {source.describe(0)} for one ({reason}): '
             f'is --data a folder of images?'
         )
     return sorted(sides, key=min)[len(sides) // 2]

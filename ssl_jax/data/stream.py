@@ -8,25 +8,20 @@ number of threads, worker processes and hosts, a restart needs no iterator state
 appears exactly once per epoch, also where a batch crosses from one epoch into the next.
 """
 
-import collections.abc
-import contextlib
-import functools
 import json
 import math
 import os
 import sys
-import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from etils import epath
 
-from ssl_jax.data import host
+from ssl_jax.data import host, loader
 from ssl_jax.run import errors, hashing, launch, storage
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
@@ -54,12 +49,16 @@ def train_stream(
     num_threads: int | None = None,
     num_workers: int = 0,
     repeats: int = 1,
-) -> 'Stream':
+) -> loader.Stream:
     """Endless iterator over training batches of numpy arrays; close it, or use it in a `with`.
 
     A batch is {view.name: uint8 (B, count, size, size, 3), 'id': int64 (B,) index of the image,
     'bad': int64 (B, MAX_TRIES) indices that could not be decoded, padded with -1, and 'label':
     int32 (B,) if the source has labels}, where B = len(rows).
+
+    Memory: besides the batch that was returned at most `loader.READY` finished ones,
+    ceil(num_threads / B) in work, and an image per thread. Each worker process has one finished
+    batch less, but up to four on their way. Nothing is read before the first next().
 
     A hash of (seed, g, attempt) chooses the replacement of an image that cannot be decoded, so it
     is the same on any number of threads, processes and hosts.
@@ -71,15 +70,16 @@ def train_stream(
       seed: with `source`, `views`, `batch_size` and `repeats` it determines every batch.
       start_step: the step of the first batch.
       rows: sorted rows of the global batch to load; default all.
-      num_threads: per process; default one per core. Each builds one batch at a time.
+      num_threads: per process, over rows of the batch that is needed next; default one per core
+        that this process may use, 64 at most.
       num_workers: processes; 0 loads in threads of this process. Threads are faster unless the GIL
-        is the limit; decoding and resizing release it.
+        is the limit; decoding and resizing release it. Batches are copied once more.
       repeats: consecutive samples with crops of one image; an epoch then has one of `repeats`
         images (repeated augmentation: Hoffer et al., arXiv 1901.09335).
 
     Raises:
-      ValueError: if there are fewer images than rows in a batch.
-      RuntimeError: from next(), if MAX_TRIES images in a row could not be decoded.
+      UserError: if there are fewer images than rows in a batch; from next(), if MAX_TRIES images in
+        a row could not be decoded.
     """
     n = len(source)
     if n < batch_size:
@@ -89,7 +89,7 @@ def train_stream(
         )
     threads = num_threads or max(1, min(64, launch.cores()) // max(1, num_workers))
     samples = _TrainSamples(source, batch_size, rows, views, seed, start_step, repeats)
-    return _stream(samples, threads, num_workers)
+    return loader.stream(samples, threads, num_workers)
 
 
 def eval_stream(
@@ -98,7 +98,7 @@ def eval_stream(
     batch_size: int,
     resize: int | None = None,
     rows: Sequence[int] | None = None,
-) -> 'Stream':
+) -> loader.Stream:
     """Iterator once over the source, in order: the central crop of every image.
 
     A batch is {'image': uint8 (B, size, size, 3), 'id': int64 (B,), 'mask': bool (B,)}, and
@@ -114,44 +114,7 @@ def eval_stream(
       rows: sorted rows of each global batch to load; default all.
     """
     samples = _EvalSamples(source, batch_size, rows, size, resize or size)
-    return _stream(samples, min(16, launch.cores()))
-
-
-def _stream(samples, num_threads, num_workers=0):
-    dataset = grain.MapDataset.source(samples).batch(len(samples.rows))
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
-    dataset = dataset.to_iter_dataset(options)
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # in notebooks and pytest; Grain reads one of the flags
-            flags.FLAGS.mark_as_parsed()
-        start = functools.partial(_start_worker, os.getpid())
-        options = grain.MultiprocessingOptions(num_workers=num_workers)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=start)
-    return Stream(dataset, samples)
-
-
-class Stream(contextlib.AbstractContextManager, collections.abc.Iterator):
-    """Iterator over the batches of a Grain dataset that can be closed promptly."""
-
-    def __init__(self, dataset, samples):
-        self._iterator = iter(dataset)
-        self._finalizer = weakref.finalize(self, _stop, samples, self._iterator)
-        self._finalizer.atexit = False  # Grain's threads have ended by then
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
-
-    def close(self) -> None:
-        """Stops threads and worker processes; batches in work are abandoned."""
-        self._finalizer()
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def _stop(samples, iterator):
-    samples.closed = True
-    iterator.close()
+    return loader.stream(samples, min(16, launch.cores()))
 
 
 class TooManyBadImages(errors.UserError):  # noqa: N818  named for the event
@@ -237,15 +200,11 @@ def _reason(source, i):
 class _Samples:
     """Random access to (step, row): element e is row rows[e % B] of step e // B."""
 
-    closed = False
-
     def __init__(self, source, batch_size, rows):
         self.rows = range(batch_size) if rows is None else [int(row) for row in rows]
         self._source, self._batch_size = source, batch_size
 
     def __getitem__(self, e):
-        if self.closed:
-            raise RuntimeError('The stream is closed.')
         step, row = divmod(int(e), len(self.rows))
         return self._sample(step, self.rows[row])
 
@@ -337,22 +296,3 @@ def _read(source, i):
         except OSError:
             time.sleep(pause)
     return source[i]
-
-
-def _start_worker(parent, *_):
-    """Makes the worker die with the trainer, and keeps it off the trainer's accelerator."""
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    if 'jax' in sys.modules:  # Grain imports it, without touching a device
-        sys.modules['jax'].config.update('jax_platforms', 'cpu')
-
-
-def _die_with(parent):
-    """Ends this process within a second of the end of its parent, whatever ended it.
-
-    Linux has PR_SET_PDEATHSIG, but sends it at the end of the *thread* that started the worker, and
-    a short-lived thread may fetch the first batch.
-    """
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -8,6 +8,7 @@ import functools
 import jax
 import numpy as np
 
+from ssl_jax.data import sources
 from ssl_jax.evals import features
 from ssl_jax.run import errors, launch
 
@@ -108,6 +109,7 @@ def check_classes(names, source) -> None:
             f'The test images ({source.describe(0)} is the first) have no labels: put them in one '
             f'folder per class, as the training images.'
         )
+    sources.check_labels(source)
     # Sets without names are numbered 0..max: one may just lack the last classes.
     if classes != names and not (names[: len(classes)] == classes and all(map(str.isdigit, names))):
         odd = sorted(set(classes) ^ set(names)) or 'the order'

@@ -53,12 +53,17 @@ class Look:
     def of(cls, config, method, mesh, workdir, images, should_stop) -> 'Look':
         """Opens the labelled sources of a run."""
 
-        def opened(spec):
-            if not spec:
-                return None
-            return images if spec == config.data.train else sources.open_source(spec)
+        def opened(spec, purpose):
+            source = sources.open_source(spec, purpose)
+            launch.log(*(f'{purpose:<9} {note}' for note in getattr(source, 'notes', ())))
+            return source
 
-        train, test = opened(config.data.eval_train), opened(config.data.eval_test)
+        train, test, classes = None, None, method.classes
+        if spec := config.data.eval_train:
+            train = images if spec == config.data.train else opened(spec, 'train')
+            classes = classes or train.classes
+        if spec := config.data.eval_test:
+            test = sources.in_classes(opened(spec, 'test'), classes)
         return cls(config, method, mesh, workdir, images, train, test, should_stop)
 
     @property

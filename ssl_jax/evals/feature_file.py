@@ -63,7 +63,7 @@ def extract(
     if out.is_dir():
         raise errors.UserError(f'{out} is a folder: give a file, such as {out}/features.parquet.')
     model = model if isinstance(model, encoder.Model) else encoder.load_model(model)
-    source = data if hasattr(data, 'describe') else sources.open_source(data)
+    source = data if hasattr(data, 'describe') else sources.open_source(data, 'all')
     size = size or model.size
     if size % model.vit.patch_size:
         near = max(round(size / model.vit.patch_size), 1) * model.vit.patch_size
@@ -90,6 +90,8 @@ def extract(
             storage.atomic_write(parts / 'about.json', json.dumps(about, indent=1) + '\n')
         view = f'short side {resize}, central {size} px' if resize != size else f'{size} px'
         log(f'{model.source}: {len(source):,} images, {view}, batches of {batch_size}')
+        for note in getattr(source, 'notes', ()):
+            log(note)
         params = jax.device_put(model.params, sharding.infer(model.params, mesh))
         forward = encoder.make_forward(model.vit, params, mean=model.mean, std=model.std)
         start = _done(parts, len(source))

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssl_jax import sharding
+from ssl_jax.data import sources
 from ssl_jax.evals import accuracy
 from ssl_jax.fields import Range
 from ssl_jax.models import blocks
@@ -40,6 +41,14 @@ class Options:
 
     ks: tuple = (10, 20, 100, 200)  # neighbours
     temperature: Annotated[float, Range(1e-4, 100.0)] = 0.07  # votes: exp(similarity / temperature)
+
+
+def check(options, look) -> None:
+    """Ends a run before its first step if labels that it is scored by are missing."""
+    del options
+    if not look.method.classes and look.train is not None and look.test is not None:
+        sources.check_labels(look.train)
+        sources.check_labels(look.test)
 
 
 def run(options, look, state, step) -> dict[str, float]:

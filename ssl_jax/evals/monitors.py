@@ -22,13 +22,20 @@ class Options:
     num_images: Annotated[int, Range(2, 10**6)] = 512
 
 
+def check(options, look) -> None:
+    """Says that one image alone has no monitors."""
+    del options
+    if len(look.shown) < 2:
+        launch.log('monitors  none: they compare two images or more')
+
+
 def run(options, look, state, step) -> dict[str, float]:
     """features/* of the test images, else of the training images; logs a suspected collapse.
 
     Nothing for a classifier: its features are meant to collapse onto the classes.
     """
     del step
-    if look.method.classes:
+    if look.method.classes or len(look.shown) < 2:
         return {}
     features, _ = look.extract(look.forward(state), look.shown, options.num_images)
     x = features.get(look.method.monitored, features['patch'])

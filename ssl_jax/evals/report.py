@@ -70,6 +70,8 @@ def evaluate(
       (or the monitors), protocol, protocol_id; 'linear' also has the sweep and its best row.
     """
     log = log or (lambda line: None)
+    for source in filter(None, (train_source, test_source)):
+        sources.check_labels(source)
     split = 'two given sets'
     if test_source is None:
         train_source, test_source = features_lib.split(train_source)
@@ -289,8 +291,11 @@ def evaluate_run(
             raise errors.UserError(
                 f'The run in {workdir} names no evaluation set; give labelled images with --data.'
             )
-    train_source = sources.open_source(data)
-    test_source = sources.open_source(test) if test is not None else None
+    train_source, test_source = sources.open_source(data), None
+    launch.log(*sources.lines(train_source))
+    if test is not None:
+        test_source = sources.in_classes(sources.open_source(test, 'test'), train_source.classes)
+        launch.log(*sources.lines(test_source))
     mean, std, size = transform['mean'], transform['std'], transform['size']
     if (tuple(mean), tuple(std)) != (photometry.MEAN, photometry.STD):
         options.setdefault('normalization', f'mean {mean}, std {std}')
@@ -323,7 +328,9 @@ def _score_classifier(run, test, limit):
         raise errors.UserError(
             'This classifier names no test images; give labelled ones with --test.'
         )
-    source, method, view = sources.open_source(test), run.method, run.transform
+    method, view = run.method, run.transform
+    source = sources.in_classes(sources.open_source(test, 'test'), method.classes)
+    launch.log(*sources.lines(source))
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     params, extra = (jax.device_put(x, sharding.infer(x, mesh)) for x in (run.params, run.extra))
     scores = accuracy.accuracy(

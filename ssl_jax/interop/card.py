@@ -10,6 +10,7 @@ from ssl_jax.interop import files, layouts
 from ssl_jax.models import vit as vit_lib
 
 LIBRARIES = {'official': 'pytorch', 'hf': 'transformers', 'timm': 'timm'}
+PROGRAMS = {'onnx': 'ONNX Runtime', 'jax': 'JAX'}  # the network goes with the weights
 PROVENANCE = 'provenance.json'
 
 
@@ -27,8 +28,9 @@ def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
         where = {'shared': 'for all blocks', 'layer': 'in each block'}[v.rel_pos]
         positions = '' if v.pos_embed == 'none' else f'{positions}, and '
         positions += f'relative, a table of biases {where}'
+    names = '' if w.layout in PROGRAMS else f', {w.layout} names'
     parts = {
-        'family': f'{w.family}, {w.layout} names, encoder{beside}',
+        'family': f'{w.family}{names}, encoder{beside}',
         'encoder': f'{f"ViT-{size}, " if size else ""}{v.depth} blocks of {v.embed_dim} channels, '
         f'{v.num_heads} heads',
         'input': f'{v.img_size} px, patches of {v.patch_size} px',
@@ -57,7 +59,9 @@ def num_parameters(params) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def model_card(opened, w: layouts.Weights, params, provenance, extra, evaluation, left=()) -> str:
+def model_card(
+    opened, w: layouts.Weights, params, provenance, extra, evaluation, left=(), use=()
+) -> str:
     """The model card, in Markdown.
 
     Args:
@@ -67,18 +71,21 @@ def model_card(opened, w: layouts.Weights, params, provenance, extra, evaluation
       extra: names of the tensors in the sidecar.
       evaluation: lines of a table, [] if there is none.
       left: names of networks that no layout has a place for.
+      use: lines on the use of one of PROGRAMS.
     """
     imported, config, transform = opened.meta.get('imported'), opened.config, opened.transform
+    what = f'Weights of a Vision Transformer in the layout `{w.layout}`'
+    if w.layout in PROGRAMS:
+        what = f'A Vision Transformer for {PROGRAMS[w.layout]}, the network with its weights'
     lines = [
         '---',
-        f'library_name: {LIBRARIES[w.layout]}',
+        f'library_name: {LIBRARIES.get(w.layout, w.layout)}',
         'tags: [image-feature-extraction, self-supervised, ssl_jax]',
         '---',
         '',
         f'# {config.name or "ssl_jax"}, step {opened.step}',
         '',
-        f'Weights of a Vision Transformer in the layout `{w.layout}`, written by ssl_jax '
-        f'{provenance["versions"]["ssl_jax"]} in {provenance["dtype"]}.',
+        f'{what}, written by ssl_jax {provenance["versions"]["ssl_jax"]} in {provenance["dtype"]}.',
         '',
         *(f'- {line}' for line in describe(w, params, provenance['tensors'])),
         '',
@@ -115,11 +122,7 @@ def model_card(opened, w: layouts.Weights, params, provenance, extra, evaluation
         '',
         *(table if evaluation else [none]),
         '',
-        '## Use in PyTorch',
-        '',
-        '```python',
-        *_usage(w),
-        '```',
+        *(use or ['## Use in PyTorch', '', '```python', *_usage(w), '```']),
     ]
     if opened.method is not None and (line := opened.method.left_behind()):
         lines += ['', line]

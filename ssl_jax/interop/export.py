@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as a folder that PyTorch reads: `ssl_jax export`.
+"""A checkpoint as a folder that others read: `ssl_jax export`.
 
-Everything happens on the host, in numpy; no pickle is written. The parameters are held once; each
-tensor is transposed while it is written.
+The weights for PyTorch are written on the host, in numpy; no pickle is written. The parameters are
+held once; each tensor is transposed while it is written. The programs, for ONNX Runtime and plain
+JAX, are run once for a comparison with the encoder.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
 
-from ssl_jax.interop import card, files, layouts, tables
-from ssl_jax.run import checkpoint, errors, hashing, storage
+import numpy as np
+
+from ssl_jax.interop import card, files, layouts, onnx, program, tables
+from ssl_jax.run import checkpoint, errors, hashing, storage, trees
 
 LAYOUTS = tuple(card.LIBRARIES)
+TARGETS = (*LAYOUTS, *card.PROGRAMS)
 WHATS = ('backbone', 'full')
 DTYPES = ('float32', 'bfloat16')
 FORMAT = 'ssl_jax export 1'
@@ -21,15 +26,16 @@ PACKAGES = ('ssl_jax', 'jax', 'flax', 'numpy', 'orbax-checkpoint')
 
 
 def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
-    """Writes weights in the names and shapes of a PyTorch library.
+    """Writes weights in the names and shapes of a PyTorch library, or a program with its weights.
 
-    The folder holds model.safetensors, config.json, preprocessor_config.json, README.md (a model
-    card), provenance.json and, where the layout has no place for some of our tensors, the sidecar
-    `files.EXTRA`, with which `ssl_jax import` gives back every bit.
+    The folder of a library holds model.safetensors, config.json, preprocessor_config.json,
+    README.md (a model card), provenance.json and, where the layout has no place for some of our
+    tensors, the sidecar `files.EXTRA`, with which `ssl_jax import` gives back every bit. The folder
+    of a program, see `onnx` and `program`, has the card and provenance.json too.
 
     Args:
       opened: `run.weights.Opened` of a run or of imported weights.
-      to: 'official', 'hf' or 'timm'.
+      to: 'official', 'hf', 'timm', 'onnx' or 'jax'.
       out: a local folder, new, empty or an earlier export.
       what: 'backbone', or 'full' with the decoder of a MAE or Pixio, with the projection heads
         of DINOv2 (official names; the teacher, of a distillation the student's average), or with
@@ -45,7 +51,7 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
       UserError: one sentence; then `out` is as it was.
     """
     for name, value, known in (
-        ('to', to, LAYOUTS),
+        ('to', to, TARGETS),
         ('what', what, WHATS),
         ('dtype', dtype, DTYPES),
     ):
@@ -58,6 +64,13 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         raise errors.UserError(f'{out} is not local; export to a local folder and copy that.')
     out = pathlib.Path(out)
     _check_replaceable(out)
+    if to == 'onnx':
+        if dtype != 'float32':
+            raise errors.UserError(
+                f'to=onnx dtype={dtype} is not possible: its graph is float32; use dtype=float32.'
+            )
+        native = {**opened.transform, 'size': opened.vit.img_size}
+        opened = dataclasses.replace(opened, stated=native)
     networks = opened.networks()
     classes = getattr(opened.method, 'classes', ())
     if what == 'full' and classes:
@@ -73,26 +86,50 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         w, left = _weights(opened, to, what)
         names = [name for name in networks if name not in left] if what == 'full' else ['encoder']
         params = {name: networks[name][1] for name in names}
-        tensors, extra = layouts.to_layout(w, params)
+        tensors, extra = ({}, {}) if to == 'jax' else layouts.to_layout(w, params)
         metadata = {'format': 'pt', METADATA: json.dumps(layouts.to_dict(w))}
+    _check_finite(opened, params)
+    if to in card.PROGRAMS:
+        extra = {}  # nothing but an import needs it, and none reads a program
+    if to == 'onnx':
+        onnx.require()
+    use, more = (), {}
     with storage.atomic_folder(out) as folder:
-        files.write(folder / files.WEIGHTS, tensors, metadata, dtype)
-        if extra:
-            files.write(folder / files.EXTRA, extra, {'format': 'pt'}, dtype)
-        provenance = _provenance(opened, w, dtype)
-        provenance['tensors'] = len(tensors)
+        if to == 'jax':
+            encoder = w.vit, params['encoder']
+            use, more = program.write(folder, *encoder, opened.transform, dtype)
+        else:
+            files.write(folder / files.WEIGHTS, tensors, metadata, dtype)
+            if extra:
+                files.write(folder / files.EXTRA, extra, {'format': 'pt'}, dtype)
+            config = _config(opened, w, dtype)
+            if what == 'full' and classes:
+                names = list(classes)
+                config.update(num_classes=len(names), pool=opened.method.pool, classes=names)
+            _json(folder / 'config.json', config)
+            _json(folder / 'preprocessor_config.json', files.processor_of(opened.transform))
+        if to == 'onnx':
+            use, more = onnx.write(folder, w, params, opened.transform, opened.method)
+        w = dataclasses.replace(w, layout=to)
+        provenance = _provenance(opened, w, dtype) | more
+        provenance['tensors'] = len(trees.named(params)) if to == 'jax' else len(tensors)
         provenance['parameters'] = card.num_parameters(params)
-        config = _config(opened, w, dtype)
-        if what == 'full' and classes:
-            config.update(num_classes=len(classes), pool=opened.method.pool, classes=list(classes))
-        _json(folder / 'config.json', config)
-        _json(folder / 'preprocessor_config.json', files.processor_of(opened.transform))
         _json(folder / card.PROVENANCE, provenance)
         if classes:
             left = [name for name in left if name != 'head']
-        text = card.model_card(opened, w, params, provenance, list(extra), evaluation, left)
+        text = card.model_card(opened, w, params, provenance, list(extra), evaluation, left, use)
         (folder / 'README.md').write_text(text)
     return out
+
+
+def _check_finite(opened, params):
+    """Weights that are lost are not handed on."""
+    for name, x in trees.named(params).items():
+        if not np.isfinite(x).all():
+            raise errors.UserError(
+                f'step {opened.step} of {opened.path} has NaN or infinity in {name}; export an '
+                f'earlier checkpoint with --step.'
+            )
 
 
 def _check_replaceable(out):
@@ -113,22 +150,35 @@ def _check_replaceable(out):
 
 
 def _weights(opened, to, what):
-    """(`layouts.Weights` to write, names of the networks that no layout has a place for)."""
+    """(`layouts.Weights` to write, names of the networks that no layout has a place for).
+
+    ONNX is made of the weights in the names of transformers.
+    """
     networks = {name: module for name, (module, _) in opened.networks().items()}
-    whole, left = layouts.of_networks(networks, to, opened.weights and opened.weights.family)
+    layout = 'hf' if to == 'onnx' else to
+    whole, left = layouts.of_networks(networks, layout, opened.weights and opened.weights.family)
     if what == 'full' and len(left) == len(networks) - 1:
         raise errors.UserError(
             "what=full needs a decoder, projection heads or BEiT's layer to visual words in names "
             'that others know, and this checkpoint has none; use what=backbone.'
         )
     can = layouts.refusals(whole)
+    words = whole.vocab and "no graph is made of BEiT's layer to visual words"
+    can |= {
+        ('onnx', 'backbone'): can['hf', 'backbone'],
+        ('onnx', 'full'): can['hf', 'full'] or words or '',
+        ('jax', 'backbone'): '',
+        ('jax', 'full'): 'the program is the encoder alone',
+    }
     if why := can.get((to, what), 'there is no such layout'):
         others = sorted({layout for (layout, w), no in can.items() if w == what and not no})
         raise errors.UserError(
             f'to={to} what={what} is not possible: {why.rstrip(".")}; possible with this model: '
             f'{", ".join(others) or "nothing"}.'
         )
-    return whole if what == 'full' else layouts.Weights(whole.family, to, what, whole.vit), left
+    if what == 'full':
+        return whole, left
+    return layouts.Weights(whole.family, layout, what, whole.vit), left
 
 
 def _classifier_tensors(opened, w):
@@ -168,7 +218,8 @@ def _config(opened, w, dtype):
 
 def _provenance(opened, w, dtype):
     """Where the numbers come from."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = PACKAGES + (onnx.MODULES if w.layout == 'onnx' else ())
+    versions = {name: importlib.metadata.version(name) for name in packages}
     folder = checkpoint.step_dir(opened.path, opened.step) / 'model'
     return dict(
         format=FORMAT,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from ssl_jax import fields
 from ssl_jax.augment import mixup as mixup_lib
 from ssl_jax.augment import photometry, randaugment
+from ssl_jax.data import sources
 from ssl_jax.methods import base
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import vit as vit_lib
@@ -157,6 +158,7 @@ class Classifier(base.OneView):
                 f'The training images ({source.describe(0)} is the first) have no labels: put them '
                 f'in one folder per class, or use `ssl_jax pretrain`, which needs none.'
             )
+        sources.check_labels(source)
         if len(names) < 2:
             raise errors.UserError(
                 f'The training images are all of one class ({names[0]}): give several.'
@@ -165,6 +167,12 @@ class Classifier(base.OneView):
             raise errors.UserError(
                 f'The training images are of {len(names)} classes, method.num_classes is '
                 f'{self.num_classes}: set method.num_classes=None.'
+            )
+        if self.classes and tuple(self.classes) != names:
+            odd = sorted({*self.classes} ^ {*names})[:10]
+            raise errors.UserError(
+                f'The training images have other classes than this run began with ({", ".join(odd)}'
+                f'{" on one side only" if odd else ", in another order"}): give a new --workdir.'
             )
         shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
         lines = [f'classes   {len(names)}: {shown}']

@@ -43,6 +43,8 @@ class MAE(base.OneView):
     def check(self, run):
         yield from super().check(run)
         yield from base.mask_rules(self)
+        if not self.mask_ratio:
+            yield 'method.mask_ratio=0 hides no patch, and the loss is over hidden ones: use 0.75.'
         for name in ('decoder_embed_dim', 'decoder_depth', 'decoder_num_heads'):
             if getattr(self, name) is None:
                 yield f'method.{name} is None: set it.'

@@ -94,13 +94,25 @@ class Checkpointer:
           False if this step is already saved, otherwise True.
 
         Raises:
-          CheckpointError: naming the path and the errno.
+          CheckpointError: naming the path and the errno, or the tensors that have NaN or inf: what
+            cannot be trained on is not kept, as it would push out what can.
         """
         self.wait()
         if launch.main_says(step in self.steps()):
             return False
         items = _items(state)
-        meta = checksums.seal({**(meta or {}), 'step': step, **checksums.manifest(items)})
+        sums, bad = checksums.scan(items)
+        if bad:
+            committed = self.steps()
+            last = (
+                f'the newest finite one is step {committed[-1]}' if committed else 'none is saved'
+            )
+            raise CheckpointError(
+                f'The state of step {step} is not saved, as {_listed(bad)}; {last}: start the same '
+                f'command again to continue from there, and if it comes again, lower optim.lr or '
+                f'optim.clip, or use dtype=float32.'
+            )
+        meta = checksums.seal({**(meta or {}), 'step': step, **checksums.manifest(items, sums)})
         chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         args = {
             k: ocp.args.PyTreeSave(v, save_args=jax.tree.map(lambda _: chunks, v))
@@ -366,15 +378,17 @@ def _restore(directory, items, step):
         if not launch.any_says(reason is not None):
             for k in (k for k in items if items[k] is not None):
                 values[k] = jax.tree.map(_place, values[k], items[k])
-            sums = checksums.of(values)
+            sums, bad = checksums.scan(values)
             wrong = [k for k in sums if meta['tensors'].get(k, {}).get('sum') != sums[k]]
-            if not wrong:
+            if not wrong and not bad:
                 return values, meta, list(reasons)
-            reason = f'{len(wrong)} tensors differ from their checksums, first {wrong[0]}'
+            reason = _listed(bad)
+            if wrong:
+                reason = f'{len(wrong)} tensors differ from their checksums, first {wrong[0]}'
         values = None  # frees the memory for the next
         reasons[s] = reason or 'another process could not read its part'
         if launch.is_main() or reason:
-            print(f'Checkpoint {directory / str(s)} is damaged: {reasons[s]}.', flush=True)
+            launch.show(f'Checkpoint {directory / str(s)} is damaged: {reasons[s]}.')
     if not reasons:
         raise CheckpointError(EMPTY.format(directory))
     listed = '; '.join(f'step {s}: {r}' for s, r in reasons.items())
@@ -382,6 +396,15 @@ def _restore(directory, items, step):
         f'{directory} holds no checkpoint that can be read ({listed}); restore a copy, or move '
         f'it away to start from step 0.'
     )
+
+
+def _listed(bad):
+    """Part of a sentence on tensors that are not finite, '' if there are none."""
+    if not bad:
+        return ''
+    name, count = next(iter(bad.items()))
+    more = f' (and {len(bad) - 1} other tensors have some)' if len(bad) > 1 else ''
+    return f'{name} has NaN or inf in {count:,} numbers{more}'
 
 
 def _read(path, items):

@@ -36,19 +36,37 @@ def of(tree: Any) -> dict[str, int]:
     Returns:
       dict name -> int, names as in ``params/blocks/norm1/scale``.
     """
-    leaves, sums = iter(trees.named(tree).items()), {}
+    return scan(tree)[0]
+
+
+def scan(tree: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """The checksums of `of`, and the number of NaN and inf in the tensors that have some."""
+    leaves, sums, bad = iter(trees.named(tree).items()), {}, {}
     while some := dict(itertools.islice(leaves, IN_FLIGHT)):
-        is_device = {k: isinstance(x, jax.Array) for k, x in some.items()}
-        now = {k: (_device_checksum if is_device[k] else _host_checksum)(some[k]) for k in some}
+        now = {
+            k: _on_device(x) if isinstance(x, jax.Array) else _on_host(x) for k, x in some.items()
+        }
         jax.block_until_ready(now)  # only now, so that the devices work on all of these at once
-        sums |= {k: int(v.addressable_data(0) if is_device[k] else v) for k, v in now.items()}
-    return sums
+        for name, pair in now.items():
+            pair = [x.addressable_data(0) if isinstance(x, jax.Array) else x for x in pair]
+            sums[name], bad[name] = map(int, pair)
+    return sums, {name: count for name, count in bad.items() if count}
 
 
 @jax.jit
-def _device_checksum(x):
+def _on_device(x):
     """One small program per shape: a program for the whole tree would compile much longer."""
-    return _checksum(x, jnp)
+    return _checksum(x, jnp), _count_not_finite(x, jnp)
+
+
+def _on_host(x):
+    return _host_checksum(x), _count_not_finite(x, np)
+
+
+def _count_not_finite(x, xp):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return xp.int32(0)
+    return xp.sum(~xp.isfinite(x), dtype=xp.int32)
 
 
 def _host_checksum(x):
@@ -85,9 +103,9 @@ def _checksum(x, xp, start=0):
     return xp.sum((x ^ x >> np.uint32(13)) * weight, dtype=np.uint32)
 
 
-def manifest(items: dict) -> dict:
+def manifest(items: dict, sums: dict[str, int]) -> dict:
     """Tensors with type and checksum, versions, PRNG settings, mesh, devices and processes."""
-    sums, tensors = of(items), trees.named(items)
+    tensors = trees.named(items)
     packages = ('ssl_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
     versions = {name: importlib.metadata.version(name) for name in packages}
     shardings = [getattr(x, 'sharding', None) for x in tensors.values()]  # numpy has none

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes and devices of a run: joining hosts, agreement between them, hardware."""
 
+import contextlib
 import importlib.util
 import os
+import sys
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -102,7 +105,28 @@ def log(*lines: str) -> None:
     """Prints on process 0."""
     if is_main():
         for line in lines:
-            print(line, flush=True)
+            show(line)
+
+
+def show(text: str, end: str = '\n', stream: TextIO | None = None) -> None:
+    """Prints; a closed pipe or a full disk behind the stream ends no run.
+
+    What follows on that stream is dropped, after one line on stderr.
+    """
+    stream = stream or sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError as error:
+        say(f'ssl_jax: the output cannot be written ({error.strerror}); the run goes on without.')
+        # Below Python, as its buffer still holds the line and is flushed once more at the end.
+        with contextlib.suppress(OSError), open(os.devnull, 'wb') as devnull:
+            os.dup2(devnull.fileno(), stream.fileno())
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr if it can be written; also from signal handlers."""
+    with contextlib.suppress(OSError):
+        os.write(2, f'{line}\n'.encode())
 
 
 def main_says(flag: bool) -> bool:

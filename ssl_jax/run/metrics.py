@@ -34,14 +34,19 @@ class NonFinite:
 
     The step counts on the device (`TrainState.skipped`); this compares on the host.
 
+    The budget is that of one process: a restart, where the cause may be gone, begins with all of
+    it.
+
     Args:
       in_a_row: updates in a row that may be skipped.
-      total: updates that may be skipped since step 0.
+      total: updates that may be skipped.
+      before: updates skipped before the process started.
     """
 
-    def __init__(self, in_a_row: int, total: int):
-        self._budgets = {'in a row': in_a_row, 'in total': total}
+    def __init__(self, in_a_row: int, total: int, before: int = 0):
+        self._budgets = {'in a row': in_a_row, 'in total since this start': total}
         self._pending = collections.deque()
+        self._before = before
 
     def push(self, metrics: dict) -> None:
         """Takes the metrics of a step and checks those of two steps before, surely computed."""
@@ -54,7 +59,9 @@ class NonFinite:
 
     def _check(self, leave):
         while len(self._pending) > leave:
-            counts = map(int, self._pending.popleft())
+            in_a_row, total = map(int, self._pending.popleft())
+            total -= self._before
+            counts = min(in_a_row, total), total  # those in a row may begin before the start
             for count, (what, budget) in zip(counts, self._budgets.items(), strict=True):
                 if count > budget:
                     raise NonFiniteError(
@@ -174,7 +181,7 @@ class Writer:
         self.flush()
         if self._is_main:
             if self._stream.isatty():
-                print(file=self._stream, flush=True)
+                launch.show('', stream=self._stream)
             self._rows.close()
             for name, (_, close) in list(self._sinks.items()):
                 with self._may_fail(name):
@@ -225,11 +232,10 @@ class Writer:
             yield
         except Exception as e:  # whatever it is, training matters more
             self._sinks.pop(name, None)
-            print(
+            launch.show(
                 f'{name} is off for the rest of this run ({type(e).__name__}: {e}); '
                 'metrics.jsonl goes on.',
-                file=sys.stderr,
-                flush=True,
+                stream=sys.stderr,
             )
 
     def _line(self, step, values, timing):
@@ -252,9 +258,9 @@ class Writer:
         """Redraws the line on a terminal, prints it elsewhere."""
         if self._is_main and self._stream.isatty():
             line, end = f'\r{line}\x1b[K', '\n' if keep else ''
-            print(line, end=end, file=self._stream, flush=True)
+            launch.show(line, end=end, stream=self._stream)
         elif self._is_main:
-            print(line, file=self._stream, flush=True)
+            launch.show(line, stream=self._stream)
 
 
 def read(path: epath.PathLike) -> list[dict]:

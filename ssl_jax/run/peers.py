@@ -51,7 +51,7 @@ class _Link:
 
     def send(self, **message):
         with contextlib.suppress(OSError):  # whoever listens to this link sees its end
-            self.sock.sendall(json.dumps(message).encode() + b'\n')
+            self.sock.sendall(json.dumps(message, default=str).encode() + b'\n')
 
     def read(self, seconds=None):
         """The next message; {} at the end, after `seconds`, or if it is none of ours."""
@@ -195,7 +195,7 @@ def compare(values: dict) -> None:
         _peers.inbox.get()
         at('starting')
         return
-    values = json.loads(json.dumps(values))
+    values = json.loads(json.dumps(values, default=str))
     for _ in _peers.links:
         process, theirs = _peers.inbox.get()
         names = [k for k in {**values, **theirs} if values.get(k) != theirs.get(k)]

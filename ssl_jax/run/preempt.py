@@ -10,23 +10,26 @@ compile therefore ends the run at the first step; nothing is lost by then.)
 """
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from ssl_jax.run import launch
+
 POLL_SECONDS = 0.1
 PATIENCE = 1.0  # seconds in which a second Ctrl-C counts as the first
 
 
-class Stopped(Exception):
-    """A signal asked the run to end."""
+class Stopped(BaseException):
+    """A signal asked the run to end. No error: `except Exception` lets it pass."""
 
 
 class Preemption:
@@ -40,6 +43,7 @@ class Preemption:
     def __init__(self):
         self.requested = False
         self._first = None  # time of the first signal
+        self._interrupts = False  # whether a signal raises `Stopped` at once
         self._old = {}
         self._is_multi = jax.process_count() > 1
 
@@ -64,6 +68,21 @@ class Preemption:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """A block of the main thread that may wait long, for data for example.
+
+        A signal raises `Stopped` in it, also one that came before. Not with several processes:
+        the others would wait for this one.
+        """
+        self._interrupts = not self._is_multi
+        try:
+            if self._interrupts and self.requested:
+                raise Stopped
+            yield
+        finally:
+            self._interrupts = False
+
     def agreed(self, step: int) -> bool:
         """Whether the run should end before `step`; the same answer on all processes.
 
@@ -77,15 +96,18 @@ class Preemption:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._first is not None:
             if number == signal.SIGINT and now - self._first > PATIENCE:
-                os.write(2, f'\nSecond {name}: leaving at once, without saving.\n'.encode())
+                launch.say(f'\nSecond {name}: leaving at once, without saving.')
                 os._exit(128 + number)
             return
         self._first = now
-        os.write(2, f'\n{name}: saving at the next step; another Ctrl-C leaves at once.\n'.encode())
+        launch.say(f'\n{name}: saving at the next step; another Ctrl-C leaves at once.')
         if self._is_multi:
             os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.requested = True
+            return
+        self.requested = True
+        if self._interrupts:
+            self._interrupts = False
+            raise Stopped
 
 
 def run_interruptible(fn: Callable[[], Any], p: Preemption) -> Any:
@@ -115,6 +137,7 @@ def run_interruptible(fn: Callable[[], Any], p: Preemption) -> Any:
 
 def exit_now(code: int) -> None:
     """Ends the process with `code` at once, whatever threads still compile; flushes output."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)

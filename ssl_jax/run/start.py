@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start of a run: config fields from weights, images and devices; banner; first state."""
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -14,12 +15,51 @@ from ml_collections import ConfigDict
 from ssl_jax import config as config_lib
 from ssl_jax import methods, optim, sharding
 from ssl_jax import step as step_lib
-from ssl_jax.data import sources
+from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.interop import files
 from ssl_jax.methods import base
-from ssl_jax.run import checkpoint, launch, peers, storage, weights
+from ssl_jax.run import checkpoint, checksums, errors, launch, peers, storage, weights
 from ssl_jax.run.launch import log
+
+
+def stored(workdir: epath.PathLike) -> ConfigDict | None:
+    """The config of the newest checkpoint that a run has saved in `workdir`, None without one."""
+    directory = epath.Path(workdir) / 'checkpoints'
+    for step in reversed(checkpoint.steps(directory)):
+        with contextlib.suppress(OSError, json.JSONDecodeError):  # damaged; the restore names it
+            meta = checkpoint.read_meta(directory / str(step))
+            if meta == checksums.seal(meta):
+                return None if 'imported' in meta else config_lib.from_dict(meta['config'])[0]
+    return None
+
+
+def continued(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """The config of the run in `workdir` with the overrides of `config`; `config` of a new run.
+
+    What was decided stays with the run, whatever devices, images and defaults it meets now. Fields
+    of the recipe that differ are logged.
+
+    Raises:
+      UserError: the run is of another method.
+    """
+    old = stored(workdir)
+    if old is None:
+        return config
+    if old.method.name != config.method.name:
+        raise errors.UserError(
+            f'{workdir} holds a run of method {old.method.name}, not {config.method.name}: give a '
+            f'new --workdir.'
+        )
+    merged = config_lib.lay_over(old, config.overrides)
+    with merged.unlocked():
+        merged.infer = config.infer  # for fields that an override set to None
+        merged.data.changed = config.data.changed  # for this start alone
+    typed = tuple(o.partition('=')[0].removeprefix('config.') for o in merged.overrides)
+    for key, (now, recipe) in config_lib.diff(merged, config).items():
+        if recipe is not None and not key.startswith(('overrides', 'infer', 'name', *typed)):
+            log(f'{key} = {now}, as this run began (recipe: {recipe}); {key}=... changes it')
+    return config_lib.lock(merged)
 
 
 def follow(config: ConfigDict) -> ConfigDict:
@@ -38,14 +78,15 @@ def follow(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def complete(config: ConfigDict, source: Any) -> ConfigDict:
+def complete(config: ConfigDict, source: Any, is_new: bool = True) -> ConfigDict:
     """A valid copy with all fields set, in this order: `follow`, inferred fields, classes.
 
     Args:
-      config: as loaded.
+      config: as loaded or `continued`.
       source: training images.
+      is_new: whether the run begins; a continued one needs its `init_from` no more.
     """
-    config = follow(config)
+    config = follow(config) if is_new else copy.deepcopy(config)
     if config.infer:
         device, hw = jax.devices()[0], sources.typical_size(source)
         config, decisions = config_lib.infer(
@@ -79,7 +120,7 @@ def banner(config, source, method, program, workdir) -> None:
         f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
         f'devices   {jax.device_count()} x {device.device_kind}, mesh {axes}, '
         f'process {jax.process_index() + 1} of {jax.process_count()}',
-        f'data      {len(source):,} images, {source.fingerprint}',
+        *sources.lines(source),
         f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
         f'schedule  {clock.total:,} steps of {config.batch_size} ({epochs:.1f} epochs), '
         f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
@@ -123,7 +164,8 @@ def first_state(
     with 3. In cases 3 and 4 the method may first read images and files, see `Method.prepare`.
     """
     if saved.latest() is not None:
-        state, _ = saved.restore(program.abstract)
+        state, meta = saved.restore(program.abstract)
+        check_images(config, meta, source)
         return state, f'continuing this run at step {int(state.step)}'
     if config.resume_from:
         state = weights.resume(config.resume_from, program.abstract)
@@ -140,6 +182,31 @@ def first_state(
     origin_of = f'method.teacher={teacher}' if teacher else ''
     placed = {k: weights.place(k, x, state.extra[k], origin_of) for k, x in prepared.items()}
     return dataclasses.replace(state, extra={**state.extra, **placed}), origin
+
+
+def check_images(config: ConfigDict, meta: dict, source: Any) -> None:
+    """Compares the images with those of a checkpoint's meta.
+
+    Raises:
+      UserError: they differ, and `data.changed` is 'refuse'.
+    """
+    before, now = meta.get('data'), source.fingerprint
+    if before == now or 'images' not in meta:  # of an earlier version
+        return
+    if fingerprint.same_content(before, now):
+        log('images    with other times of change; names, sizes and a sample are as before')
+        return
+    sentence = (
+        f'the images are not those that this run has seen: there were {meta["images"]:,}, and '
+        f'{source.describe(0)} ... are {len(source):,}'
+        f'{" of other names, sizes or content" if len(source) == meta["images"] else ""}'
+    )
+    if config.data.changed == 'refuse':
+        raise errors.UserError(
+            f'{sentence}: give those, set data.changed=accept to go on with these, or give a new '
+            f'--workdir.'
+        )
+    log(f'{sentence}; data.changed=accept')
 
 
 def _inputs(config, method, program, source):

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -102,7 +101,7 @@ def _lease(path):
     if age < STALE_SECONDS:
         raise _locked(path)
     if old is not None:
-        print(f'Taking over {path}: {_spell(old)} left it {age / 60:.0f} minutes ago.', flush=True)
+        launch.show(f'Taking over {path}: {_spell(old)} left it {age / 60:.0f} minutes ago.')
     path.write_text(json.dumps(new))
     done = threading.Event()
 
@@ -112,7 +111,7 @@ def _lease(path):
                 if _read(path) == new:
                     path.write_text(json.dumps(new))
             except OSError as e:
-                print(f'{path} could not be touched: {e}.', file=sys.stderr, flush=True)
+                launch.say(f'{path} could not be touched: {e}.')
 
     threading.Thread(target=keep_beating, name='run.lock', daemon=True).start()
     try:

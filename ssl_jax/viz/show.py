@@ -9,7 +9,7 @@ from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import pictures
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import errors, weights
+from ssl_jax.run import errors, launch, weights
 from ssl_jax.viz import draw
 
 
@@ -28,6 +28,7 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
             f'{workdir} holds an imported encoder, which has no images: give --data.'
         )
     source = sources.open_source(data or run.config.data.train)
+    launch.log(*getattr(source, 'notes', ()))
     num = min(num, len(source))
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')
     out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every layout of images opens to the same few methods, and every mistake has its sentence."""
 
+import base64
 import io
 import json
 import os
 import pickle
+import re
 import sys
 
 import ml_collections
@@ -15,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssl_jax.data import folder, host, parquet, sources
+from ssl_jax import config, methods
+from ssl_jax.data import files, host, parquet, sources
+from ssl_jax.evals import accuracy, report
 
 
 def png(value, side=4):
@@ -106,8 +110,12 @@ def test_the_fingerprint_follows_the_list_of_images(tmp_path):
 def test_remote_folders_are_listed_like_local_ones(tmp_path):
     for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
         write(tmp_path / name)
-    listed = folder._list_remote(str(tmp_path))
-    assert listed == folder._list_local(str(tmp_path)) == (['0.png', 'a/x/1.jpg', 'b/2.png'], 1)
+    (tmp_path / '.hidden').mkdir()
+    write(tmp_path / '.hidden/3.png')
+    names, left = files.walk_remote(str(tmp_path), files.is_image)
+    assert names == ['0.png', 'a/x/1.jpg', 'b/2.png']
+    assert names == files.walk(str(tmp_path), files.is_image)[0]
+    assert files.left_out(left) == ['left out: 1 in .hidden, 1 of extension .txt']
 
 
 def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
@@ -219,6 +227,180 @@ def test_a_parquet_source_is_sent_to_workers_without_its_images(tmp_path):
     assert len(sent) < 50 * len(png(0)) and pixel(pickle.loads(sent), 33) == 33
 
 
+# Columns of Parquet files.
+
+
+def save(path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_paths_are_read_relative_to_the_file_or_absolute(tmp_path):
+    write(tmp_path / 'meta/files/a.png', png(1))
+    write(tmp_path / 'elsewhere/b.png', png(2))
+    paths = ['files/a.png', str(tmp_path / 'elsewhere/b.png'), '../elsewhere/b.png', 'no.png', None]
+    kinds = {
+        'text': pa.array(paths),
+        'categories': pa.array(paths).dictionary_encode(),
+        'structs': pa.array(
+            [p and dict(bytes=None, path=p) for p in paths],
+            pa.struct([('bytes', pa.binary()), ('path', pa.string())]),
+        ),
+        'structs of paths': pa.array([p and dict(path=p) for p in paths]),
+    }
+    for name, column in kinds.items():
+        source = sources.open_source(save(tmp_path / 'meta/x.parquet', image=column))
+        assert [pixel(source, i) for i in range(3)] == [1, 2, 2], name
+        with pytest.raises(FileNotFoundError):
+            source[3]
+        assert source[4]['image'] == b''
+    source = sources.open_source(save(tmp_path / 'meta/x.parquet', file_name=paths[:3]))
+    assert [pixel(source, i) for i in range(3)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    'column, message',
+    [
+        ([[png(0)], [png(1)]], r"'image' of .* holds list<.*binary>"),
+        ([base64.b64encode(png(0)).decode()] * 2, 'no path of an image .*base64'),
+        (['https://x.org/a.png'] * 2, 'holds addresses .*download'),
+        ([[[0, 0], [0, 0]]] * 2, 'one image in each row'),
+        ([1.5, 2.5], 'holds double'),
+    ],
+    ids=['lists', 'base64', 'addresses', 'pixels', 'numbers'],
+)
+def test_columns_that_hold_no_images_are_a_sentence(column, message, tmp_path):
+    path = save(tmp_path / 'x.parquet', image=column)
+    assert re.search(message, sentence(ValueError, path))
+
+
+def test_every_shard_is_looked_at(tmp_path):
+    save(tmp_path / 'a.parquet', image=[png(0)], label=[0])
+    save(tmp_path / 'b.parquet', image=['b.png'], label=[1])
+    assert re.search('bytes in .*a.parquet and paths in .*b.par', sentence(ValueError, tmp_path))
+    save(tmp_path / 'b.parquet', picture=[png(0)], label=[1])
+    assert "no column 'image' in" in sentence(ValueError, tmp_path)
+    save(tmp_path / 'b.parquet', image=[png(1)], label=['one'])
+    assert re.search('numbers in .*a.parquet and text in .*b.par', sentence(ValueError, tmp_path))
+    save(tmp_path / 'b.parquet', label=[1], image=pa.array([png(1)], pa.large_binary()))
+    source = sources.open_source(tmp_path)
+    assert [(pixel(source, i), source[i]['label']) for i in range(2)] == [(0, 0), (1, 1)]
+    save(tmp_path / 'b.parquet', image=[png(1)])
+    assert sources.open_source(tmp_path).labels.tolist() == [0, -1]
+
+
+def test_shards_that_name_their_classes_differently_are_refused(tmp_path):
+    for name, classes in (('a', ['owl', 'yak']), ('b', ['yak', 'owl'])):
+        features = dict(label=dict(_type='ClassLabel', names=classes))
+        tagged = table([0, 1], [0, 1], metadata=dict(info=dict(features=features)))
+        pq.write_table(tagged, tmp_path / f'{name}.parquet')
+    assert "name the classes of 'label' differently" in sentence(ValueError, tmp_path)
+
+
+def test_a_cache_holds_shards_of_different_types(tmp_path, monkeypatch):
+    save(tmp_path / 'a.parquet', image=[png(0)])
+    save(tmp_path / 'b.parquet', image=pa.array([png(1)], pa.large_binary()))
+    monkeypatch.setattr(parquet, 'MEMORY_BYTES', 1)
+    spec = dict(source='parquet', path=str(tmp_path), cache_dir=str(tmp_path / 'c'))
+    assert [pixel(sources.open_source(spec), i) for i in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    'labels, expected, classes',
+    [
+        (pa.array(['b', 'a', 'b']).dictionary_encode(), [1, 0, 1], ('a', 'b')),
+        ([True, False, True], [1, 0, 1], ('False', 'True')),
+        ([1.0, 0.0, 2.0], [1, 0, 2], ('0', '1', '2')),
+        (pa.array([1, 0, 1], pa.uint8()), [1, 0, 1], ('0', '1')),
+        ([10, 500, 90_000], [0, 1, 2], ('10', '500', '90000')),
+        ([-1, 7 * 10**12, 5], [-1, 1, 0], ('5', '7000000000000')),
+        ([1, 2, 3], [1, 2, 3], ('0', '1', '2', '3')),
+        (['b', None, ''], [0, -1, -1], ('b',)),
+        ([1.0, None, float('nan')], [1, -1, -1], ('0', '1')),
+        (pa.array([1, None, 0]).dictionary_encode(), [1, -1, 0], ('0', '1')),
+    ],
+    ids=str,
+)
+def test_labels_of_every_kind_count_classes(labels, expected, classes, tmp_path):
+    source = sources.open_source(save(tmp_path / 'x.parquet', image=[png(0)] * 3, label=labels))
+    assert source.labels.tolist() == expected and source.classes == classes
+    sparse = '90000' in classes or '5' in classes
+    assert any('each is a class' in note for note in source.notes) == sparse
+
+
+@pytest.mark.parametrize('labels', [[0.5, 1.0], [[1], [2]], [None, None]], ids=str)
+def test_columns_that_hold_no_classes_are_not_labels(labels, tmp_path):
+    source = sources.open_source(save(tmp_path / 'x.parquet', image=[png(0)] * 2, label=labels))
+    assert source.classes is None and 'label' not in source[0]
+    assert labels[0] is None or "no labels: the column 'label'" in source.notes[0]
+
+
+def test_missing_labels_are_refused_with_their_number_where_labels_are_used(tmp_path):
+    path = save(tmp_path / 'x.parquet', image=[png(0)] * 4, label=[0, -1, 1, None])
+    source = sources.open_source(path)
+    classifier = methods.make(config.load('finetune_images', [f'data.train={path}']))
+    for use in (
+        lambda: sources.check_labels(source),
+        lambda: classifier.complete(source),
+        lambda: accuracy.check_classes(source.classes, source),
+        lambda: report.evaluate({}, source, size=8, log=None),
+    ):
+        with pytest.raises(ValueError, match='2 of 4 images .*row 1 is the first.* have no label'):
+            use()
+    assert source.classes == ('0', '1')  # and nobody minds where they are not used
+
+
+@pytest.mark.parametrize(
+    'train, test, expected',
+    [
+        ([10, 500, 90_000], [500, 10], [1, 0]),
+        ([0, 1, 2, 3], [3, 3], [3, 3]),
+        ([0, 1, 2, 3], [0, 1], [0, 1]),
+        (range(1000), [999, 17], [999, 17]),
+        ([4, 40, 400], [40, -1], [1, -1]),
+    ],
+    ids=str,
+)
+def test_a_test_set_that_lacks_numbers_counts_in_those_of_the_training_set(train, test, expected):
+    def made(labels):
+        return sources.Arrays([png(0)] * len(labels), list(labels))
+
+    names = made(train).classes
+    agreed = sources.in_classes(made(test), names)
+    assert agreed.labels.tolist() == expected and agreed.classes == names
+    assert [agreed[i].get('label') for i in range(2)] == expected
+
+
+def test_a_test_set_of_other_numbers_or_names_is_left_to_the_check():
+    for names, labels, own in ((('10', '500'), [11, 500], None), (('a', 'b'), [0, 1], ('b', 'a'))):
+        source = sources.Arrays([png(0)] * 2, labels, own)
+        assert sources.in_classes(source, names) is source
+        with pytest.raises(ValueError, match='differently'):
+            accuracy.check_classes(names, source)
+
+
+def test_images_beside_a_table_that_has_none_are_a_folder(tmp_path):
+    save(tmp_path / 'features.parquet', name=['a'], cls=[[0.5]])
+    write(tmp_path / 'a/1.png')
+    write(tmp_path / 'b/1.png')
+    assert sources.open_source(tmp_path).classes == ('a', 'b')
+    save(tmp_path / 'meta.parquet', file_name=['a/1.png'])
+    (tmp_path / 'features.parquet').unlink()
+    assert len(sources.open_source(tmp_path)) == 1
+
+
+def test_shards_are_listed_once_and_without_what_is_hidden(tmp_path):
+    save(tmp_path / 'data/x.parquet', image=[png(0)])
+    save(tmp_path / '@eaDir/x.parquet', image=[png(1)])
+    save(tmp_path / '.cache/x.parquet', image=[png(1)])
+    (tmp_path / 'data/x.parquet.tmp').write_text('half')
+    (tmp_path / 'data/again').symlink_to(tmp_path)
+    os.mkfifo(tmp_path / 'data/y.parquet')
+    source = sources.open_source(tmp_path)
+    assert len(source) == 1 and '1 in @eaDir' in source.notes[0]
+
+
 # ArrayRecord, TFDS, arrays.
 
 
@@ -307,7 +489,7 @@ def test_misspelt_names_are_answered_with_the_nearest_one(tmp_path):
 def test_folders_without_images_are_refused(tmp_path):
     assert 'is empty' in sentence(FileNotFoundError, str(tmp_path))
     write(tmp_path / 'notes.txt')
-    assert 'None of the 1 files' in sentence(FileNotFoundError, str(tmp_path))
+    assert '1 of extension .txt' in sentence(FileNotFoundError, str(tmp_path))
     assert 'neither a folder' in sentence(ValueError, str(tmp_path / 'notes.txt'))
 
 

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stream is a function of the step, and bad images are replaced, listed and counted."""
 
+import gc
 import io
 import json
+import mmap
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
+import time
+import weakref
 
 import numpy as np
 import PIL.Image
@@ -15,10 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_jax.data import host, scenes, sources
+from ssl_jax.data import host, loader, scenes, sources
 from ssl_jax.data import host as host_lib
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.run import errors
+from ssl_jax.run import errors, launch
 
 VIEWS = (host.View('global', 16, count=2), host.View('local', 8, scale=(0.05, 0.3)))
 TINY = (host.View('image', 1),)
@@ -198,6 +203,11 @@ if __name__ == '__main__':
 """
 
 
+def environment():
+    package = os.path.dirname(os.path.dirname(os.path.abspath(stream_lib.__file__)))
+    return {**os.environ, 'PYTHONPATH': os.path.dirname(package), 'JAX_PLATFORMS': 'cpu'}
+
+
 @pytest.fixture(scope='module')
 def trainer(tmp_path_factory):
     """A process that has loaded batches 1 to 3 in two workers: (folder, process, their pids)."""
@@ -205,11 +215,9 @@ def trainer(tmp_path_factory):
         pytest.skip('counts processes in /proc')
     folder = tmp_path_factory.mktemp('trainer')
     (folder / 'trainer.py').write_text(TRAINER)
-    repo = os.path.dirname(os.path.dirname(os.path.abspath(stream_lib.__file__)))
-    environment = {**os.environ, 'PYTHONPATH': os.path.dirname(repo), 'JAX_PLATFORMS': 'cpu'}
     process = subprocess.Popen(
         [sys.executable, folder / 'trainer.py', folder],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
     )  # fmt: skip
     pids = [int(p) for p in process.stdout.readline().split()]
     yield folder, process, pids
@@ -397,19 +405,202 @@ def test_fewer_images_than_a_batch_is_refused():
         take(numbered(3), 1, TINY, batch_size=4)
 
 
-def test_a_closed_stream_gives_no_more_batches_and_leaves_no_threads():
-    import threading
+# Threads, memory, the end.
 
-    before = threading.active_count()
-    stream = stream_lib.train_stream(numbered(8), TINY, batch_size=4, seed=0, num_threads=3)
-    next(stream)
-    loaders = [t for t in threading.enumerate() if t.name.startswith('grain-prefetch')]
-    stream.close()
-    for thread in loaders:
-        thread.join(10)
-    assert threading.active_count() <= before
-    with pytest.raises(Exception, match='closed'):
+
+class Reads(sources.Arrays):
+    """Eight images of one pixel; `read(i)` is called in the loader's threads."""
+
+    def __init__(self, read):
+        super().__init__(np.arange(8, dtype=np.uint8)[:, None, None])
+        self._read = read
+
+    def __getitem__(self, i):
+        self._read(i)
+        return super().__getitem__(i)
+
+
+def stream_of(read, batch_size=4, **options):
+    return stream_lib.train_stream(Reads(read), TINY, batch_size=batch_size, seed=0, **options)
+
+
+def test_all_threads_work_on_the_first_batch():
+    barrier, order = threading.Barrier(4, timeout=20), []
+
+    def read(i):
+        order.append(i)
+        barrier.wait()
+
+    with stream_of(read, num_threads=4) as stream:
+        assert sorted(next(stream)['id']) == sorted(order[:4])
+
+
+@pytest.mark.parametrize(('threads', 'rows', 'batches'), [(1, 8, 3), (3, 4, 3), (16, 4, 6)])
+def test_no_more_batches_than_promised_are_finished_or_in_work(threads, rows, batches):
+    reads, enough = [], threading.Event()
+
+    def read(i):
+        reads.append(i)
+        if len(reads) >= batches * rows:
+            enough.set()
+
+    with stream_of(read, rows, num_threads=threads) as stream:
         next(stream)
+        assert enough.wait(20)
+    assert len(reads) == batches * rows
+
+
+def test_the_default_is_a_thread_per_core_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(launch, 'cores', lambda: 3)
+    with stream_of(lambda i: None) as stream:
+        next(stream)
+        assert len(loaders()) == 3
+
+
+def loaders():
+    return [t for t in threading.enumerate() if t.name.startswith('ssl_jax-loader')]
+
+
+def test_a_batch_that_was_dropped_is_freed_though_threads_wait():
+    with stream_lib.eval_stream(numbered(8), 1, 4) as stream:
+        *_, batch = stream
+        arrays = [weakref.ref(value) for value in batch.values()]
+        del batch
+        until = time.monotonic() + 20
+        while any(array() is not None for array in arrays):  # a thread may be at the end of its row
+            assert time.monotonic() < until
+
+
+def test_an_array_of_a_batch_goes_back_to_the_system_when_it_is_deleted():
+    rows = loader._rows_like(np.zeros((300, 300, 3), np.uint8), 100)
+    assert rows.shape == (100, 300, 300, 3) and rows.dtype == np.uint8 and rows.flags.c_contiguous
+    assert isinstance(rows.base, mmap.mmap)
+    assert loader._rows_like(np.zeros((0, 3), np.int64), 5).shape == (5, 0, 3)
+    assert loader._rows_like(np.float32(1), 5).shape == (5,)
+
+
+@pytest.mark.parametrize('error', [KeyError('lost'), MemoryError('full'), SystemExit('gone')])
+def test_any_error_in_a_thread_reaches_the_consumer(error):
+    def read(i):
+        if i == 5:
+            raise error
+
+    message = str(error).strip("'")
+    with stream_of(read, num_threads=2) as stream, pytest.raises(type(error), match=message):
+        for _ in range(2):
+            next(stream)
+
+
+def test_rows_with_different_keys_are_refused():
+    class Mixed(Reads):
+        def __getitem__(self, i):
+            item = super().__getitem__(i)
+            return {**item, 'label': 1} if i % 2 else item
+
+    with pytest.raises(ValueError, match='A batch has .* but one of its rows'):
+        take(Mixed(lambda i: None), 2, TINY, batch_size=4)
+
+
+def test_ctrl_c_interrupts_the_wait_for_a_batch():
+    blocked = threading.Event()
+
+    def read(i):
+        if not blocked.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert blocked.wait(20)
+
+    with stream_of(read, num_threads=1) as stream:
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        blocked.set()
+
+
+def test_a_closed_stream_gives_no_more_batches_and_leaves_no_threads():
+    stream = stream_of(lambda i: None, num_threads=3)
+    next(stream)
+    assert len(loaders()) == 3
+    stream.close()
+    stream.close()
+    assert not loaders()
+    with pytest.raises(RuntimeError, match='closed'):
+        next(stream)
+
+
+def test_a_stream_that_is_forgotten_is_closed():
+    stream = stream_of(lambda i: None, num_threads=3)
+    next(stream)
+    del stream
+    gc.collect()
+    assert not loaders()
+
+
+def test_closing_wakes_a_consumer_that_waits_in_another_thread():
+    reading, go_on, errors_seen = threading.Event(), threading.Event(), []
+
+    def read(i):
+        reading.set()
+        assert go_on.wait(20)
+
+    stream = stream_of(read, num_threads=1)
+
+    def consume():
+        try:
+            while True:
+                next(stream)
+        except RuntimeError as e:
+            errors_seen.append(str(e))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    assert reading.wait(20)
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    go_on.set()
+    for thread in (consumer, closer):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert errors_seen == ['The stream is closed.']
+
+
+UNCLOSED = """
+import sys, threading
+import numpy as np
+from ssl_jax.data import host, sources, stream as stream_lib
+
+class Hangs(sources.Arrays):
+    def __getitem__(self, i):
+        if self.first <= 0:
+            threading.Event().wait()
+        self.first -= 1
+        return super().__getitem__(i)
+
+if __name__ == '__main__':
+    how, workers = sys.argv[1], int(sys.argv[2])
+    source = Hangs(np.zeros((64, 32, 32, 3), np.uint8))
+    source.first = 4 if how == 'hangs' else 10**9
+    stream = stream_lib.train_stream(
+        source, (host.View('image', 16),), batch_size=4, seed=0, num_threads=1, num_workers=workers)
+    batch = next(stream)
+    if how == 'cycle':
+        batch['stream'] = stream, batch
+    if how == 'raises':
+        raise SystemExit(3)
+    print('the last line')
+"""
+
+
+@pytest.mark.parametrize(
+    ('how', 'workers'),
+    [('plain', 0), ('hangs', 0), ('raises', 0), ('cycle', 2)],
+)
+def test_a_program_that_ends_without_closing_ends_at_once_and_quietly(tmp_path, how, workers):
+    (tmp_path / 'main.py').write_text(UNCLOSED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / 'main.py', how, str(workers)],
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stderr == ''
+    assert done.returncode == (3 if how == 'raises' else 0)
 
 
 def test_the_real_sets_stream(data_dir):

@@ -4,9 +4,11 @@
 Gains, as the compiler schedules them, are in `experiments/tpu`. Attention is in `tpu/attention.py`.
 """
 
+import contextlib
+import contextvars
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,22 @@ from ssl_jax.kernels.segments import Segment, tokens_per_row
 LANES, SUBLANES = 128, 8  # of a vector register
 BLOCK = 2**19  # target bytes of a block; blocks of whole images reach about twice that
 MAX_BLOCK = 17 * 2**16  # limit in bytes: 12 blocks fit into the 16 MiB a kernel may use
+_left_to_xla = contextvars.ContextVar('left_to_xla', default=False)
 
 
 def enabled() -> bool:
     """Whether kernels are used; SSL_JAX_TPU_KERNELS=0 in the environment leaves all to XLA."""
-    return os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
+    return not _left_to_xla.get() and os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
+
+
+@contextlib.contextmanager
+def left_to_xla() -> Iterator[None]:
+    """No kernel in what is traced within: for programs that are kept, or of unknown shapes."""
+    token = _left_to_xla.set(True)
+    try:
+        yield
+    finally:
+        _left_to_xla.reset(token)
 
 
 def padded(segments: Sequence[Segment]) -> bool:
