@@ -25,9 +25,7 @@ from collections.abc import Iterator
 from ssl_jax.run import errors
 
 HELLO_SECONDS = 10.0  # for the first line of a connection; it is there at once
-GRACE_SECONDS = (
-    10.0  # for the others to end before process 0 does, and for a failed one to clean up
-)
+GRACE_SECONDS = 10.0  # for a failed process to clean up; process 0 stays a little longer
 # For the news that another process is gone, when a collective fails: the kernel sends it at once.
 NEWS_SECONDS = 2.0
 LINE_BYTES = 1 << 20  # a config has 10 kB
@@ -100,23 +98,28 @@ class _Peers:
     def end(self, sentence):
         """Ends this process with a sentence on another; does nothing after a failure."""
         if self.ended.acquire(blocking=False):
-            _print(sentence)
             self.tell(sentence)
-            self.exit()
+            self.exit(sentence)
 
     def tell(self, sentence):
         for link in self.links.values():
             link.send(failed=sentence)
 
-    def exit(self):
+    def exit(self, sentence=None):
         """Code 1, without jax's farewell, which waits for all; process 0 lets the others go first.
 
-        jax aborts a process that loses process 0.
+        jax aborts a process that loses process 0. The sentence comes last: until then the main
+        thread may still write.
         """
-        deadline = time.monotonic() + GRACE_SECONDS
-        for thread in self.threads if self.index == 0 else ():
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+        deadline = time.monotonic() + 1.5 * GRACE_SECONDS
+        for thread, link in zip(self.threads, self.links.values(), strict=True):
+            left = max(0.1, deadline - time.monotonic())
+            if self.index == 0 and thread is not threading.current_thread():
+                thread.join(left)
+            elif self.index == 0:
+                link.read(left)  # nothing comes but the end
+        if sentence:
+            _print(sentence)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -189,11 +192,12 @@ def compare(values: dict) -> None:
     """
     if _peers is None:
         return
+    before = _phase
     at('comparing configs')
     if _peers.index:
         _peers.links[0].send(values=values)
         _peers.inbox.get()
-        at('starting')
+        at(before)
         return
     values = json.loads(json.dumps(values, default=str))
     for _ in _peers.links:
@@ -208,7 +212,7 @@ def compare(values: dict) -> None:
             )
     for link in _peers.links.values():
         link.send(values=True)
-    at('starting')
+    at(before)
 
 
 def leave() -> None:

@@ -4,6 +4,7 @@
 import concurrent.futures
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -191,14 +192,24 @@ def three(code, after=60):
     return [(p.returncode, out) for p, out in zip(run, outs, strict=True)]
 
 
+def test_process_0_stays_until_a_failed_process_has_cleaned_up():
+    ends = 'lambda code, end=os._exit: (print(time.monotonic(), flush=True), end(code))'
+    slow = 'me == 1 and atexit.register(time.sleep, 0.5)'
+    found = three(f'import atexit; os._exit = {ends}; {slow}; me == 1 and [][1]')
+    assert [code for code, _ in found] == [1, 1, 1], found
+    times = [float(out.split()[-1]) for _, out in found]
+    assert max(times) == times[0], times
+
+
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_the_others_with_its_number_and_the_step(victim):
-    kill = f"peers.at('step 12'); me == {victim} and os.kill(os.getpid(), signal.SIGKILL)"
-    found = three(kill)
+    kill = f'me == {victim} and os.kill(os.getpid(), signal.SIGKILL)'
+    found = three(f"peers.at('step 12'); peers.compare({{}}); {kill}")
     assert found.pop(victim)[0] == -signal.SIGKILL
     for code, out in found:
         assert code == 1, out
-        assert f'process {victim} is gone (process ' in out and ': step 12)' in out, out
+        words = rf'process {victim} is gone \(process [012]: (step 12|comparing configs)\)'
+        assert re.search(words, out), out
         assert 'start all processes again with the same command' in out
 
 
