@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import pathlib
 
-from ssl_jax.interop import card, files, layouts, tables
+from ssl_jax.interop import card, files, layouts, processors, tables
 from ssl_jax.run import checkpoint, errors, hashing, storage
 
 LAYOUTS = tuple(card.LIBRARIES)
@@ -58,6 +58,9 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         raise errors.UserError(f'{out} is not local; export to a local folder and copy that.')
     out = pathlib.Path(out)
     _check_replaceable(out)
+    processor = None
+    if to != 'timm' or opened.transform['mode'] != 'border':
+        processor = processors.processor_of(opened.transform)
     networks = opened.networks()
     classes = getattr(opened.method, 'classes', ())
     if what == 'full' and classes:
@@ -86,7 +89,8 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         if what == 'full' and classes:
             config.update(num_classes=len(classes), pool=opened.method.pool, classes=list(classes))
         _json(folder / 'config.json', config)
-        _json(folder / 'preprocessor_config.json', files.processor_of(opened.transform))
+        if processor is not None:
+            _json(folder / processors.FILE, processor)
         _json(folder / card.PROVENANCE, provenance)
         if classes:
             left = [name for name in left if name != 'head']
@@ -147,7 +151,7 @@ def _classifier_tensors(opened, w):
 
 def _config(opened, w, dtype):
     """config.json of the layout."""
-    options, view = {}, opened.transform
+    options = {}
     if w.decoder is not None:
         names = ('mask_ratio', 'norm_pix_loss')
         options = {name: getattr(opened.method, name) for name in names}
@@ -155,14 +159,7 @@ def _config(opened, w, dtype):
     if w.layout == 'hf':
         config['dtype'] = dtype
     if 'pretrained_cfg' in config:
-        config['pretrained_cfg'].update(
-            input_size=[3, view['size'], view['size']],
-            crop_pct=view['crop'] or 1.0,
-            crop_mode='squash' if view['crop'] is None else 'center',
-            interpolation=view['interpolation'],
-            mean=list(view['mean']),
-            std=list(view['std']),
-        )
+        config['pretrained_cfg'].update(processors.timm_of(opened.transform))
     return config
 
 

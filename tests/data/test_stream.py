@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_jax.data import host, scenes, sources
-from ssl_jax.data import host as host_lib
 from ssl_jax.data import stream as stream_lib
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.run import errors
 
 VIEWS = (host.View('global', 16, count=2), host.View('local', 8, scale=(0.05, 0.3)))
@@ -374,7 +374,7 @@ def test_evaluation_is_in_order_padded_and_masked():
     item = source[9]
     for key in ('image', 'segmentation', 'depth'):
         mode = 'bicubic' if key == 'image' else 'nearest'
-        expected = host_lib.resize_center_crop(item[key], 24, interpolation=mode)
+        expected = transform_lib.cut(item[key], transform_lib.of(24), mode)
         np.testing.assert_array_equal(batches[2][key][1], expected)
     assert batches[2]['label'][1] == item['label']
 
