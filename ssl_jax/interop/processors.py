@@ -23,9 +23,10 @@ COMMON = dict(
     image_mean=HALF,
     image_std=HALF,
 )
-VIT = dict(COMMON, size=224, resample=2)
-BEIT = dict(COMMON, size=224, resample=3, crop_size=224)
-DEIT = dict(COMMON, size=256, resample=3, do_center_crop=True, crop_size=224)
+BILINEAR, BICUBIC = map(transform_lib.INTERPOLATIONS.index, ('bilinear', 'bicubic'))
+VIT = dict(COMMON, size=224, resample=BILINEAR)
+BEIT = dict(COMMON, size=224, resample=BICUBIC, crop_size=224)
+DEIT = dict(COMMON, size=256, resample=BICUBIC, do_center_crop=True, crop_size=224)
 BIT = dict(DEIT, size=224, default_to_square=False, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 CLASSES = {
     'ViTImageProcessor': VIT,
@@ -112,8 +113,8 @@ def _of_transformers(processor, model_type):
     name = name.removesuffix('Pil')
     if name not in CLASSES:
         raise _refusal(FILE, 'image_processor_type', kind, f'one of {", ".join(CLASSES)}')
-    # null means the value of the class, as in transformers.
-    f = {**CLASSES[name], **{k: v for k, v in processor.items() if v is not None}}
+    f = {**CLASSES[name], **processor}
+    f['resample'] = f['resample'] if f['do_resize'] else BICUBIC
     if f['do_pad']:
         raise _refusal(FILE, 'do_pad', f['do_pad'], 'false')
     if f['resample'] not in range(len(transform_lib.INTERPOLATIONS)):
@@ -135,9 +136,10 @@ def _of_transformers(processor, model_type):
     mean = _channels(FILE, 'image_mean', f['image_mean'] if f['do_normalize'] else 0.0)
     std = _channels(FILE, 'image_std', f['image_std'] if f['do_normalize'] else 1.0)
     # (x factor - mean) / std as (x / 255 - mean') / std'.
-    scale = 255.0 * (f['rescale_factor'] if f['do_rescale'] else 1.0)
-    if not scale > 0:
-        raise _refusal(FILE, 'rescale_factor', f['rescale_factor'], 'a positive number')
+    factor = f['rescale_factor'] if f['do_rescale'] else 1.0
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise _refusal(FILE, 'rescale_factor', factor, 'a positive number')
+    scale = 255.0 * factor
     if not math.isclose(scale, 1.0, rel_tol=1e-6):
         mean, std = ([x / scale for x in values] for values in (mean, std))
     return dict(
