@@ -28,14 +28,23 @@ class Model:
 
     vit: vit_lib.ViT  # `models.vit.ViT`
     params: Any  # its parameters, on the device
-    size: int  # side in pixels of the images it was made for; others work too
-    # mean, std: of the channels, for values in [0, 1].
-    mean: tuple
-    std: tuple
-    # Share of the short side that its evaluations show at `size`, or None if they squeeze the whole
-    # image.
-    crop: float | None
+    transform: dict  # what happens to images before, see `data.transform`
     source: str  # path of the weights
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the images it was made for; others work too."""
+        return self.transform['size']
+
+    @property
+    def mean(self) -> tuple:
+        """Of the channels, for values in [0, 1]."""
+        return tuple(self.transform['mean'])
+
+    @property
+    def std(self) -> tuple:
+        """Of the channels, for values in [0, 1]."""
+        return tuple(self.transform['std'])
 
     def __call__(self, images: jax.Array | np.ndarray, blocks: tuple = ()) -> dict:
         """Tokens and features of images, compiled once per shape.
@@ -107,16 +116,13 @@ def load_model(path, *, dtype=None, **hints) -> Model:
       ValueError: the weights cannot be read, in one sentence.
     """
     opened = weights.open_weights(path, **hints)
-    (vit, params), view = opened.networks()['encoder'], opened.transform
+    vit, params = opened.networks()['encoder']
     if dtype is not None:
         vit = vit.clone(dtype=jnp.dtype(dtype))
     return Model(
         vit=vit,
         params=jax.device_put(params),
-        size=view['size'],
-        mean=tuple(view['mean']),
-        std=tuple(view['std']),
-        crop=view['crop'],
+        transform=opened.transform,
         source=str(path),
     )
 

@@ -6,7 +6,8 @@ import math
 
 import jax
 
-from ssl_jax.interop import files, layouts
+from ssl_jax.data import transform as transform_lib
+from ssl_jax.interop import files, layouts, processors
 from ssl_jax.models import vit as vit_lib
 
 LIBRARIES = {'official': 'pytorch', 'hf': 'transformers', 'timm': 'timm'}
@@ -105,18 +106,16 @@ def model_card(
             f'- Data: `{_source(config.data.train)}`.',
             f'- Every setting: `{PROVENANCE}`, field `config`.',
         ]
-    crop = 'the whole image is squeezed to that'
-    if transform['crop'] is not None:
-        short = round(transform['size'] / transform['crop'])
-        crop = f'the centre of images whose short side is {short} px'
     table = ['```', *evaluation, '```']
     none = f'None was found beside this checkpoint (`ssl_jax eval` writes eval_{opened.step}.json).'
     lines += [
         '',
         '## Images',
         '',
-        f'{transform["size"]} px ({crop}, {transform["interpolation"]}), values in [0, 1] minus '
-        f'mean {list(transform["mean"])}, over std {list(transform["std"])}.',
+        f'{transform_lib.describe(transform)} ({transform["interpolation"]}), values in [0, 1] '
+        f'minus mean {list(transform["mean"])}, over std {list(transform["std"])}.',
+        '',
+        *(f'- {line}' for line in processors.differences(transform, w.layout)),
         '',
         '## Evaluation',
         '',

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from ssl_jax.interop import card, files, layouts, onnx, program, tables
+from ssl_jax.interop import card, files, layouts, onnx, processors, program, tables
 from ssl_jax.run import checkpoint, errors, hashing, storage, trees
 
 LAYOUTS = tuple(card.LIBRARIES)
@@ -71,6 +71,9 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
             )
         native = {**opened.transform, 'size': opened.vit.img_size}
         opened = dataclasses.replace(opened, stated=native)
+    processor = None
+    if to != 'jax' and (to != 'timm' or opened.transform['mode'] != 'border'):
+        processor = processors.processor_of(opened.transform)
     networks = opened.networks()
     classes = getattr(opened.method, 'classes', ())
     if what == 'full' and classes:
@@ -107,7 +110,8 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
                 names = list(classes)
                 config.update(num_classes=len(names), pool=opened.method.pool, classes=names)
             _json(folder / 'config.json', config)
-            _json(folder / 'preprocessor_config.json', files.processor_of(opened.transform))
+            if processor is not None:
+                _json(folder / processors.FILE, processor)
         if to == 'onnx':
             use, more = onnx.write(folder, w, params, opened.transform, opened.method)
         w = dataclasses.replace(w, layout=to)
@@ -197,7 +201,7 @@ def _classifier_tensors(opened, w):
 
 def _config(opened, w, dtype):
     """config.json of the layout."""
-    options, view = {}, opened.transform
+    options = {}
     if w.decoder is not None:
         names = ('mask_ratio', 'norm_pix_loss')
         options = {name: getattr(opened.method, name) for name in names}
@@ -205,14 +209,7 @@ def _config(opened, w, dtype):
     if w.layout == 'hf':
         config['dtype'] = dtype
     if 'pretrained_cfg' in config:
-        config['pretrained_cfg'].update(
-            input_size=[3, view['size'], view['size']],
-            crop_pct=view['crop'] or 1.0,
-            crop_mode='squash' if view['crop'] is None else 'center',
-            interpolation=view['interpolation'],
-            mean=list(view['mean']),
-            std=list(view['std']),
-        )
+        config['pretrained_cfg'].update(processors.timm_of(opened.transform))
     return config
 
 

@@ -6,13 +6,6 @@ values exactly. Writing goes tensor by tensor, so neither holds the weights twic
 safetensors needs all tensors contiguous at once, and most of ours are transposed views. What a file
 wraps around its weights (`model`, `teacher`, `module.`, ...) is taken off here; what the names then
 mean is up to `layouts`.
-
-A transform is a dict:
-  size: pixels, side of the square that the encoder sees.
-  crop: that square as a fraction of the image's short side (the short side is resized to
-    size / crop, the centre is cut out); None: the image is squeezed to size x size.
-  mean, std: of the three channels, for values in [0, 1].
-  interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
 """
 
 import collections.abc
@@ -27,7 +20,6 @@ import zipfile
 import numpy as np
 import safetensors
 
-from ssl_jax.augment import photometry
 from ssl_jax.interop import torch_pickle
 from ssl_jax.run import errors, hashing, storage
 
@@ -39,7 +31,6 @@ DTYPES = {name: dtype for (_, _, name), dtype in torch_pickle.DTYPES.items()}
 # Where the weights are in a training checkpoint; the first that is there is taken.
 WRAPPERS = ('teacher', 'model', 'state_dict', 'student', 'module')
 PREFIXES = ('module.', '_orig_mod.', 'backbone.')
-RESAMPLE = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 
 
@@ -306,69 +297,3 @@ def _json(folder, name):
         raise errors.UserError(
             f'{folder / name} is not a JSON object; download it again.'
         ) from error
-
-
-def transform_of(
-    size: int,
-    processor: dict | None = None,
-    hints: dict | None = None,
-    mean: tuple = photometry.MEAN,
-    std: tuple = photometry.STD,
-) -> dict:
-    """The transform that a folder states, or that of our evaluations.
-
-    Args:
-      size: pixels, where the folder names none.
-      processor: preprocessor_config.json of HF.
-      hints: config.json; that of timm has `pretrained_cfg`.
-      mean, std: where the folder states none.
-    """
-    out = dict(size=size, crop=1.0, mean=list(mean), std=list(std), interpolation='bicubic')
-    cfg = (hints or {}).get('pretrained_cfg') or {}
-    if cfg:  # of timm
-        out['size'] = int(cfg.get('input_size', [3, out['size']])[-1])
-        out['crop'] = None if cfg.get('crop_mode') == 'squash' else float(cfg.get('crop_pct', 1.0))
-        out.update({k: cfg[k] for k in ('mean', 'std', 'interpolation') if k in cfg})
-    if processor:
-        side = _side(processor.get('size'), out['size'])
-        if processor.get('do_center_crop'):
-            out['size'] = _side(processor.get('crop_size'), side)
-            out['crop'] = out['size'] / side
-        else:
-            squeezed = not isinstance(processor.get('size'), dict) or 'height' in processor['size']
-            out['size'], out['crop'] = side, None if squeezed else 1.0
-        out['interpolation'] = RESAMPLE.get(processor.get('resample', 3), 'bicubic')
-        out['mean'] = list(processor.get('image_mean', out['mean']))
-        out['std'] = list(processor.get('image_std', out['std']))
-    return out
-
-
-def _side(size, default):
-    """Pixels, from {'shortest_edge': 256}, {'height': 224, 'width': 224} or 224."""
-    if isinstance(size, dict):
-        size = size.get('shortest_edge', size.get('height'))
-    return int(size or default)
-
-
-def processor_of(transform: dict) -> dict:
-    """preprocessor_config.json of a transform, for transformers' AutoImageProcessor.
-
-    BitImageProcessor resizes the short side and cuts out the centre in every release; DINOv2's
-    folders name it too.
-    """
-    size, crop = transform['size'], transform['crop']
-    square = {'height': size, 'width': size}
-    return dict(
-        image_processor_type='BitImageProcessor',
-        do_convert_rgb=True,
-        do_resize=True,
-        size=square if crop is None else {'shortest_edge': round(size / crop)},
-        resample={v: k for k, v in RESAMPLE.items()}[transform['interpolation']],
-        do_center_crop=crop is not None,
-        crop_size=square,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(transform['mean']),
-        image_std=list(transform['std']),
-    )

@@ -19,7 +19,8 @@ from etils import epath
 from ssl_jax import config as config_lib
 from ssl_jax import methods
 from ssl_jax import step as step_lib
-from ssl_jax.interop import card, export, files, layouts
+from ssl_jax.data import transform as transform_lib
+from ssl_jax.interop import card, export, files, layouts, processors
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
@@ -77,12 +78,10 @@ class Opened:
 
     @property
     def transform(self) -> dict:
-        """Preprocessing of images, see `interop.files`."""
+        """Preprocessing of images, see `data.transform`."""
         if self.stated is not None:
             return self.stated
-        m = self.method
-        size = self.config.eval.size or m.views()[0].size
-        return {**files.transform_of(size, mean=m.mean, std=m.std), 'crop': m.crop_pct}
+        return self.method.transform(self.config.eval.size)
 
     def encoder_for(self, vit: vit_lib.ViT, fresh: Any, field: str = 'method.teacher') -> Any:
         """The encoder in the shapes of `vit`, with the types and shardings of `fresh`.
@@ -164,7 +163,7 @@ def _of_checkpoint(path, meta, params, extra):
         method = methods.make(config)
         if w is not None:
             method = method.with_modules(**_modules(w))
-    stated = imported['transform'] if imported else None
+    stated = transform_lib.of(imported['transform']) if imported else None
     return Opened(str(path), params, extra, config, method, int(meta['step']), w, meta, stated)
 
 
@@ -172,7 +171,10 @@ def _of_file(path, file, w, params):
     processor = getattr(layouts.family(w), 'processor', {})
     if export.METADATA in file.metadata:
         processor = {}
-    view = files.transform_of(w.vit.img_size, file.processor, file.hints, **processor)
+    try:
+        view = processors.transform_of(w.vit.img_size, file.processor, file.hints, **processor)
+    except errors.UserError as error:
+        raise errors.UserError(f'{path}: {error}') from error
     return Opened(str(path), params, {}, None, None, 0, w, {}, view)
 
 
