@@ -20,7 +20,7 @@ import json
 import os
 import sys
 
-from ssl_jax.run import errors
+from ssl_jax.run import errors, hints
 
 # --recipe of `ssl_jax finetune` -> recipe
 FINETUNE = {
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parses and runs one command; a user's error is one sentence and exit code 1."""
     parser = _parser()
     args, more = parser.parse_known_args(argv)
-    if args.command == 'import' and not any(word.startswith('-') for word in more):
-        args.hints, more = args.hints + more, []  # argparse takes no FIELD=VALUE after an option
+    if hasattr(args, 'hints') and not any(word.startswith('-') for word in more):
+        args.hints, more = args.hints + more, []  # argparse takes no NAME=VALUE after an option
     if more:
         parser.error(f'unrecognized arguments: {" ".join(more)}')
     with errors.in_a_sentence(f'ssl_jax {args.command}'):
@@ -56,6 +56,10 @@ def _parser():
 
     def fields(p):
         p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
+
+    def about(p):
+        text = 'of a file that does not say all, e.g. num_heads=12 or part=state_dict_ema'
+        p.add_argument('hints', nargs='*', metavar='NAME=VALUE', help=text)
 
     p = command(pretrain, help='train an encoder on your images')
     p.add_argument('--data', help='folder of images, Parquet file or folder, ArrayRecord files')
@@ -99,6 +103,7 @@ def _parser():
     p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
+    about(p)
 
     p = command(export, help='weights for PyTorch: safetensors and a model card')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
@@ -111,7 +116,7 @@ def _parser():
     p = command(import_, help='weights of other frameworks as a checkpoint of step 0')
     p.add_argument('path', help='safetensors, .pth, .npz, or an HF or timm folder')
     p.add_argument('--workdir', required=True, help='a new one')
-    p.add_argument('hints', nargs='*', metavar='HINT=VALUE', help='e.g. num_heads=12')
+    about(p)
 
     p = command(plan, help='will it fit, how fast: for a TPU topology, without a TPU')
     p.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
@@ -154,7 +159,7 @@ def pretrain(args):
         raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
     fields = [f'data.train={args.data}'] if args.data else []
     launch.initialize_distributed()
-    train.command(recipe, fields + args.fields, args.workdir)
+    train.command(recipe, hints.behind(fields + args.fields), args.workdir)
 
 
 def finetune(args):
@@ -179,7 +184,8 @@ def finetune(args):
     if args.data or args.test:
         fields.append(f'data.eval_test={args.test}')
     launch.initialize_distributed()
-    train.command(args.config or FINETUNE[args.recipe], fields + args.fields, args.workdir)
+    fields = hints.behind(fields + args.fields)
+    train.command(args.config or FINETUNE[args.recipe], fields, args.workdir)
 
 
 def eval_(args):
@@ -207,12 +213,13 @@ def show(args):
 
 def features(args):
     """`ssl_jax features`."""
+    from ssl_jax import encoder
     from ssl_jax.evals import feature_file
 
     log = functools.partial(print, flush=True)  # a pipe sees every line at once
-    feature_file.extract(
-        args.model, args.data, args.out, size=args.size, batch_size=args.batch, log=log
-    )
+    words = hints.of_words(args.hints)
+    model = encoder.load_model(args.model, **words) if words else args.model
+    feature_file.extract(model, args.data, args.out, size=args.size, batch_size=args.batch, log=log)
 
 
 def export(args):
@@ -239,13 +246,7 @@ def import_(args):
     _on_cpu()
     from ssl_jax.run import weights
 
-    hints = {}
-    for hint in args.hints:
-        name, equals, value = hint.partition('=')
-        if not equals:
-            raise errors.UserError(f"'{hint}' has no '='; write HINT=VALUE, e.g. num_heads=12.")
-        hints[name] = int(value) if value.isdigit() else value
-    weights.import_weights(args.path, args.workdir, **hints)
+    weights.import_weights(args.path, args.workdir, **hints.of_words(args.hints))
 
 
 def plan(args):

@@ -5,11 +5,12 @@ Everything happens on the host, in numpy; no pickle is written. The parameters a
 tensor is transposed while it is written.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
 
-from ssl_jax.interop import card, files, layouts, tables
+from ssl_jax.interop import card, files, layouts
 from ssl_jax.run import checkpoint, errors, hashing, storage
 
 LAYOUTS = tuple(card.LIBRARIES)
@@ -59,22 +60,24 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
     out = pathlib.Path(out)
     _check_replaceable(out)
     networks = opened.networks()
-    classes = getattr(opened.method, 'classes', ())
-    if what == 'full' and classes:
+    method, pool = opened.method, getattr(opened.method, 'pool', None)
+    if what == 'full' and pool:
         if to != 'official':
             raise errors.UserError(
                 f'to={to} what=full is not possible for a classifier: its names are known '
                 f'to=official; use that, or what=backbone.'
             )
         w, left = _weights(opened, to, 'backbone')
-        params = opened.params
-        tensors, extra, metadata = _classifier_tensors(opened, w), {}, {'format': 'pt'}
+        w = dataclasses.replace(w, what='full', num_classes=method.outputs, pool=pool)
+        params, left = opened.params, [name for name in left if name != 'head']
     else:
         w, left = _weights(opened, to, what)
         names = [name for name in networks if name not in left] if what == 'full' else ['encoder']
         params = {name: networks[name][1] for name in names}
-        tensors, extra = layouts.to_layout(w, params)
-        metadata = {'format': 'pt', METADATA: json.dumps(layouts.to_dict(w))}
+    tensors, extra = layouts.to_layout(w, params)
+    if w.pool == 'patch':  # what the file holds without the sidecar
+        w = dataclasses.replace(w, vit=w.vit.clone(pooled_norm=True))
+    metadata = {'format': 'pt', METADATA: json.dumps(layouts.to_dict(w))}
     with storage.atomic_folder(out) as folder:
         files.write(folder / files.WEIGHTS, tensors, metadata, dtype)
         if extra:
@@ -83,13 +86,11 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         provenance['tensors'] = len(tensors)
         provenance['parameters'] = card.num_parameters(params)
         config = _config(opened, w, dtype)
-        if what == 'full' and classes:
-            config.update(num_classes=len(classes), pool=opened.method.pool, classes=list(classes))
+        if w.num_classes:
+            config.update(num_classes=w.num_classes, pool=pool, classes=list(method.classes))
         _json(folder / 'config.json', config)
         _json(folder / 'preprocessor_config.json', files.processor_of(opened.transform))
         _json(folder / card.PROVENANCE, provenance)
-        if classes:
-            left = [name for name in left if name != 'head']
         text = card.model_card(opened, w, params, provenance, list(extra), evaluation, left)
         (folder / 'README.md').write_text(text)
     return out
@@ -129,20 +130,6 @@ def _weights(opened, to, what):
             f'{", ".join(others) or "nothing"}.'
         )
     return whole if what == 'full' else layouts.Weights(whole.family, to, what, whole.vit), left
-
-
-def _classifier_tensors(opened, w):
-    """State dict of MAE's `models_vit.py` and BEiT's `modeling_finetune.py`: encoder and head.
-
-    With the mean of the patches these have `fc_norm` and no final norm of the encoder.
-    """
-    params = dict(opened.params)
-    rows = layouts.rows(w) + tables.linear('head', 'head')
-    if opened.method.pool == 'patch':
-        rows = [row for row in rows if not row[0].startswith('encoder/norm/')]
-        rows += tables.norm('fc_norm', 'fc_norm')
-        params['encoder'] = {k: v for k, v in params['encoder'].items() if k != 'norm'}
-    return {**tables.to_torch(rows, params, layouts.fixed(w)), **layouts.buffers(w)}
 
 
 def _config(opened, w, dtype):

@@ -54,11 +54,11 @@ def test_out_and_in_again_is_bit_identical(name, layout, what):
 def test_everything_is_found_from_the_tensors_and_the_config(name, layout, what):
     w, _, state_dict, _ = exported(name, layout, what)
     found = layouts.recognise(state_dict, stated(w))
-    # Where layer scale began is only in HF's config; a plain ViT of timm resizes as timm does.
+    # Where layer scale began is only in HF's config; each library resizes positions as it does.
     scale = w.vit.layer_scale if layout == 'hf' or w.vit.layer_scale is None else 1.0
-    resize = 'antialias' if (w.family, layout) == ('vit', 'timm') else w.vit.pos_resize
-    vit = w.vit.clone(layer_scale=scale, pos_resize=resize)
-    assert found == dataclasses.replace(w, vit=vit, names=found.names)
+    vit = w.vit.clone(layer_scale=scale, pos_resize=tiny_weights.rule(w))
+    assert found == dataclasses.replace(w, vit=vit, names=found.names, remarks=found.remarks)
+    assert bool(found.remarks) == (w.family == 'vit' and layout == 'official')
 
 
 # Without the numbers a plain ViT with one class token counts as a MAE.
@@ -311,7 +311,7 @@ def test_projection_heads_and_the_student_are_left_out_and_named():
 
 def test_heads_beside_a_bare_backbone_are_left_out_too():
     w, params, state_dict, _ = exported('mae', 'official')
-    held = {**state_dict, 'head.weight': np.zeros((10, 32)), 'head.bias': np.zeros(10)}
+    held = {**state_dict, 'head.weight': np.zeros((10, 99)), 'head.bias': np.zeros(10)}
     found = layouts.recognise(held, tiny_weights.hints(w))
     assert found.left_out == ('head.bias', 'head.weight')
     same(layouts.to_ours(found, held), params)
