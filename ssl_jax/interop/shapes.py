@@ -19,7 +19,7 @@ from ssl_jax.models.decoder import Decoder
 from ssl_jax.run import errors
 
 # `model_type` of transformers -> its layer_norm_eps where config.json has none; else 1e-6.
-EPS = {'vit': 1e-12, 'vit_mae': 1e-12, 'beit': 1e-12, 'ijepa': 1e-12, 'deit': 1e-12}
+EPS = dict.fromkeys(('vit', 'vit_mae', 'beit', 'data2vec-vision', 'ijepa', 'deit'), 1e-12)
 # Width of a decoder -> its number of heads, in MAE and in Pixio.
 DECODER_HEADS = {512: 16}
 

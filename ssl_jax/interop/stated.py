@@ -10,6 +10,11 @@ in neither is named to the user. A field that is absent has the value of its def
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.run import errors
 
+# `model_type` of transformers whose code computes what is computed here.
+KINDS = (
+    *('vit', 'vit_mae', 'vit_msn', 'deit', 'dinov2', 'dinov2_with_registers', 'beit'),
+    *('data2vec-vision', 'pixio', 'ijepa'),
+)
 EXACT_GELU = ('gelu', 'gelu_python')
 USED = frozenset(
     (
@@ -74,10 +79,17 @@ def check(hints: dict, vit, decoder, have: dict, hf: bool) -> list[str]:
                 f'config.json says {name}={hints[name]!r} and the network of these tensors, as it '
                 f'is computed here, has {values[0]!r}; such weights are not read.'
             )
+    kind = hints.get('model_type')
+    lines = []
+    if kind is not None and kind not in KINDS:
+        lines = [f'model_type {kind} is not known here; it is read as what its tensors are like.']
     strange = sorted(set(hints) - USED - HARMLESS - OPTIONAL - USER - set(want))
-    if 'model_type' not in hints or not strange:
-        return []
-    return [f'config.json has fields that are unknown here and not read: {", ".join(strange)}.']
+    if kind is None or not strange:
+        return lines
+    return [
+        *lines,
+        f'config.json has fields that are unknown here and not read: {", ".join(strange)}.',
+    ]
 
 
 def _wanted(hints, vit, decoder, have):

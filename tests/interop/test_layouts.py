@@ -226,7 +226,6 @@ def test_nothing_is_no_weights():
     'keys,message',
     [
         (['conv1.weight', 'layer1.0.conv1.weight', 'layer1.0.downsample.0.weight'], 'ResNet'),
-        (['patch_embed.weight', 'rope_embed.periods', 'storage_tokens'], 'DINOv3'),
         (['tok_embeddings.weight', 'layers.0.attention.wq.weight'], 'MAE, Pixio, DINOv2'),
         (['vision_model.embeddings.patch_embedding.weight'], 'CLIP or SigLIP'),
     ],
@@ -234,6 +233,56 @@ def test_nothing_is_no_weights():
 def test_another_network_is_refused_by_name_with_what_is_known(keys, message):
     with pytest.raises(ValueError, match=message):
         layouts.recognise({k: (8, 8) for k in keys})
+
+
+DINOV3 = {
+    # The .pth of its authors; a training checkpoint of the same; transformers; timm.
+    'official': ['cls_token', 'storage_tokens', 'mask_token', 'patch_embed.proj.weight']
+    + ['rope_embed.periods', 'blocks.0.attn.qkv.weight', 'blocks.0.ls1.gamma', 'norm.weight'],
+    'training': ['teacher.backbone.patch_embed.proj.weight', 'teacher.backbone.storage_tokens'],
+    'hf': ['embeddings.patch_embeddings.weight', 'embeddings.register_tokens']
+    + ['layer.0.attention.q_proj.weight', 'embeddings.cls_token', 'norm.weight'],
+    'hf wrapped': ['dinov3_vit.embeddings.patch_embeddings.weight']
+    + ['dinov3_vit.embeddings.register_tokens', 'classifier.weight'],
+    'timm': ['patch_embed.proj.weight', 'cls_token', 'reg_token', 'blocks.0.gamma_1'],
+}
+
+
+@pytest.mark.parametrize('form', DINOV3)
+def test_dinov3_is_refused_by_name_in_whatever_form(form):
+    said = r'are those of DINOv3, which is not read, as it has rotary positions; known are MAE'
+    with pytest.raises(ValueError, match=said):
+        layouts.recognise({k: (8, 3, 8, 8) if 'patch' in k else (8, 8) for k in DINOV3[form]})
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        {'model_type': 'dinov3_convnext'},
+        {'model_type': 'dinov3_vit'},
+        {'architecture': 'vit_small_patch16_dinov3'},
+    ],
+)
+def test_a_config_tells_dinov3_too(config):
+    with pytest.raises(ValueError, match='are those of DINOv3, which is not read'):
+        layouts.recognise({'stages.0.weight': (8, 8)}, config)
+
+
+def test_a_plain_network_with_registers_of_another_name_is_not_taken_for_dinov3():
+    _, _, state_dict, _ = exported('dinov2_reg', 'timm')
+    assert layouts.recognise(state_dict, {'num_heads': 4}).family == 'dinov2'
+
+
+def test_plain_encoders_leave_in_official_names_without_the_mask_token_that_dino_has_not():
+    w = tiny_weights.weights('vit', 'official')
+    w = dataclasses.replace(w, vit=w.vit.clone(mask_token=True))  # as a head of DINO makes it
+    params = tiny_weights.params(w)
+    state_dict, extra = layouts.to_layout(w, params)
+    plain = exported('vit', 'official')[2]
+    assert set(state_dict) == set(plain) and set(extra) == {'encoder/mask_token'}
+    same(layouts.to_ours(w, state_dict, extra), params)
+    # DINOv2 and BEiT have one in their classes.
+    assert 'mask_token' in exported('dinov2', 'official')[2]
 
 
 # What only some layouts have.

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import tiny
+import tiny_weights
 from ssl_jax import methods, sharding, train
 from ssl_jax import step as step_lib
 from ssl_jax.data import stream
-from ssl_jax.interop import export
+from ssl_jax.interop import export, files, layouts
 from ssl_jax.models import pos_embed
 from ssl_jax.run import checkpoint, metrics, weights
 
@@ -260,6 +261,43 @@ def test_a_path_without_weights_is_one_sentence(tmp_path):
         with pytest.raises(ValueError) as error:
             start(path, tiny.config())
         assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_the_words_behind_a_path_start_a_run_from_the_file(tmp_path):
+    w = tiny_weights.weights('vit', 'official')
+    tree = tiny_weights.params(w)
+    files.write(tmp_path / 'vit.safetensors', layouts.to_layout(w, tree)[0])
+    config = tiny.config(method__pos_embed='learned')
+    with pytest.raises(ValueError, match='as in num_heads=12'):
+        start(tmp_path / 'vit.safetensors', config)
+    _, got, lines = start(f'{tmp_path}/vit.safetensors num_heads=4', config)
+    assert same_bits(got['encoder'], tree['encoder'])
+    assert 'at other sizes offset there, bicubic here' in lines[1]
+
+
+@pytest.mark.parametrize('form', ['run', 'other run', 'export', 'sidecar'])
+def test_nan_in_what_a_run_starts_from_is_refused_by_name(tmp_path, form):
+    def broken(params):
+        proj = params['encoder']['blocks']['attn']['proj']
+        proj['bias'] = proj['bias'].at[1, 2].set(np.nan)
+        return params
+
+    path, name = tmp_path / 'run', 'encoder/blocks/attn/proj/bias'
+    fields = {'method__decoder_depth': 2} if form == 'other run' else {}
+    if form == 'sidecar':
+        w = tiny_weights.weights('dinov2', 'timm')
+        tensors, extra = layouts.to_layout(w, tiny_weights.params(w))
+        path.mkdir()
+        files.write(path / files.WEIGHTS, tensors)
+        files.write(path / files.EXTRA, {k: x * np.float32(np.inf) for k, x in extra.items()})
+        path, name = f'{path} num_heads=4', 'encoder/mask_token'
+    else:
+        tiny.save(tiny.config(), path, change=broken)
+    if form == 'export':
+        path, name = leave(path, 'hf', tmp_path / 'out'), 'encoder.layer.1.attention.output.dense'
+    with pytest.raises(ValueError, match='NaN or infinite numbers') as error:
+        start(path, tiny.config(**fields))
+    assert name in str(error.value) and '\n' not in str(error.value)
 
 
 # Whole runs: the encoder waits, then moves
