@@ -140,8 +140,7 @@ def open_weights(path, step: int | None = None, **hints) -> Opened:
         model, meta = checkpoint.restore_model(path, step=step)
         return _of_checkpoint(path, meta, model['params'], model.get('extra') or {})
     file, w = _recognise(path, hints)
-    if file.others:
-        launch.log(_part(file))
+    launch.log(*([_part(file)] if file.others else []), *(f'{path}: {x}' for x in w.remarks))
     return _of_file(path, file, w, _to_ours(path, file, w))
 
 

@@ -72,7 +72,7 @@ def test_golden_beit_keys_and_numbers_come_back(under):
     found = layouts.recognise(weights)
     back, extra = layouts.to_layout(found, layouts.to_ours(found, weights))
     assert not extra and set(back) == set(weights) - set(found.left_out)
-    assert set(found.left_out) == {k for k in weights if k.startswith('head.')}
+    assert not found.left_out and found.what == 'full'
     for key, x in back.items():
         assert x.dtype == weights[key].dtype
         np.testing.assert_array_equal(x, weights[key], err_msg=key)
@@ -131,19 +131,15 @@ def test_golden_beit_every_epsilon_matches():
 
 
 def classifier():
-    """(file, Weights, params, features(params, images)) of fine-tuning, with the norm of the mean.
-
-    The layer to classes is no part of `Weights`.
-    """
+    """(file, Weights, params, features(params, images)) of fine-tuning: the norm of the mean."""
     f = load('beit')
     weights = f.under('w/finetune')
     found = layouts.recognise(weights)
     params = layouts.to_ours(found, weights)
-    params['head'] = {'kernel': weights['head.weight'].T, 'bias': weights['head.bias']}
 
     def features(params, images):
         out = found.vit.apply({'params': params['encoder']}, images)
-        return vit.final_norm(params['encoder'], out['pre_norm'][:, 1:].mean(axis=1))
+        return out['pooled']
 
     return f, found, params, features
 
@@ -161,8 +157,8 @@ def test_golden_beit_classifier_matches():
     f.check('out/finetune_features', x)
     f.check('out/finetune_logits', logits)
     f.check('out/finetune_ce', loss)
-    named, _ = layouts.to_layout(found, {'encoder': grads['encoder']})
-    named |= {'head.weight': grads['head']['kernel'].T, 'head.bias': grads['head']['bias']}
+    grads['fc_norm'] = grads['encoder']['norm']  # which is the norm of the mean
+    named, _ = layouts.to_layout(found, grads)
     wanted = f.under('grad_finetune')
     assert wanted
     for key in wanted:
