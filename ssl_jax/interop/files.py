@@ -29,7 +29,10 @@ INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.npz')
 DTYPES = {name: dtype for (_, _, name), dtype in torch_pickle.DTYPES.items()}
 # Where the weights are in a training checkpoint; the first that is there is taken.
-WRAPPERS = ('teacher', 'model', 'state_dict', 'student', 'module')
+WRAPPERS = (
+    *('teacher', 'model', 'state_dict', 'student', 'module'),
+    *('model_ema', 'state_dict_ema', 'ema'),
+)
 PREFIXES = ('module.', '_orig_mod.', 'backbone.')
 OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 
@@ -70,6 +73,7 @@ class File:
     source: str  # the path that was given
     taken: str  # part of the file that the weights are, such as 'teacher'; '' for all of it
     paths: tuple[pathlib.Path, ...]  # the files that were read
+    others: tuple[str, ...] = ()  # parts of the file that hold tensors too
 
     @property
     def sha256(self) -> str:
@@ -77,12 +81,14 @@ class File:
         return hashing.sha256(self.paths)
 
 
-def read(path) -> File:
+def read(path, part: str = '') -> File:
     """Opens a file or folder of weights.
 
     Args:
       path: .safetensors, .pth, .pt, .bin or .npz; or a folder with one of them, or with shards and
         their index. A file `model.safetensors` is read with the config.json beside it.
+      part: of a training checkpoint, by the name that it has there, such as 'state_dict_ema';
+        default the first of WRAPPERS that is there.
 
     Raises:
       ValueError: one sentence; no code of the file is ever run.
@@ -98,13 +104,13 @@ def read(path) -> File:
         )
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
     paths = _files(path) if path.is_dir() else (path,)
-    stored, metadata, taken = {}, {}, ''
+    stored, metadata, taken, others = {}, {}, '', ()
     for p in paths:
-        part, metadata, taken = _read_one(p)
-        stored |= part
+        tensors, metadata, taken, others = _read_one(p, part)
+        stored |= tensors
     if not stored:
         raise errors.UserError(f'{path} holds no tensors; give a file of weights.')
-    stored, taken = _strip(stored, path, taken)
+    stored, taken, others = _strip(stored, path, taken, others, part)
     sidecar = folder / EXTRA if folder else None
     return File(
         tensors=Tensors(stored),
@@ -115,6 +121,7 @@ def read(path) -> File:
         source=str(path),
         taken=taken,
         paths=paths,
+        others=others,
     )
 
 
@@ -178,8 +185,8 @@ def _files(folder):
     return tuple(paths)
 
 
-def _read_one(path):
-    """(name -> Stored, metadata, taken) of one file, known by its first bytes."""
+def _read_one(path, part):
+    """(name -> Stored, metadata, taken, others) of one file, known by its first bytes."""
     with open(path, 'rb') as file:
         start = file.read(16)
     if start.startswith(torch_pickle.LEGACY):
@@ -189,12 +196,19 @@ def _read_one(path):
             f"'new.pth')."
         )
     if path.suffix == '.npz':
-        return _npz(path), {}, ''
+        return _npz(path), {}, '', ()
     if start.startswith(b'PK'):
-        stored, taken = _unwrap(torch_pickle.load(path), path)
-        return stored, {}, taken
+        tree = torch_pickle.load(path)
+        parts = _parts(tree)
+        named = [name for name in parts if part and part in (name, name.rpartition('/')[2])]
+        if named:
+            stored, taken = _unwrap(parts[named[0]], path, tuple(named[0].split('/')))
+        else:
+            stored, taken = _unwrap(tree, path)
+        others = [k for k in parts if not f'{taken}/'.startswith(f'{k}/')]
+        return stored, {}, taken, tuple(others)
     if path.suffix == '.safetensors' or start[8:9] == b'{':
-        return *_safetensors(path), ''
+        return *_safetensors(path), '', ()
     raise errors.UserError(
         f'{path} is neither safetensors nor a file of torch.save (nor a .npz), or it is damaged; '
         f'download it again.'
@@ -235,6 +249,18 @@ def _npz(path):
     return {k: torch_pickle.Stored(x.shape, x.dtype, lambda x=x: x) for k, x in arrays.items()}
 
 
+def _parts(tree, prefix='', depth=3):
+    """{name: dict} of the dicts in what torch.load would return that hold several tensors."""
+    found = {}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict) and depth and key not in OPTIMIZER:
+            name = f'{prefix}{key}'
+            inner = _parts(value, f'{name}/', depth - 1)
+            if inner or sum(isinstance(x, torch_pickle.Stored) for x in value.values()) > 1:
+                found |= {name: value, **inner}
+    return found
+
+
 def _unwrap(tree, path, taken=()):
     """(name -> Stored, which part) of what torch.load would return."""
     if not isinstance(tree, dict):
@@ -261,8 +287,8 @@ def _unwrap(tree, path, taken=()):
     )
 
 
-def _strip(stored, path, taken):
-    """(name -> Stored, which part) without what training wraps around the model."""
+def _strip(stored, path, taken, others, part):
+    """(name -> Stored, which part, others) without what training wraps around the model."""
     out = {name.replace('_fsdp_wrapped_module.', ''): x for name, x in stored.items()}
     flat = next((name for name in out if '_flat_param' in name), None)
     if flat:
@@ -270,11 +296,21 @@ def _strip(stored, path, taken):
             f'{path} is the part of one process of an FSDP run ({flat}); gather the full state '
             f'dict there and save that.'
         )
-    for part in ('teacher', 'student'):  # where one dict has both, the teacher
-        prefix = f'{part}.'
-        if inner := {k.removeprefix(prefix): x for k, x in out.items() if k.startswith(prefix)}:
-            out, taken = inner, f'{taken}/{part}'.lstrip('/')
+    asked = part and part not in (taken, *taken.split('/'))
+    # Where one dict has both, the teacher.
+    for name in (part,) if asked else ('teacher', 'student'):
+        inner = {k.removeprefix(f'{name}.'): x for k, x in out.items() if k.startswith(f'{name}.')}
+        if inner:
+            heads = {k.partition('.')[0] for k in out} & {'teacher', 'student'} - {name}
+            out, taken, asked = inner, f'{taken}/{name}'.lstrip('/'), False
+            others += tuple(sorted(heads))
             break
+    if asked:
+        known = [name for name in (*taken.split(), *others) if name]
+        what = f'part={part} is not in {path}'
+        if not known:
+            raise errors.UserError(f'{what}, which holds one set of tensors; leave part out.')
+        raise errors.UserError(f'{what}{errors.nearest(part, known)}')
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in out):
             new = {name.removeprefix(prefix): x for name, x in out.items()}
@@ -284,7 +320,7 @@ def _strip(stored, path, taken):
                     f'of the two sets.'
                 )
             out = new
-    return out, taken
+    return out, taken, others
 
 
 def _json(folder, name):
