@@ -19,7 +19,7 @@ import json
 import os
 import sys
 
-from ssl_jax.run import errors
+from ssl_jax.run import errors, hints
 
 # --recipe of `ssl_jax finetune` -> recipe
 FINETUNE = {
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parses and runs one command; a user's error is one sentence and exit code 1."""
     parser = _parser()
     args, more = parser.parse_known_args(argv)
-    if args.command == 'import' and not any(word.startswith('-') for word in more):
-        args.hints, more = args.hints + more, []  # argparse takes no FIELD=VALUE after an option
+    if hasattr(args, 'hints') and not any(word.startswith('-') for word in more):
+        args.hints, more = args.hints + more, []  # argparse takes no NAME=VALUE after an option
     unknown = [word for word in more if word.startswith('-')]
     paths = [word for word in (*more, *getattr(args, 'fields', ())) if '=' not in word]
     if unknown or (more and not getattr(args, 'data', None)):
@@ -66,6 +66,10 @@ def _parser():
 
     def fields(p):
         p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
+
+    def about(p):
+        text = 'of a file that does not say all, e.g. num_heads=12 or part=state_dict_ema'
+        p.add_argument('hints', nargs='*', metavar='NAME=VALUE', help=text)
 
     p = command(pretrain, help='train an encoder on your images')
     data(p, 'folder of images, Parquet file or folder, ArrayRecord files')
@@ -113,6 +117,7 @@ def _parser():
     p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
+    about(p)
 
     p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
@@ -125,7 +130,7 @@ def _parser():
     p = command(import_, help='weights of other frameworks as a checkpoint of step 0')
     p.add_argument('path', help='safetensors, .pth, .npz, or an HF or timm folder')
     p.add_argument('--workdir', required=True, help='a new one')
-    p.add_argument('hints', nargs='*', metavar='HINT=VALUE', help='e.g. num_heads=12')
+    about(p)
 
     p = command(plan, help='will it fit, how fast: for a TPU topology, without a TPU')
     p.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
@@ -194,7 +199,7 @@ def pretrain(args):
         known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
         raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
     launch.initialize_distributed()
-    train.command(recipe, fields + args.fields, args.workdir)
+    train.command(recipe, hints.behind(fields + args.fields), args.workdir)
 
 
 def finetune(args):
@@ -220,7 +225,8 @@ def finetune(args):
     if args.data or args.test:
         fields.append(f'data.eval_test={args.test}')
     launch.initialize_distributed()
-    train.command(args.config or FINETUNE[args.recipe], fields + args.fields, args.workdir)
+    fields = hints.behind(fields + args.fields)
+    train.command(args.config or FINETUNE[args.recipe], fields, args.workdir)
 
 
 def eval_(args):
@@ -248,11 +254,14 @@ def show(args):
 
 def features(args):
     """`ssl_jax features`."""
+    from ssl_jax import encoder
     from ssl_jax.evals import feature_file
     from ssl_jax.run import launch
 
+    words = hints.of_words(args.hints)
+    model = encoder.load_model(args.model, **words) if words else args.model
     feature_file.extract(
-        args.model, _data(args), args.out, size=args.size, batch_size=args.batch, log=launch.log
+        model, _data(args), args.out, size=args.size, batch_size=args.batch, log=launch.log
     )
 
 
@@ -280,13 +289,7 @@ def import_(args):
     _on_cpu()
     from ssl_jax.run import weights
 
-    hints = {}
-    for hint in args.hints:
-        name, equals, value = hint.partition('=')
-        if not equals:
-            raise errors.UserError(f"'{hint}' has no '='; write HINT=VALUE, e.g. num_heads=12.")
-        hints[name] = int(value) if value.isdigit() else value
-    weights.import_weights(args.path, args.workdir, **hints)
+    weights.import_weights(args.path, args.workdir, **hints.of_words(args.hints))
 
 
 def plan(args):

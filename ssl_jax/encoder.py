@@ -28,14 +28,23 @@ class Model:
 
     vit: vit_lib.ViT  # `models.vit.ViT`
     params: Any  # its parameters, on the device
-    size: int  # side in pixels of the images it was made for; others work too
-    # mean, std: of the channels, for values in [0, 1].
-    mean: tuple
-    std: tuple
-    # Share of the short side that its evaluations show at `size`, or None if they squeeze the whole
-    # image.
-    crop: float | None
+    transform: dict  # what happens to images before, see `data.transform`
     source: str  # path of the weights
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the images it was made for; others work too."""
+        return self.transform['size']
+
+    @property
+    def mean(self) -> tuple:
+        """Of the channels, for values in [0, 1]."""
+        return tuple(self.transform['mean'])
+
+    @property
+    def std(self) -> tuple:
+        """Of the channels, for values in [0, 1]."""
+        return tuple(self.transform['std'])
 
     def __call__(self, images: jax.Array | np.ndarray, blocks: tuple = ()) -> dict:
         """Tokens and features of images, compiled once per shape.
@@ -101,22 +110,19 @@ def load_model(path, *, dtype=None, **hints) -> Model:
       path: the workdir of a run, a checkpoint folder, an export, an HF or timm folder, or a file
         of weights, see `run.weights.open_weights`.
       dtype: compute type of the layers, e.g. 'bfloat16'; default that of the run, else float32.
-      hints: see `run.weights.HINTS`, for sizes that the tensors do not show.
+      hints: see `run.hints`, for what the tensors do not show.
 
     Raises:
       ValueError: the weights cannot be read, in one sentence.
     """
     opened = weights.open_weights(path, **hints)
-    (vit, params), view = opened.networks()['encoder'], opened.transform
+    vit, params = opened.networks()['encoder']
     if dtype is not None:
         vit = vit.clone(dtype=jnp.dtype(dtype))
     return Model(
         vit=vit,
         params=jax.device_put(params),
-        size=view['size'],
-        mean=tuple(view['mean']),
-        std=tuple(view['std']),
-        crop=view['crop'],
+        transform=opened.transform,
         source=str(path),
     )
 
@@ -162,7 +168,9 @@ def _features(vit, params, images, mean, std, last_blocks):
     if cells > 1:
         features[f'grid{cells}'] = cell_means(tokens['patch_tokens'], grid, cells)
     if last and vit.num_cls_tokens:
-        cls = vit_lib.final_norm(params, tokens['blocks'][:, :, : vit.num_cls_tokens], vit.eps)
+        cls = tokens['blocks'][:, :, : vit.num_cls_tokens]
+        if not vit.pooled_norm:
+            cls = vit_lib.final_norm(params, cls, vit.eps)
         cls = cls.astype(jnp.float32).mean(axis=2)  # (n, B, D)
         features[f'cls{len(last)}'] = linear_input(cls)
         features[f'cls{len(last)}_patch'] = linear_input(cls, features['patch'])
@@ -185,7 +193,9 @@ def linear_input(cls: jax.Array, patch: jax.Array | None = None) -> jax.Array:
 def pooled(vit: vit_lib.ViT, tokens: dict) -> dict[str, jax.Array]:
     """cls, cls_pre, patch and cls_patch of `make_forward`, from the output of `vit`."""
     c = vit.num_cls_tokens
-    patch = tokens['patch_tokens'].astype(jnp.float32).mean(axis=1)
+    patch = tokens.get('pooled')  # of a fine-tuned encoder, whose norm is that of the mean
+    if patch is None:
+        patch = tokens['patch_tokens'].astype(jnp.float32).mean(axis=1)
     if not c:
         return {'patch': patch}
     cls = tokens['cls_tokens'].astype(jnp.float32).mean(axis=1)

@@ -16,6 +16,7 @@ from ssl_jax import cli, encoder
 from ssl_jax.augment import photometry
 from ssl_jax.data import folder as folder_lib
 from ssl_jax.data import host, scenes, sources
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import feature_file
 from ssl_jax.evals import features as features_lib
 from ssl_jax.run import weights
@@ -148,8 +149,8 @@ def test_rows_keep_their_file_names_labels_and_order(unbroken, model, folder):
     assert got['label'] == [0] * 20 + [1] * 19
     source = sources.open_source(str(folder))
     assert [feature_file.name_of(source, i) for i in got['id']] == got['name']
-    ends = [host.decode((folder / got['name'][i]).read_bytes(), 32) for i in (0, -1)]
-    want = model(np.stack([host.resize_center_crop(x, 32) for x in ends]))
+    ends = [host.decode((folder / got['name'][i]).read_bytes()) for i in (0, -1)]
+    want = model(np.stack([transform_lib.cut(x, transform_lib.of(32)) for x in ends]))
     for name in ('cls', 'patch'):
         np.testing.assert_allclose([got[name][0], got[name][-1]], want[name], atol=1e-5)
     about = json.loads(pq.read_schema(unbroken).metadata[b'ssl_jax'])

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from ssl_jax import methods, optim, sharding, train
 from ssl_jax import step as step_lib
-from ssl_jax.data import sources
+from ssl_jax.data import loader, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.run import checkpoint, metrics
@@ -55,7 +55,7 @@ class Killed(BaseException):
 
 def killed_run(config, workdir, step, monkeypatch):
     """Runs until `step` batches were read, then dies without saving."""
-    real = stream_lib.Stream.__next__
+    real = loader.Stream.__next__
     left = [step]
 
     def dying(self):
@@ -65,7 +65,7 @@ def killed_run(config, workdir, step, monkeypatch):
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream_lib.Stream, '__next__', dying)
+        patch.setattr(loader.Stream, '__next__', dying)
         with pytest.raises(Killed):
             train.train(config, workdir)
 
@@ -185,13 +185,13 @@ def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
             compiled.append(event)
 
     counts = []
-    real = stream_lib.Stream.__next__
+    real = loader.Stream.__next__
 
     def counting(self):
         counts.append(len(compiled))
         return real(self)
 
-    monkeypatch.setattr(stream_lib.Stream, '__next__', counting)
+    monkeypatch.setattr(loader.Stream, '__next__', counting)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         train.train(tiny.config(), tmp_path)

@@ -86,6 +86,15 @@ def hints(w):
     return found
 
 
+def rule(w):
+    """How the library of a layout resizes positions, where a file says nothing of us."""
+    if w.layout == 'timm':
+        return 'antialias'
+    if w.layout == 'hf':
+        return 'antialias' if w.vit.num_register_tokens else 'bicubic'
+    return 'offset' if w.family == 'vit' else w.vit.pos_resize
+
+
 def sizes(vit):
     """Three image sizes (height, width): native, another, and one that is not square."""
     m, p = vit.img_size // vit.patch_size, vit.patch_size

@@ -35,4 +35,4 @@ if __name__ == '__main__':
     forwards = {'mean': mean, 'mean and std': mean_and_std}
     for name, (size, data) in sets.items():
         print(name)
-        print(report.table(report.evaluate(forwards, *data, size=size, limit=5000, log=None)))
+        print(report.table(report.evaluate(forwards, *data, transform=size, limit=5000, log=None)))

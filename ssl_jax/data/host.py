@@ -10,10 +10,8 @@ import math
 
 import cv2
 import numpy as np
-import PIL.Image
 
 from ssl_jax.data.decode import MAX_PIXELS, DecodeError, decode
-from ssl_jax.run import errors
 
 __all__ = [
     'ASPECTS',
@@ -24,7 +22,6 @@ __all__ = [
     'decode',
     'random_resized_crop',
     'resize',
-    'resize_center_crop',
 ]
 
 cv2.setNumThreads(0)  # the stream is parallel over samples; nested threads only add contention
@@ -85,38 +82,3 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return np.ascontiguousarray(image)
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def resize_center_crop(
-    image: np.ndarray, size: int, resize: int | None = None, interpolation: str = 'bicubic'
-) -> np.ndarray:
-    """The evaluation view: short side to `resize` (default `size`), central size x size.
-
-    Resamples with Pillow, antialiased, because published numbers were measured with it.
-
-    Args:
-      image: uint8 (H, W, 3); with interpolation='nearest' also a map (H, W) of uint8, int32 or
-        float32, cut with the same geometry.
-      size: side of the result in pixels.
-      resize: length of the short side before the crop, >= size.
-      interpolation: 'bicubic' or 'nearest'.
-    """
-    resize = resize or size
-    if resize < size:
-        raise errors.UserError(
-            f'resize={resize} is smaller than the crop of {size}: use {size} or more.'
-        )
-    height, width = image.shape[:2]
-    if height < width:
-        h, w = resize, max(resize, int(resize * width / height))
-    else:
-        h, w = max(resize, int(resize * height / width)), resize
-    y, x = round((h - size) / 2), round((w - size) / 2)
-    if (h, w) == (height, width):
-        return np.ascontiguousarray(image[y : y + size, x : x + size])
-    # Resamples the central part alone; `box` is in pixels of the input.
-    sy, sx = height / h, width / w
-    box = (x * sx, y * sy, (x + size) * sx, (y + size) * sy)
-    pixels = PIL.Image.fromarray(np.ascontiguousarray(image))
-    method = PIL.Image.Resampling[interpolation.upper()]
-    return np.array(pixels.resize((size, size), method, box=box))

@@ -8,6 +8,8 @@ number of threads, worker processes and hosts, a restart needs no iterator state
 appears exactly once per epoch, also where a batch crosses from one epoch into the next.
 """
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -22,9 +24,11 @@ from absl import logging
 from etils import epath
 
 from ssl_jax.data import host, loader
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.run import errors, hashing, launch, storage
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
+MAPS = {'segmentation': np.uint8, 'depth': np.float32}  # per pixel, cut as the image
 _IO_PAUSES = (0.1, 0.5, 2.0)  # seconds before each repetition of a failed read
 
 
@@ -94,26 +98,26 @@ def train_stream(
 
 def eval_stream(
     source: Any,
-    size: int,
+    transform: dict | int,
     batch_size: int,
-    resize: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> loader.Stream:
-    """Iterator once over the source, in order: the central crop of every image.
+    """Iterator once over the source, in order: what an encoder sees of every image.
 
     A batch is {'image': uint8 (B, size, size, 3), 'id': int64 (B,), 'mask': bool (B,)}, and
     'label': int32 (B,), 'segmentation': uint8 (B, size, size), 'depth': float32 (B, size, size) as
     the source has them. The last batch is padded to the same shape; `mask` is False there and
-    where an image could not be decoded (then the image is black).
+    where an image could not be read or decoded (then it is black, and its other keys are 0);
+    'id' is -1 for padding.
+    Images are decoded at full size, with the pixels that Pillow gives.
 
     Args:
       source: see `ssl_jax.data.sources`.
-      size: side of the crop in pixels.
+      transform: see `data.transform`; a number of pixels stands for ours of that size.
       batch_size: the global one.
-      resize: short side before the crop; default `size`.
       rows: sorted rows of each global batch to load; default all.
     """
-    samples = _EvalSamples(source, batch_size, rows, size, resize or size)
+    samples = _EvalSamples(source, batch_size, rows, transform_lib.of(transform))
     return loader.stream(samples, min(16, launch.cores()))
 
 
@@ -189,6 +193,20 @@ class BadImages:
             f.write(line.encode())
 
 
+def say_left_out(source: Any, ids: Sequence[int]) -> None:
+    """Logs how many images an evaluation leaves out, and why; each sentence once per process."""
+    if not len(ids) or not launch.is_main():
+        return
+    why = '; '.join(f'{source.describe(int(i))}: {_reason(source, int(i))}' for i in ids[:3])
+    more = f'; and {len(ids) - 3} more' if len(ids) > 3 else ''
+    _say(f'{len(ids)} of {len(source)} images cannot be read and do not count ({why}{more})')
+
+
+@functools.cache
+def _say(line):
+    launch.log(line)
+
+
 def _reason(source, i):
     try:
         host.decode(_read(source, i)['image'])
@@ -254,33 +272,49 @@ class _TrainSamples(_Samples):
 
 
 class _EvalSamples(_Samples):
-    """Central crops; beyond the end, padding."""
+    """Images cut by a transform; beyond the end, padding."""
 
-    def __init__(self, source, batch_size, rows, size, resize):
+    def __init__(self, source, batch_size, rows, transform):
         super().__init__(source, batch_size, rows)
-        self._size, self._resize = size, resize
+        self._transform = transform
 
     def __len__(self):
         return -(-len(self._source) // self._batch_size) * len(self.rows)
 
     def _sample(self, step, row):
-        i, size = step * self._batch_size + row, self._size
-        real = i < len(self._source)
-        i = i if real else 0
-        item = _read(self._source, i)  # padding needs the keys
+        i = step * self._batch_size + row
+        if i >= len(self._source):
+            return self._blank(-1)
         try:
-            image = host.decode(item['image'], self._resize)
-            image = host.resize_center_crop(image, size, self._resize)
-        except host.DecodeError:
-            image, real = np.zeros((size, size, 3), np.uint8), False
-        sample = {'image': image, 'id': np.int64(i), 'mask': np.bool_(real)}
+            item = _read(self._source, i)
+            image = transform_lib.cut(host.decode(item['image']), self._transform)
+        except (host.DecodeError, OSError):
+            return self._blank(i)
+        sample = {'image': image, 'id': np.int64(i), 'mask': np.bool_(True)}
         if 'label' in item:
             sample['label'] = np.int32(item['label'])
-        for key, dtype in (('segmentation', np.uint8), ('depth', np.float32)):
+        for key, dtype in MAPS.items():
             if key in item:
-                cut = host.resize_center_crop(item[key], size, self._resize, 'nearest')
-                sample[key] = cut.astype(dtype)
+                sample[key] = transform_lib.cut(item[key], self._transform, 'nearest').astype(dtype)
         return sample
+
+    def _blank(self, i):
+        """A row that does not count, with the keys of the others."""
+        size = self._transform['size']
+        blank = {'image': np.zeros((size, size, 3), np.uint8), 'mask': np.bool_(False)}
+        blank['id'] = np.int64(i)
+        if 'label' in self._keys:
+            blank['label'] = np.int32(0)
+        maps = {key: np.zeros((size, size), dtype) for key, dtype in MAPS.items()}
+        return blank | {key: x for key, x in maps.items() if key in self._keys}
+
+    @functools.cached_property
+    def _keys(self):
+        """Keys of the first item that can be read; none if there is no such item."""
+        for i in range(len(self._source)):
+            with contextlib.suppress(OSError, host.DecodeError):
+                return frozenset(self._source[i])
+        return frozenset()
 
 
 def _read(source, i):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ssl_jax.data import sources
+from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features
 from ssl_jax.run import errors, launch
 
@@ -26,7 +27,7 @@ def check(options, look) -> None:
     if look.test is None:
         launch.log('test      no images: accuracy is not measured; give --test LABELLED')
     else:
-        check_classes(look.method.classes, look.test)
+        check_classes(look.method.classes, look.test, outputs=True)
 
 
 def run(options, look, state, step) -> dict[str, float]:
@@ -40,29 +41,31 @@ def run(options, look, state, step) -> dict[str, float]:
     return {**rows, 'test/images': scores['test']['n']}
 
 
-def accuracy(method, params, extra, source, *, size: int, **options) -> dict[str, dict]:
+def accuracy(
+    method, params, extra, source, *, transform: dict, limit: int | None = None, **options
+) -> dict[str, dict]:
     """{'test': scores[, 'ema': scores]}, the second of the averaged weights.
 
-    Images are cut as MAE does in `util/datasets.py`: short side to size / crop_pct, centre out.
-
     Args:
-      method: with `logits`, `crop_pct` and `classes`, see `methods.classifier`.
+      method: with `logits` and `classes`, see `methods.classifier`.
       params, extra: of the method, on the devices.
       source: labelled, see `data.sources`; its classes must be those of the method.
-      size, options: see `features.batches`.
+      transform, limit, options: see `features.batches`.
 
     Returns:
       For either name top1 and top5 in percent, loss (mean cross-entropy) and n, the number of
-      images; those that do not decode are left out.
+      images; those that do not decode are left out, which is said in the log.
     """
-    check_classes(method.classes, source)
+    check_classes(method.classes, source, outputs=True)
     forward = functools.partial(_jitted(method), params, extra)
-    resize = round(size / method.crop_pct)
+    source, bad = features.limited(source, limit), []
     totals = collections.defaultdict(lambda: np.zeros(4))
-    for batch in features.batches(forward, source, size=size, resize=resize, **options):
+    for batch in features.batches(forward, source, transform=transform, **options):
         mask = batch['mask']
+        bad += features.left_out(batch)
         for name, logits in batch['features'].items():
             totals[name] += _count(logits[mask], batch['label'][mask])
+    stream_lib.say_left_out(source, bad)
     if not totals['test'][0]:
         raise errors.UserError(f'None of the {len(source)} test images could be decoded.')
     return {
@@ -101,22 +104,35 @@ def ranks(scores: jax.Array | np.ndarray, labels: jax.Array | np.ndarray):
     return above.sum(axis=-1)
 
 
-def check_classes(names, source) -> None:
-    """Raises where labels of `source` would not mean the classes `names`."""
-    names, classes = tuple(names), tuple(source.classes or ())
-    if 'label' not in source[0] or not classes:
+def check_classes(names: tuple | None, source, outputs: bool = False) -> tuple:
+    """The classes of both sets; raises where labels of `source` would not mean the classes `names`.
+
+    Args:
+      names: of the training images.
+      source: test images.
+      outputs: whether `names` are all that can be answered, by the head of a classifier.
+    """
+    names, classes = tuple(names or ()), tuple(source.classes or ())
+    if not names:
+        raise errors.UserError(
+            'The training images have no labels; put them in one folder per class.'
+        )
+    if not classes:
         raise errors.UserError(
             f'The test images ({source.describe(0)} is the first) have no labels: put them in one '
             f'folder per class, as the training images.'
         )
     sources.check_labels(source)
     # Sets without names are numbered 0..max: one may just lack the last classes.
-    if classes != names and not (names[: len(classes)] == classes and all(map(str.isdigit, names))):
+    shorter, longer = sorted((classes, names), key=len)
+    same = longer[: len(shorter)] == shorter and all(map(str.isdigit, longer))
+    if classes != names and not (same and (longer == names or not outputs)):
         odd = sorted(set(classes) ^ set(names)) or 'the order'
         raise errors.UserError(
             f'The test images name their classes differently from the training images ({odd}): '
             f'labels would not mean the same, so give both sets the same class folders.'
         )
+    return longer
 
 
 def check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:

@@ -74,12 +74,12 @@ class Look:
     def forward(self, state) -> Callable:
         """The frozen encoder of a state, see `encoder.make_forward`."""
         vit, params = self.method.networks(state.params, state.extra)['encoder']
-        return encoder.make_forward(vit, params)
+        return encoder.make_forward(vit, params, mean=self.method.mean, std=self.method.std)
 
     def reading(self, limit: int | None) -> dict:
         """Arguments of `features.batches`, for `limit` images (None: all)."""
         return dict(
-            size=self.config.eval.size or self.method.views()[0].size,
+            transform=self.method.transform(self.config.eval.size),
             batch_size=self.config.eval.batch_size,
             mesh=self.mesh,
             limit=limit,
@@ -142,6 +142,8 @@ def check(tasks: dict[str, tuple], look: Look) -> None:
     Raises:
       UserError: the run cannot be evaluated as configured.
     """
+    if tasks and look.config.eval.size:
+        features.check_size(look.config.eval.size, look.method.vit.patch_size, 'eval.size')
     for module, options in tasks.values():
         if hasattr(module, 'check'):
             module.check(options, look)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ssl_jax import encoder, sharding
 from ssl_jax.data import files, sources
 from ssl_jax.data import stream as stream_lib
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import features as features_lib
 from ssl_jax.run import checksums, errors, hashing, metrics, storage
 from ssl_jax.run import workdir as workdir_lib
@@ -34,10 +35,9 @@ def extract(
 
     One row per image, in the order of the source: id (index), name (path relative to the folder,
     or `describe` of the source), label if the source has labels, cls and patch (lists of float32;
-    only patch without class tokens). Images are cut as in evaluations: short side to
-    size / model.crop, central square. The metadata of the file, key `ssl_jax`, has the model, the
-    data and the size. Images that do not decode have no row; `out`.bad.jsonl lists them with the
-    reason.
+    only patch without class tokens). Images are cut as in evaluations, by `model.transform`. The
+    metadata of the file, key `ssl_jax`, has the model, the data and the transform. Images that do
+    not decode have no row; `out`.bad.jsonl lists them with the reason.
 
     Parts are kept in `out`.parts until the end. They hold complete batches, so that the file has
     the bits of an unbroken run on the same device.
@@ -64,16 +64,11 @@ def extract(
         raise errors.UserError(f'{out} is a folder: give a file, such as {out}/features.parquet.')
     model = model if isinstance(model, encoder.Model) else encoder.load_model(model)
     source = data if hasattr(data, 'describe') else sources.open_source(data, 'all')
-    size = size or model.size
-    if size % model.vit.patch_size:
-        near = max(round(size / model.vit.patch_size), 1) * model.vit.patch_size
-        raise errors.UserError(
-            f'size={size} is not a multiple of the patch size {model.vit.patch_size}: use {near}.'
-        )
+    transform = {**model.transform, 'size': size or model.size}
+    features_lib.check_size(transform['size'], model.vit.patch_size, 'size')
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
     batch_size = features_lib.round_up(min(batch_size, len(source)), mesh)
-    resize = round(size / (model.crop or 1.0))
-    about = _about(model, source, size, resize, batch_size)
+    about = _about(model, source, transform, batch_size)
     if out.exists():
         _compare(about, _stored(out), out)
         rows = pq.ParquetFile(out).metadata.num_rows
@@ -88,14 +83,14 @@ def extract(
         else:
             bad.unlink(missing_ok=True)  # of an earlier file
             storage.atomic_write(parts / 'about.json', json.dumps(about, indent=1) + '\n')
-        view = f'short side {resize}, central {size} px' if resize != size else f'{size} px'
+        view = transform_lib.describe(transform)
         log(f'{model.source}: {len(source):,} images, {view}, batches of {batch_size}')
         for note in getattr(source, 'notes', ()):
             log(note)
         params = jax.device_put(model.params, sharding.infer(model.params, mesh))
         forward = encoder.make_forward(model.vit, params, mean=model.mean, std=model.std)
         start = _done(parts, len(source))
-        options = dict(size=size, resize=resize, batch_size=batch_size, mesh=mesh, start=start)
+        options = dict(transform=transform, batch_size=batch_size, mesh=mesh, start=start)
         with contextlib.closing(features_lib.batches(forward, source, **options)) as batches:
             _fill(parts, bad, batches, source, start, log)
         rows = _join(parts, out, about)
@@ -105,7 +100,7 @@ def extract(
     return rows
 
 
-def _about(model, source, size, resize, batch_size):
+def _about(model, source, transform, batch_size):
     """The metadata of the file: what the features depend on, and `model_path` for people."""
     sums = checksums.of(jax.device_get(model.params))
     weights = hashing.digest(*(f'{k}={v}' for k, v in sorted(sums.items())))
@@ -115,8 +110,8 @@ def _about(model, source, size, resize, batch_size):
         data=source.fingerprint,
         images=len(source),
         classes=list(source.classes) if source.classes is not None else None,
-        size=size,
-        resize=resize,
+        size=transform['size'],
+        transform=transform,
         batch_size=batch_size,
     )
 
@@ -125,7 +120,7 @@ def _compare(about, stored, path):
     """`stored`; raises if it is of another extraction than `about`."""
     if not stored:
         raise errors.UserError(f'{path} exists and is no file of features: give another --out.')
-    for key in ('model', 'data', 'images', 'size', 'resize', 'batch_size'):
+    for key in ('model', 'data', 'images', 'size', 'transform', 'batch_size'):
         if about[key] != stored.get(key):
             old, new = stored.get(key), about[key]
             if key == 'model':

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from ssl_jax import sharding
 from ssl_jax.augment import photometry
 from ssl_jax.data import stream as stream_lib
+from ssl_jax.methods import base
 from ssl_jax.run import errors, hashing, launch
 
 
@@ -39,23 +40,27 @@ def raw_pixels(size: int = 32) -> Callable:
     return forward
 
 
-def extract(forward: Callable, source, **options) -> tuple[dict, np.ndarray | None]:
+def extract(
+    forward: Callable, source, *, limit: int | None = None, **options
+) -> tuple[dict, np.ndarray | None]:
     """Features and labels of a source.
 
     Args:
-      forward, source, options: see `batches`.
+      forward, source, limit, options: see `batches`.
 
     Returns:
       The features of `forward` for all images (n, d), and int32 labels (n,), None where the source
-      has none. Images that do not decode are left out.
+      has none. Images that do not decode are left out, which is said in the log.
 
     Raises:
       ValueError: no image decodes.
     """
-    decoded = [
-        jax.tree.map(lambda x, mask=batch['mask']: x[mask], batch)
-        for batch in batches(forward, source, **options)
-    ]
+    source = limited(source, limit)
+    decoded, bad = [], []
+    for batch in batches(forward, source, **options):
+        decoded.append(jax.tree.map(lambda x, mask=batch['mask']: x[mask], batch))
+        bad += left_out(batch)
+    stream_lib.say_left_out(source, bad)
     whole = jax.tree.map(lambda *x: np.concatenate(x), *decoded)
     if not len(whole['id']):
         raise errors.UserError(
@@ -68,8 +73,7 @@ def batches(
     forward: Callable,
     source,
     *,
-    size: int,
-    resize: int | None = None,
+    transform: dict | int,
     batch_size: int = 256,
     mesh: jax.sharding.Mesh | None = None,
     limit: int | None = None,
@@ -85,8 +89,7 @@ def batches(
     Args:
       forward: see the top of this file.
       source: see `data.sources`.
-      size, resize: pixels; the central crop of side `size` after the short side was resized
-        (Pillow's bicubic) to `resize`, by default `size`.
+      transform: see `data.transform`; a number of pixels stands for ours of that size.
       batch_size: at most the source, rounded up to a multiple of the devices that share a batch.
       mesh: default one device.
       limit: number of images at most, chosen by a hash of the index (sources are often sorted by
@@ -96,22 +99,21 @@ def batches(
         of the whole source, bit for bit.
 
     Yields:
-      numpy arrays of one batch as a dict: features (B, d), id (B,), mask (B,), False where a row is
-      padding or did not decode, and label (B,) where the source has labels.
+      numpy arrays of one batch as a dict: features (B, d), id (B,), -1 for padding, mask (B,),
+      False where a row is padding or did not decode, and label (B,) where the source has labels.
     """
-    if limit is not None and limit < len(source):
-        source = Subset(source, pick(len(source), limit))
+    source = limited(source, limit)
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     batch_size = round_up(min(batch_size, len(source)), mesh)
     rows = sharding.process_rows(mesh, batch_size)
     rest = Subset(source, np.arange(start, len(source))) if start else source
     pending = None
-    with stream_lib.eval_stream(rest, size, batch_size, resize=resize, rows=rows) as stream:
+    with stream_lib.eval_stream(rest, transform, batch_size, rows=rows) as stream:
         for batch in stream:
             if should_stop is not None and launch.any_says(should_stop()):
                 raise Stopped
             kept = {k: batch[k] for k in ('id', 'mask', 'label') if k in batch}
-            kept['id'] = kept['id'] + start
+            kept['id'] = np.where(kept['id'] < 0, -1, kept['id'] + start)
             if jax.process_count() > 1:
                 kept = sharding.to_global(kept, mesh, rows, batch_size)
             with jax.set_mesh(mesh):
@@ -122,6 +124,20 @@ def batches(
             pending = {'features': out, **kept}
         if pending is not None:
             yield _fetch(pending)
+
+
+def left_out(batch: dict) -> list[int]:
+    """Images of a batch that did not decode."""
+    return batch['id'][~batch['mask'] & (batch['id'] >= 0)].tolist()
+
+
+def check_size(size: int, patch_size: int, name: str) -> None:
+    """Raises unless images of `size` pixels divide into patches; `name` is the field."""
+    if size <= 0 or size % patch_size:
+        near = base.near_multiple(size, patch_size)
+        raise errors.UserError(
+            f'{name}={size} is not a multiple of the patch size {patch_size}: use {near}.'
+        )
 
 
 def round_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
@@ -154,6 +170,13 @@ class Subset:
 
     def describe(self, i: int) -> str:
         return self._source.describe(int(self._indices[i]))
+
+
+def limited(source, limit: int | None):
+    """The source, or `limit` of its images, see `pick`."""
+    if limit is None or limit >= len(source):
+        return source
+    return Subset(source, pick(len(source), limit))
 
 
 def pick(n: int, count: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from ssl_jax.data import sources
 from ssl_jax.evals import accuracy
 from ssl_jax.fields import Range
 from ssl_jax.models import blocks
-from ssl_jax.run import errors
+from ssl_jax.run import errors, launch
 
 AXES = ('data', 'fsdp')
 # Similarities of one chunk of queries on one device: 2^27 float32 are 512 MiB.
@@ -44,11 +44,14 @@ class Options:
 
 
 def check(options, look) -> None:
-    """Ends a run before its first step if labels that it is scored by are missing."""
-    del options
-    if not look.method.classes and look.train is not None and look.test is not None:
-        sources.check_labels(look.train)
-        sources.check_labels(look.test)
+    """Ends a run before its first step if its two labelled sets differ in their classes."""
+    if look.method.classes or look.train is None or look.test is None:
+        return
+    sources.check_labels(look.train)
+    accuracy.check_classes(look.train.classes, look.test)
+    n = min(len(look.train), look.config.eval.max_train or len(look.train))
+    if beyond := [k for k in options.ks if k > n]:
+        launch.log(f'knn       k={", ".join(map(str, beyond))}: all {n} training images vote')
 
 
 def run(options, look, state, step) -> dict[str, float]:
@@ -62,7 +65,8 @@ def run(options, look, state, step) -> dict[str, float]:
     forward, rows = look.forward(state), {}
     train, train_y = look.extract(forward, look.train, look.config.eval.max_train)
     test, test_y = look.extract(forward, look.test, look.config.eval.max_test)
-    fields = dict(num_classes=int(max(train_y.max(), test_y.max())) + 1, mesh=look.mesh)
+    classes = accuracy.check_classes(look.train.classes, look.test)
+    fields = dict(num_classes=len(classes), mesh=look.mesh)
     fields.update(dataclasses.asdict(options))
     for name in ('cls_pre', 'cls', 'patch'):
         if name in train:

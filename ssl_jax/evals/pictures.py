@@ -26,7 +26,8 @@ class Options:
 def run(options, look, state, step) -> dict[str, float]:
     """Draws the same images with the same masks at every step, for comparison over time."""
     folder = look.workdir / 'pictures'
-    images = spread_images(look.shown, look.method.img_size, options.num_images)
+    transform = look.method.transform(look.method.img_size)
+    images = spread_images(look.shown, transform, options.num_images)
     keys = jax.random.split(jax.random.key(look.config.seed), options.num_images)[: len(images)]
     drawn = _reconstruct(look.method, look.mesh, state.params, state.extra, images, keys)
     if drawn and launch.is_main():
@@ -51,12 +52,13 @@ def _jitted_reconstruct(method, replicated):
     return jax.jit(method.reconstruct, out_shardings=replicated)
 
 
-def spread_images(source, size: int, count: int) -> np.ndarray:
+def spread_images(source, transform: dict | int, count: int) -> np.ndarray:
     """uint8 (count, size, size, 3): one image from each of `count` equal parts of a source.
 
     Parts, because many sources are sorted by class. The place in each part is random but always the
     same: in other sources the classes take turns, and even steps would meet few of them. An image
-    that does not decode is replaced by another. A small or broken source gives fewer.
+    that does not decode is replaced by another, and the log says so. A small or broken source gives
+    fewer. `transform`: see `features.batches`.
 
     Raises:
       UserError: no image decodes.
@@ -65,12 +67,14 @@ def spread_images(source, size: int, count: int) -> np.ndarray:
     edges = np.arange(min(count, n) + 1) * n // min(count, n)
     spread = np.random.default_rng(0).integers(edges[:-1], edges[1:])
     order = dict.fromkeys(((spread + np.arange(4)[:, None]) % n).reshape(-1).tolist())
-    images, some = [], features.Subset(source, list(order))
-    with stream_lib.eval_stream(some, size, len(spread)) as stream:
+    images, bad, some = [], [], features.Subset(source, list(order))
+    with stream_lib.eval_stream(some, transform, len(spread)) as stream:
         for batch in stream:
+            bad += features.left_out(batch)
             images.extend(batch['image'][batch['mask']])
             if len(images) >= count:
                 break
+    stream_lib.say_left_out(some, bad)
     if not images:
         raise errors.UserError(f'None of {len(some)} images of {source.describe(0)} ... decodes.')
     return np.stack(images[:count])

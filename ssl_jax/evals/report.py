@@ -17,6 +17,7 @@ from etils import epath
 from ssl_jax import encoder, sharding
 from ssl_jax.augment import photometry
 from ssl_jax.data import sources
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import accuracy, knn, linear, monitors
 from ssl_jax.evals import features as features_lib
 from ssl_jax.run import errors, hashing, launch, storage, weights
@@ -44,7 +45,7 @@ def evaluate(
     train_source,
     test_source=None,
     *,
-    size: int,
+    transform: dict | int,
     batch_size: int = 256,
     mesh: jax.sharding.Mesh | None = None,
     limit: int | None = None,
@@ -59,7 +60,8 @@ def evaluate(
       forwards: {model: forward}, e.g. trained, untrained and raw_pixels, see `features`.
       train_source, test_source: labelled; without the second a fifth of the first is the test set,
         chosen by a hash of the image's index.
-      size, batch_size, mesh, limit: see `features.batches`; `limit` holds for each of the two sets.
+      transform, batch_size, mesh, limit: see `features.batches`; `limit` holds for each of the two
+        sets.
       ks: see `knn.knn`.
       linear_options: more arguments of `linear.probe`; False leaves the probe out.
       normalization: of the channels by the forwards, for the protocol.
@@ -76,20 +78,18 @@ def evaluate(
     if test_source is None:
         train_source, test_source = features_lib.split(train_source)
         split = 'one given set: a fifth, chosen by splitmix64 of the index, is the test set'
-    num_classes = _num_classes(train_source, test_source)
-    reading = dict(size=size, batch_size=batch_size, mesh=mesh, limit=limit)
+    num_classes = len(accuracy.check_classes(train_source.classes, test_source))
+    transform = transform_lib.of(transform)
+    reading = dict(transform=transform, batch_size=batch_size, mesh=mesh, limit=limit)
     train, train_y = _extract('train', forwards, train_source, reading, log)
     test, test_y = _extract('test', forwards, test_source, reading, log)
     common = dict(
-        resolution=size,
-        resize=size,
-        crop='centre',
-        interpolation='bicubic, antialiased (Pillow)',
+        **transform_lib.protocol(transform),
         normalization=normalization,
         split=split,
         train=dict(images=len(train_y), data=train_source.fingerprint),
         test=dict(images=len(test_y), data=test_source.fingerprint),
-        num_classes=num_classes or int(max(train_y.max(), test_y.max())) + 1,
+        num_classes=num_classes,
         chance=100.0 * float(np.bincount(test_y).max()) / len(test_y),
     )
     rows = []
@@ -115,10 +115,6 @@ def _extract(name, forwards, source, reading, log):
         return {model: f(images) for model, f in forwards.items()}
 
     features, labels = features_lib.extract(forward, source, **reading)
-    if labels is None:
-        raise errors.UserError(
-            f'The {name} images have no labels; put them in one folder per class.'
-        )
     log(f'{name}: features of {len(labels)} images')
     return features, labels
 
@@ -138,10 +134,11 @@ def _knn_rows(model, name, data, common, ks, mesh):
         temperature=knn.Options.temperature,
         **common,
     )
-    return [
-        _row(model, 'knn', name, dict(k=k, **score), dict(protocol, k=k))
-        for k, score in scores.items()
-    ]
+    rows = []
+    for k, score in scores.items():
+        ks = dict(k=k) if k <= len(train_y) else dict(k=k, k_used=len(train_y))
+        rows.append(_row(model, 'knn', name, {**ks, **score}, {**protocol, **ks}))
+    return rows
 
 
 def _monitors_row(model, name, features, common):
@@ -171,21 +168,6 @@ def _row(model, kind, feature, values, protocol):
     digest = hashing.text_id(json.dumps(protocol, sort_keys=True))
     row = dict(model=model, eval=kind, feature=feature, **values)
     return dict(row, protocol=protocol, protocol_id=digest)
-
-
-def _num_classes(train_source, test_source):
-    """From the class names, which must be the same in both; None without names."""
-    train, test = (tuple(s.classes or ()) for s in (train_source, test_source))
-    shorter, longer = sorted((train, test), key=len)
-    # Sets without names are numbered 0..max: one may just lack the last classes.
-    numbered = all(map(str.isdigit, longer)) and longer[: len(shorter)] == shorter
-    if shorter and shorter != longer and not numbered:
-        odd = sorted(set(train) ^ set(test)) or 'the order'
-        raise errors.UserError(
-            f'The two sets name their classes differently ({odd}); labels would not mean the '
-            f'same, so give both sets the same class folders.'
-        )
-    return len(longer) or None
 
 
 def table(rows: list[dict]) -> str:
@@ -231,12 +213,15 @@ def table(rows: list[dict]) -> str:
 def _brief(row):
     """The protocol of a row in one phrase."""
     p = row['protocol']
-    view = f'{p["resolution"]} px (resize {p["resize"]}, bicubic)'
+    kind = p['interpolation'].partition(',')[0]
+    cut = '' if p['crop'] == 'centre' else f', {p["crop"]}'
+    view = f'{p["resolution"]} px (resize {p["resize"]}, {kind}{cut})'
     if row['eval'] == 'classifier':
         return f'the head of the run, one crop, {view}'
     if row['eval'] == 'knn':  # 'dinov2' is in files of earlier versions
         weights = {'pixio': 'exp(s/T)', 'dinov2': 'softmax(s/T)'}[p['weights']]
-        return f'k={p["k"]}, T={p["temperature"]:g}, cosine, {weights}, {view}'
+        k = f'k={p["k"]}' + (f' (all {p["k_used"]})' if 'k_used' in p else '')
+        return f'{k}, T={p["temperature"]:g}, cosine, {weights}, {view}'
     sweep = f'{len(p["lrs"])} rates {min(p["lrs"]):g}..{max(p["lrs"]):g}'
     return (
         f'lr {row["best"]["lr"]:g} x {p["lr_scale"]:g} of {sweep} x {len(p["features"])} features '
@@ -297,6 +282,7 @@ def evaluate_run(
         test_source = sources.in_classes(sources.open_source(test, 'test'), train_source.classes)
         launch.log(*sources.lines(test_source))
     mean, std, size = transform['mean'], transform['std'], transform['size']
+    features_lib.check_size(size, run.vit.patch_size, 'size')
     if (tuple(mean), tuple(std)) != (photometry.MEAN, photometry.STD):
         options.setdefault('normalization', f'mean {mean}, std {std}')
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
@@ -309,11 +295,13 @@ def evaluate_run(
             vit, params, mean=mean, std=std, last_blocks=last_blocks
         )
     forwards['raw_pixels'] = features_lib.raw_pixels()
-    launch.log(f'{config.name or config.method.name}, step {run.step}, {size} px')
+    launch.log(
+        f'{config.name or config.method.name}, step {run.step}, {transform_lib.describe(transform)}'
+    )
     if names := train_source.classes:
         launch.log(f'{len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}')
     rows = evaluate(
-        forwards, train_source, test_source, size=size, mesh=mesh, limit=limit, **options
+        forwards, train_source, test_source, transform=transform, mesh=mesh, limit=limit, **options
     )
     return _report(rows, run, workdir, out)
 
@@ -334,14 +322,11 @@ def _score_classifier(run, test, limit):
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     params, extra = (jax.device_put(x, sharding.infer(x, mesh)) for x in (run.params, run.extra))
     scores = accuracy.accuracy(
-        method, params, extra, source, size=view['size'], mesh=mesh, limit=limit
+        method, params, extra, source, transform=view, mesh=mesh, limit=limit
     )
     protocol = dict(
         eval='classifier',
-        resolution=view['size'],
-        resize=round(view['size'] / view['crop']),
-        crop='centre',
-        interpolation='bicubic, antialiased (Pillow)',
+        **transform_lib.protocol(view),
         normalization=f'mean {tuple(view["mean"])}, std {tuple(view["std"])}',
         test=dict(images=scores['test']['n'], data=source.fingerprint),
         num_classes=method.num_classes,

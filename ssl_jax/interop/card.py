@@ -5,13 +5,16 @@ import json
 import math
 
 import jax
+import ml_collections
 
-from ssl_jax.interop import files, layouts
+from ssl_jax.data import transform as transform_lib
+from ssl_jax.interop import files, layouts, processors
 from ssl_jax.models import vit as vit_lib
 
 LIBRARIES = {'official': 'pytorch', 'hf': 'transformers', 'timm': 'timm'}
 PROGRAMS = {'onnx': 'ONNX Runtime', 'jax': 'JAX'}  # the network goes with the weights
 PROVENANCE = 'provenance.json'
+ORIGIN = 'imported.origin.config'
 
 
 def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
@@ -23,12 +26,16 @@ def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
     beside = ' and decoder' if w.decoder is not None else ''
     beside = ' and projection heads' if w.dino_head is not None else beside
     beside = ' and layer to visual words' if w.vocab else beside
+    beside = ' and classifier' if w.num_classes else beside
     positions = {'sincos': 'sin-cos, fixed', 'learned': 'learned', 'none': 'none'}[v.pos_embed]
     if v.rel_pos:
         where = {'shared': 'for all blocks', 'layer': 'in each block'}[v.rel_pos]
         positions = '' if v.pos_embed == 'none' else f'{positions}, and '
         positions += f'relative, a table of biases {where}'
     names = '' if w.layout in PROGRAMS else f', {w.layout} names'
+    rules = [v.pos_resize] * (v.pos_embed != 'none') + [v.rel_resize] * bool(v.rel_pos)
+    if rules:
+        positions += f'; other sizes: {" and ".join(layouts.RULES[rule] for rule in rules)}'
     parts = {
         'family': f'{w.family}{names}, encoder{beside}',
         'encoder': f'{f"ViT-{size}, " if size else ""}{v.depth} blocks of {v.embed_dim} channels, '
@@ -50,6 +57,9 @@ def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
             parts[name] += f' of {head.hidden_dim}' if head.num_layers > 1 else ''
     if w.vocab:
         parts['words'] = f'{w.vocab:,}, which need the tokenizer of their training'
+    if w.num_classes:
+        of = 'the mean of patches' if w.pool == 'patch' else 'the class token'
+        parts['classes'] = f'{w.num_classes:,}, of {of}'
     parts['tensors'] = f'{num_tensors}, {num_parameters(params):,} parameters'
     return [f'{name + ":":11}{value}' for name, value in parts.items()]
 
@@ -74,6 +84,10 @@ def model_card(
       use: lines on the use of one of PROGRAMS.
     """
     imported, config, transform = opened.meta.get('imported'), opened.config, opened.transform
+    origin = (imported or {}).get('origin') or {}
+    name, step = (config.name or 'ssl_jax'), opened.step
+    if 'config' in origin:
+        name, step = origin['config'].get('name') or 'ssl_jax', origin['step']
     what = f'Weights of a Vision Transformer in the layout `{w.layout}`'
     if w.layout in PROGRAMS:
         what = f'A Vision Transformer for {PROGRAMS[w.layout]}, the network with its weights'
@@ -83,7 +97,7 @@ def model_card(
         'tags: [image-feature-extraction, self-supervised, ssl_jax]',
         '---',
         '',
-        f'# {config.name or "ssl_jax"}, step {opened.step}',
+        f'# {name}, step {step}',
         '',
         f'{what}, written by ssl_jax {provenance["versions"]["ssl_jax"]} in {provenance["dtype"]}.',
         '',
@@ -92,31 +106,30 @@ def model_card(
         '## Training',
         '',
     ]
-    if imported:
-        lines += [
-            f'Imported from `{imported["source"]}` (sha256 `{imported["sha256"]}`); how these '
-            f'weights were trained is told there.'
-        ]
+    if not imported:
+        lines += _training(config, step, 'config')
+    elif 'config' in origin:
+        lines += _training(ml_collections.ConfigDict(origin['config']), step, ORIGIN)
+        lines += ['', f'Exported by ssl_jax and imported again from `{imported["source"]}`.']
     else:
-        batch, step = config.batch_size, opened.step
+        first = origin.get('imported', imported)
         lines += [
-            f'- Method: {config.method.name}, {step} steps of {batch} images '
-            f'({step * batch:,} images seen), seed {config.seed}.',
-            f'- Data: `{_source(config.data.train)}`.',
-            f'- Every setting: `{PROVENANCE}`, field `config`.',
+            f'Imported from `{first["source"]}` (sha256 `{first["sha256"]}`); how these weights '
+            f'were trained is told there.'
         ]
-    crop = 'the whole image is squeezed to that'
-    if transform['crop'] is not None:
-        short = round(transform['size'] / transform['crop'])
-        crop = f'the centre of images whose short side is {short} px'
+        if first is not imported:
+            lines += ['', f'Exported by ssl_jax and imported again from `{imported["source"]}`.']
     table = ['```', *evaluation, '```']
     none = f'None was found beside this checkpoint (`ssl_jax eval` writes eval_{opened.step}.json).'
     lines += [
         '',
         '## Images',
         '',
-        f'{transform["size"]} px ({crop}, {transform["interpolation"]}), values in [0, 1] minus '
-        f'mean {list(transform["mean"])}, over std {list(transform["std"])}.',
+        f'{transform_lib.describe(transform)} ({transform["interpolation"]}), values in [0, 1] '
+        f'minus mean {list(transform["mean"])}, over std {list(transform["std"])}.',
+        '',
+        *(f'- {line}' for line in processors.differences(transform, w.layout)),
+        *(['', line] if (line := layouts.other_sizes(w)) else []),
         '',
         '## Evaluation',
         '',
@@ -145,6 +158,17 @@ def model_card(
         + (' and of the imported weights.' if imported else '.'),
     ]
     return '\n'.join(lines) + '\n'
+
+
+def _training(config, step, field):
+    """Lines on a run; `field` of PROVENANCE has its settings."""
+    batch = config.batch_size
+    return [
+        f'- Method: {config.method.name}, {step} steps of {batch} images '
+        f'({step * batch:,} images seen), seed {config.seed}.',
+        f'- Data: `{_source(config.data.train)}`.',
+        f'- Every setting: `{PROVENANCE}`, field `{field}`.',
+    ]
 
 
 def _source(source):

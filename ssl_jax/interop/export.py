@@ -11,9 +11,7 @@ import importlib.metadata
 import json
 import pathlib
 
-import numpy as np
-
-from ssl_jax.interop import card, files, layouts, onnx, program, tables
+from ssl_jax.interop import card, files, layouts, onnx, processors, program
 from ssl_jax.run import checkpoint, errors, hashing, storage, trees
 
 LAYOUTS = tuple(card.LIBRARIES)
@@ -71,24 +69,28 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
             )
         native = {**opened.transform, 'size': opened.vit.img_size}
         opened = dataclasses.replace(opened, stated=native)
+    processor = None
+    if to != 'jax' and (to != 'timm' or opened.transform['mode'] != 'border'):
+        processor = processors.processor_of(opened.transform)
     networks = opened.networks()
-    classes = getattr(opened.method, 'classes', ())
-    if what == 'full' and classes:
+    method, pool = opened.method, getattr(opened.method, 'pool', None)
+    if what == 'full' and pool:
         if to != 'official':
             raise errors.UserError(
                 f'to={to} what=full is not possible for a classifier: its names are known '
                 f'to=official; use that, or what=backbone.'
             )
         w, left = _weights(opened, to, 'backbone')
-        params = opened.params
-        tensors, extra, metadata = _classifier_tensors(opened, w), {}, {'format': 'pt'}
+        w = dataclasses.replace(w, what='full', num_classes=method.outputs, pool=pool)
+        params, left = opened.params, [name for name in left if name != 'head']
     else:
         w, left = _weights(opened, to, what)
         names = [name for name in networks if name not in left] if what == 'full' else ['encoder']
         params = {name: networks[name][1] for name in names}
-        tensors, extra = ({}, {}) if to == 'jax' else layouts.to_layout(w, params)
-        metadata = {'format': 'pt', METADATA: json.dumps(layouts.to_dict(w))}
-    _check_finite(opened, params)
+    tensors, extra = ({}, {}) if to == 'jax' else layouts.to_layout(w, params)
+    if w.pool == 'patch' and to != 'jax':  # what the file holds without the sidecar
+        w = dataclasses.replace(w, vit=w.vit.clone(pooled_norm=True))
+    metadata = {'format': 'pt', METADATA: json.dumps(layouts.to_dict(w))}
     if to in card.PROGRAMS:
         extra = {}  # nothing but an import needs it, and none reads a program
     if to == 'onnx':
@@ -103,11 +105,11 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
             if extra:
                 files.write(folder / files.EXTRA, extra, {'format': 'pt'}, dtype)
             config = _config(opened, w, dtype)
-            if what == 'full' and classes:
-                names = list(classes)
-                config.update(num_classes=len(names), pool=opened.method.pool, classes=names)
+            if w.num_classes:
+                config.update(num_classes=w.num_classes, pool=pool, classes=list(method.classes))
             _json(folder / 'config.json', config)
-            _json(folder / 'preprocessor_config.json', files.processor_of(opened.transform))
+            if processor is not None:
+                _json(folder / processors.FILE, processor)
         if to == 'onnx':
             use, more = onnx.write(folder, w, params, opened.transform, opened.method)
         w = dataclasses.replace(w, layout=to)
@@ -115,21 +117,9 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         provenance['tensors'] = len(trees.named(params)) if to == 'jax' else len(tensors)
         provenance['parameters'] = card.num_parameters(params)
         _json(folder / card.PROVENANCE, provenance)
-        if classes:
-            left = [name for name in left if name != 'head']
         text = card.model_card(opened, w, params, provenance, list(extra), evaluation, left, use)
         (folder / 'README.md').write_text(text)
     return out
-
-
-def _check_finite(opened, params):
-    """Weights that are lost are not handed on."""
-    for name, x in trees.named(params).items():
-        if not np.isfinite(x).all():
-            raise errors.UserError(
-                f'step {opened.step} of {opened.path} has NaN or infinity in {name}; export an '
-                f'earlier checkpoint with --step.'
-            )
 
 
 def _check_replaceable(out):
@@ -181,23 +171,9 @@ def _weights(opened, to, what):
     return layouts.Weights(whole.family, layout, what, whole.vit), left
 
 
-def _classifier_tensors(opened, w):
-    """State dict of MAE's `models_vit.py` and BEiT's `modeling_finetune.py`: encoder and head.
-
-    With the mean of the patches these have `fc_norm` and no final norm of the encoder.
-    """
-    params = dict(opened.params)
-    rows = layouts.rows(w) + tables.linear('head', 'head')
-    if opened.method.pool == 'patch':
-        rows = [row for row in rows if not row[0].startswith('encoder/norm/')]
-        rows += tables.norm('fc_norm', 'fc_norm')
-        params['encoder'] = {k: v for k, v in params['encoder'].items() if k != 'norm'}
-    return {**tables.to_torch(rows, params, layouts.fixed(w)), **layouts.buffers(w)}
-
-
 def _config(opened, w, dtype):
     """config.json of the layout."""
-    options, view = {}, opened.transform
+    options = {}
     if w.decoder is not None:
         names = ('mask_ratio', 'norm_pix_loss')
         options = {name: getattr(opened.method, name) for name in names}
@@ -205,14 +181,7 @@ def _config(opened, w, dtype):
     if w.layout == 'hf':
         config['dtype'] = dtype
     if 'pretrained_cfg' in config:
-        config['pretrained_cfg'].update(
-            input_size=[3, view['size'], view['size']],
-            crop_pct=view['crop'] or 1.0,
-            crop_mode='squash' if view['crop'] is None else 'center',
-            interpolation=view['interpolation'],
-            mean=list(view['mean']),
-            std=list(view['std']),
-        )
+        config['pretrained_cfg'].update(processors.timm_of(opened.transform))
     return config
 
 

@@ -6,13 +6,6 @@ values exactly. Writing goes tensor by tensor, so neither holds the weights twic
 safetensors needs all tensors contiguous at once, and most of ours are transposed views. What a file
 wraps around its weights (`model`, `teacher`, `module.`, ...) is taken off here; what the names then
 mean is up to `layouts`.
-
-A transform is a dict:
-  size: pixels, side of the square that the encoder sees.
-  crop: that square as a fraction of the image's short side (the short side is resized to
-    size / crop, the centre is cut out); None: the image is squeezed to size x size.
-  mean, std: of the three channels, for values in [0, 1].
-  interpolation: 'bicubic', 'bilinear', 'lanczos' or 'nearest'.
 """
 
 import collections.abc
@@ -27,7 +20,6 @@ import pathlib
 import numpy as np
 import safetensors
 
-from ssl_jax.augment import photometry
 from ssl_jax.interop import npz, torch_pickle
 from ssl_jax.interop import stored as stored_lib
 from ssl_jax.run import errors, hashing, storage
@@ -42,9 +34,11 @@ INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.npz')
 DTYPES = {name: dtype for (_, _, name), dtype in torch_pickle.DTYPES.items()}
 # Where the weights are in a training checkpoint; the first that is there is taken.
-WRAPPERS = ('teacher', 'model', 'state_dict', 'student', 'module')
+WRAPPERS = (
+    *('teacher', 'model', 'state_dict', 'student', 'module'),
+    *('model_ema', 'state_dict_ema', 'ema'),
+)
 PREFIXES = ('module.', '_orig_mod.', 'backbone.')
-RESAMPLE = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 
 
@@ -84,6 +78,7 @@ class File:
     source: str  # the path that was given
     taken: str  # part of the file that the weights are, such as 'teacher'; '' for all of it
     paths: tuple[pathlib.Path, ...]  # the files that were read
+    others: tuple[str, ...] = ()  # parts of the file that hold tensors too
 
     @property
     def sha256(self) -> str:
@@ -91,12 +86,14 @@ class File:
         return hashing.sha256(self.paths)
 
 
-def read(path) -> File:
+def read(path, part: str = '') -> File:
     """Opens a file or folder of weights.
 
     Args:
       path: .safetensors, .pth, .pt, .bin or .npz; or a folder with one of them, or with shards and
         their index. A file `model.safetensors` is read with the config.json beside it.
+      part: of a training checkpoint, by the name that it has there, such as 'state_dict_ema';
+        default the first of WRAPPERS that is there.
 
     Raises:
       ValueError: one sentence; no code of the file is ever run.
@@ -113,13 +110,13 @@ def read(path) -> File:
         )
     folder = path if path.is_dir() else path.parent if path.name == WEIGHTS else None
     paths = _files(path) if path.is_dir() else (path,)
-    stored, metadata, taken = {}, {}, ''
+    stored, metadata, taken, others = {}, {}, '', ()
     for p in paths:
-        part, metadata, taken = _read_one(p)
-        stored |= part
+        tensors, metadata, taken, others = _read_one(p, part)
+        stored |= tensors
     if not stored:
         raise errors.UserError(f'{path} holds no tensors; give a file of weights.')
-    stored, taken = _strip(stored, path, taken)
+    stored, taken, others = _strip(stored, path, taken, others, part)
     sidecar = folder / EXTRA if folder else None
     return File(
         tensors=Tensors(stored),
@@ -130,6 +127,7 @@ def read(path) -> File:
         source=str(path),
         taken=taken,
         paths=paths,
+        others=others,
     )
 
 
@@ -210,8 +208,8 @@ def _shard(index, name):
     return text
 
 
-def _read_one(path):
-    """(name -> Stored, metadata, taken) of one file, known by its first bytes."""
+def _read_one(path, part):
+    """(name -> Stored, metadata, taken, others) of one file, known by its first bytes."""
     if not stored_lib.check_file(path):
         raise errors.UserError(f'{path} is damaged: it is empty; download or copy it again.')
     with open(path, 'rb') as file:
@@ -223,12 +221,19 @@ def _read_one(path):
             f"'new.pth')."
         )
     if path.suffix == '.npz':
-        return npz.load(path), {}, ''
+        return npz.load(path), {}, '', ()
     if start.startswith(b'PK'):
-        stored, taken = _unwrap(torch_pickle.load(path), path)
-        return stored, {}, taken
+        tree = torch_pickle.load(path)
+        parts = _parts(tree)
+        named = [name for name in parts if part and part in (name, name.rpartition('/')[2])]
+        if named:
+            stored, taken = _unwrap(parts[named[0]], path, tuple(named[0].split('/')))
+        else:
+            stored, taken = _unwrap(tree, path)
+        others = [k for k in parts if not f'{taken}/'.startswith(f'{k}/')]
+        return stored, {}, taken, tuple(others)
     if path.suffix == '.safetensors' or start[8:9] == b'{':
-        return *_safetensors(path), ''
+        return *_safetensors(path), '', ()
     raise errors.UserError(
         f'{path} is neither safetensors nor a file of torch.save (nor a .npz), or it is damaged; '
         f'download it again.'
@@ -268,6 +273,22 @@ def _safetensors(path):
         ) from error
 
 
+def _parts(tree, prefix='', depth=3, seen=None):
+    """{name: dict} of the dicts in what torch.load would return that hold several tensors."""
+    found, seen = {}, {} if seen is None else seen
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict) and depth and key not in OPTIMIZER:
+            name, inner = f'{prefix}{stored_lib.show(key)}', {}
+            if id(value) not in seen:  # dicts that name each other make more paths than time
+                seen[id(value)] = False
+                inner = _parts(value, f'{name}/', depth - 1, seen)
+                tensors = sum(isinstance(x, stored_lib.Stored) for x in value.values())
+                seen[id(value)] = bool(inner) or tensors > 1
+            if seen[id(value)]:
+                found |= {name: value, **inner}
+    return found
+
+
 def _unwrap(tree, path, taken=()):
     """(name -> Stored, which part) of what torch.load would return."""
     if not isinstance(tree, dict):
@@ -294,8 +315,8 @@ def _unwrap(tree, path, taken=()):
     )
 
 
-def _strip(stored, path, taken):
-    """(name -> Stored, which part) without what training wraps around the model."""
+def _strip(stored, path, taken, others, part):
+    """(name -> Stored, which part, others) without what training wraps around the model."""
     out = {name.replace('_fsdp_wrapped_module.', ''): x for name, x in stored.items()}
     flat = next((name for name in out if '_flat_param' in name), None)
     if flat:
@@ -303,11 +324,21 @@ def _strip(stored, path, taken):
             f'{path} is the part of one process of an FSDP run ({stored_lib.show(flat)}); gather '
             f'the full state dict there and save that.'
         )
-    for part in ('teacher', 'student'):  # where one dict has both, the teacher
-        prefix = f'{part}.'
-        if inner := {k.removeprefix(prefix): x for k, x in out.items() if k.startswith(prefix)}:
-            out, taken = inner, f'{taken}/{part}'.lstrip('/')
+    asked = part and part not in (taken, *taken.split('/'))
+    # Where one dict has both, the teacher.
+    for name in (part,) if asked else ('teacher', 'student'):
+        inner = {k.removeprefix(f'{name}.'): x for k, x in out.items() if k.startswith(f'{name}.')}
+        if inner:
+            heads = {k.partition('.')[0] for k in out} & {'teacher', 'student'} - {name}
+            out, taken, asked = inner, f'{taken}/{name}'.lstrip('/'), False
+            others += tuple(sorted(heads))
             break
+    if asked:
+        known = [name for name in (*taken.split(), *others) if name]
+        what = f'part={part} is not in {path}'
+        if not known:
+            raise errors.UserError(f'{what}, which holds one set of tensors; leave part out.')
+        raise errors.UserError(f'{what}{errors.nearest(part, known)}')
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in out):
             new = {name.removeprefix(prefix): x for name, x in out.items()}
@@ -317,7 +348,7 @@ def _strip(stored, path, taken):
                     f'of the two sets.'
                 )
             out = new
-    return out, taken
+    return out, taken, others
 
 
 def _json(folder, name):
@@ -339,69 +370,3 @@ def _json(folder, name):
         raise errors.UserError(
             f'{folder / name} is not a JSON object; download it again.'
         ) from error
-
-
-def transform_of(
-    size: int,
-    processor: dict | None = None,
-    hints: dict | None = None,
-    mean: tuple = photometry.MEAN,
-    std: tuple = photometry.STD,
-) -> dict:
-    """The transform that a folder states, or that of our evaluations.
-
-    Args:
-      size: pixels, where the folder names none.
-      processor: preprocessor_config.json of HF.
-      hints: config.json; that of timm has `pretrained_cfg`.
-      mean, std: where the folder states none.
-    """
-    out = dict(size=size, crop=1.0, mean=list(mean), std=list(std), interpolation='bicubic')
-    cfg = (hints or {}).get('pretrained_cfg') or {}
-    if cfg:  # of timm
-        out['size'] = int(cfg.get('input_size', [3, out['size']])[-1])
-        out['crop'] = None if cfg.get('crop_mode') == 'squash' else float(cfg.get('crop_pct', 1.0))
-        out.update({k: cfg[k] for k in ('mean', 'std', 'interpolation') if k in cfg})
-    if processor:
-        side = _side(processor.get('size'), out['size'])
-        if processor.get('do_center_crop'):
-            out['size'] = _side(processor.get('crop_size'), side)
-            out['crop'] = out['size'] / side
-        else:
-            squeezed = not isinstance(processor.get('size'), dict) or 'height' in processor['size']
-            out['size'], out['crop'] = side, None if squeezed else 1.0
-        out['interpolation'] = RESAMPLE.get(processor.get('resample', 3), 'bicubic')
-        out['mean'] = list(processor.get('image_mean', out['mean']))
-        out['std'] = list(processor.get('image_std', out['std']))
-    return out
-
-
-def _side(size, default):
-    """Pixels, from {'shortest_edge': 256}, {'height': 224, 'width': 224} or 224."""
-    if isinstance(size, dict):
-        size = size.get('shortest_edge', size.get('height'))
-    return int(size or default)
-
-
-def processor_of(transform: dict) -> dict:
-    """preprocessor_config.json of a transform, for transformers' AutoImageProcessor.
-
-    BitImageProcessor resizes the short side and cuts out the centre in every release; DINOv2's
-    folders name it too.
-    """
-    size, crop = transform['size'], transform['crop']
-    square = {'height': size, 'width': size}
-    return dict(
-        image_processor_type='BitImageProcessor',
-        do_convert_rgb=True,
-        do_resize=True,
-        size=square if crop is None else {'shortest_edge': round(size / crop)},
-        resample={v: k for k, v in RESAMPLE.items()}[transform['interpolation']],
-        do_center_crop=crop is not None,
-        crop_size=square,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(transform['mean']),
-        image_std=list(transform['std']),
-    )

@@ -5,9 +5,8 @@ Our tree is {'encoder': …} for a backbone; whole weights have 'decoder' beside
 'dino_head' and maybe 'ibot_head' (DINOv2, DINO, iBOT) or 'head' (BEiT). A layout is a table of
 renames (`tables`) that the family of the weights (`families`) gives; this file knows no family.
 
-For other image sizes an encoder keeps the official rule of its family (`ViT.pos_resize`) whatever
-the layout. transformers' Dinov2Model and timm resize positions by rules of their own, so they
-differ from the official code, and from us, away from the native size.
+For other image sizes weights keep the rule of the library that they come from (`ViT.pos_resize`,
+`ViT.rel_resize`). Libraries differ in that; `other_sizes` says where an export will.
 """
 
 import collections.abc
@@ -21,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.augment import photometry
-from ssl_jax.interop import families, shapes, tables
+from ssl_jax.interop import families, shapes, stated, tables
 from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.models.heads import DINOHead
 from ssl_jax.models.vit import ViT
-from ssl_jax.run import errors
+from ssl_jax.run import errors, trees
 
 # The key that says where the encoder is and in whose names.
 ENCODER = {
@@ -42,14 +41,22 @@ OPTIMIZER = re.compile(
 )
 # Parts of names by which other networks are known.
 FOREIGN = {
-    'rope_embed': 'DINOv3',
-    'storage_tokens': 'DINOv3',
     'visual.': 'CLIP',
     'vision_model.': 'CLIP or SigLIP',
     'downsample': 'a ResNet or a Swin Transformer',
 }
+# Rules of resizing, see `pos_embed`, in words.
+RULES = {
+    'bicubic': 'bicubic',
+    'offset': 'bicubic with an offset of 0.1',
+    'antialias': 'antialiased bicubic',
+    'spline': 'cubic spline',
+    'linear': 'linear on geometric distances',
+    'bilinear': 'bilinear',
+}
 KNOWN = 'MAE, Pixio, DINOv2, BEiT, plain ViTs, in the names of their authors, transformers or timm'
 PARTS = {'decoder': Decoder, 'dino_head': DINOHead, 'ibot_head': DINOHead}  # fields of `Weights`
+NORM = ['encoder/norm/scale', 'encoder/norm/bias']
 NOT_SAVED = ('dtype', 'remat', 'parent', 'name')  # how a module computes, not what it is
 
 
@@ -59,8 +66,8 @@ class Weights:
 
     family: str  # a file of `families`: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT
     layout: str  # 'official', 'hf' or 'timm'
-    # 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2) or the linear layer
-    # to visual words (BEiT).
+    # 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2), the linear layer
+    # to visual words (BEiT) or the classifier (fine-tuned models).
     what: str
     vit: ViT  # the encoder, every field set
     decoder: Decoder | None = None  # the decoder of 'full', else None
@@ -69,6 +76,9 @@ class Weights:
     dino_head: DINOHead | None = None
     ibot_head: DINOHead | None = None
     vocab: int | None = None  # visual words of BEiT's 'full', else None
+    num_classes: int | None = None  # outputs of the classifier of 'full', else None
+    # Input of the classifier: 'patch', the mean of patches through the norm `fc_norm`, or 'cls'.
+    pool: str | None = None
     # In front of the keys of the encoder in the file, say 'vit.' or 'teacher.backbone.'.
     prefix: str = ''
     # Keys of the file that are no part of these weights (incomplete heads, poolers).
@@ -78,7 +88,6 @@ class Weights:
     names: str = 'hub'
     absent: tuple = ()  # arrays of ours, as paths, that this one file has not: they are zero
     remarks: tuple = ()  # sentences on how the file was understood
-    fc_norm: bool = False  # BEiT, whether the final norm is that of the mean of patches in the file
 
 
 def to_dict(w: Weights) -> dict:
@@ -91,6 +100,8 @@ def to_dict(w: Weights) -> dict:
         vit=_module_fields(w.vit),
         **{k: None if part is None else _module_fields(part) for k, part in parts.items()},
         vocab=w.vocab,
+        num_classes=w.num_classes,
+        pool=w.pool,
         prefix=w.prefix,
     )
 
@@ -122,12 +133,12 @@ def recognise(tensors, hints=None) -> Weights:
       tensors: torch key -> array, with an attribute `shapes` if reading an array is costly; or
         torch key -> shape, and then a MAE is taken to have sin-cos positions.
       hints: a parsed config.json (HF or timm), or {}; what the user says is believed before it:
-        'num_heads', 'decoder_num_heads', 'img_size', 'patch_size'.
+        'num_heads', 'decoder_num_heads', 'img_size', 'patch_size', 'pos_resize'.
 
     Raises:
       ValueError: one sentence, for tensors of no known family.
     """
-    shape_of = getattr(tensors, 'shapes', None)
+    hints, shape_of = hints or {}, getattr(tensors, 'shapes', None)
     if shape_of is None:
         shape_of = {k: tuple(getattr(v, 'shape', v)) for k, v in tensors.items()}
 
@@ -135,6 +146,11 @@ def recognise(tensors, hints=None) -> Weights:
         value = tensors[key]
         return value if hasattr(value, 'dtype') else None
 
+    if stated.is_dinov3(hints, shape_of):
+        raise errors.UserError(
+            f'these {len(shape_of)} tensors are those of DINOv3, which is not read, as it has '
+            f'rotary positions; known are {KNOWN}.'
+        )
     marker = _marker(shape_of)
     prefix, inner = marker.removesuffix(next(k for k in ENCODER if marker.endswith(k))), ''
     known = families.all_families()
@@ -146,7 +162,7 @@ def recognise(tensors, hints=None) -> Weights:
     found = shapes.Found(
         have={name: tuple(shape_of[k]) for name, k in keys.items()},
         keys=keys,
-        hints=hints or {},
+        hints=hints,
         table=lambda name: array(keys[name]),
         hf=marker.endswith('projection.weight'),
         inner=inner,
@@ -157,8 +173,14 @@ def recognise(tensors, hints=None) -> Weights:
     left_out = [k for k in shape_of if not k.startswith(prefix)]
     left_out += [k for name, k in keys.items() if HEADS.match(name)]
     fields = next(x for f in known if (x := f.read(found)) is not None)
+    vit, decoder = fields['vit'], fields.get('decoder')
+    family_name = fields.pop('family', None) or families.of(vit, decoder)
+    found.remarks += stated.check(hints, vit, decoder, found.have, found.hf)
+    if fields.get('what', 'backbone') == 'backbone' and fields['layout'] == 'official':
+        fields.update(shapes.classifier(found, vit))
+    fields['vit'] = vit.clone(pos_resize=hints.get('pos_resize', vit.pos_resize))
     return Weights(
-        family=fields.pop('family', None) or families.of(fields['vit'], fields.get('decoder')),
+        family=family_name,
         what=fields.pop('what', 'backbone'),
         **fields,
         prefix=prefix,
@@ -233,7 +255,52 @@ def refusals(w: Weights) -> dict[tuple[str, str], str]:
 
 def rows(w: Weights) -> list:
     """The renames of `w`, with keys as `tables.plain` leaves them."""
-    return family(w).rows(w)
+    found = family(w).rows(w)
+    if w.num_classes:
+        found = found + tables.linear('head', 'head')
+    if w.pool == 'patch':
+        found = [row for row in found if not row[0].startswith('encoder/norm/')]
+        found += tables.norm('fc_norm', 'fc_norm')
+    return found
+
+
+def other_sizes(w: Weights) -> str:
+    """A sentence if the library of the layout will resize positions by another rule; else ''."""
+    v, learned = w.vit, w.vit.pos_embed != 'none'
+    if w.layout == 'official':
+        registers = 'antialias' if v.num_register_tokens else 'offset'
+        # Plain ViTs are those of MAE or those of DINO.
+        positions = ('bicubic', 'offset') if v.layer_scale is None or v.rel_pos else (registers,)
+        relative = 'spline'
+    elif w.layout == 'timm':
+        positions, relative = ('antialias',), 'linear'
+    else:
+        plain = family(w).hf_class(w) != 'Dinov2WithRegistersModel'
+        positions, relative = ('bicubic' if plain else 'antialias',), 'bilinear'
+    pairs = [(v.pos_resize, positions)] if learned else []
+    pairs += [(v.rel_resize, (relative,))] if v.rel_pos else []
+    differ = [(RULES[a], RULES[b[0]]) for a, b in pairs if a not in b]
+    if not differ:
+        return ''
+    ours, theirs = (' and '.join(x) for x in zip(*differ, strict=True))
+    return (
+        f'At other sizes than {v.img_size} px features differ from those of the model that was '
+        f'exported: its positions are resized by one rule ({ours}), and by code of the layout '
+        f'{w.layout} by another ({theirs}).'
+    )
+
+
+def method(w: Weights, hints: dict):
+    """(name, fields) of the method that the whole weights belong to; None for an encoder alone."""
+    if w.num_classes is None:
+        return family(w).method(w, hints)
+    names = ('num_cls_tokens', 'num_register_tokens', 'pos_embed', 'pos_resize', 'rel_pos')
+    names += ('key_bias', 'ffn', 'layer_scale', 'init_scheme')
+    fields = {name: getattr(w.vit, name) for name in names}
+    classes = tuple(map(str, hints.get('classes') or ()))
+    if len(classes) == w.num_classes:
+        fields['classes'] = classes
+    return 'classifier', dict(fields, num_classes=w.num_classes, pool=w.pool)
 
 
 def fixed(m) -> dict[str, np.ndarray]:
@@ -263,9 +330,11 @@ def abstract(weights: Weights) -> dict:
         if (head := getattr(w, name)) is not None:
             tokens = jnp.zeros((1, w.vit.embed_dim))
             tree[name] = jax.eval_shape(head.init, key, tokens)['params']
-    if w.vocab:
-        shapes = {'kernel': (w.vit.embed_dim, w.vocab), 'bias': (w.vocab,)}
+    if outputs := w.vocab or w.num_classes:
+        shapes = {'kernel': (w.vit.embed_dim, outputs), 'bias': (outputs,)}
         tree['head'] = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    if w.pool == 'patch':
+        tree['fc_norm'] = tree['encoder']['norm']
     return tree
 
 
@@ -274,8 +343,9 @@ def _homeless(weights):
     w = weights
     if w.absent:
         return list(w.absent)
-    hf_vit = w.layout == 'hf' and family(w).hf_class(w) == 'ViTModel'
-    paths = ['encoder/mask_token'] if w.vit.mask_token and (hf_vit or w.layout == 'timm') else []
+    named = {ours for ours, _, _ in rows(w)}
+    paths = ['encoder/mask_token'] if w.vit.mask_token and 'encoder/mask_token' not in named else []
+    paths += NORM if w.pool == 'patch' else []
     if w.layout == 'timm' and w.vit.num_register_tokens:
         paths += ['encoder/cls_token', 'encoder/pos_embed']
     return paths
@@ -297,6 +367,10 @@ def to_layout(weights, params):
         cls_token, pos = np.asarray(enc['cls_token']), np.asarray(enc['pos_embed'])
         extra.update({'encoder/cls_token': cls_token, 'encoder/pos_embed': pos[:, :1]})
         enc.update(cls_token=cls_token + pos[:, :1], pos_embed=pos[:, 1:])
+    if weights.pool == 'patch':
+        norm = enc.pop('norm')
+        if not weights.vit.pooled_norm:  # else it is `fc_norm`
+            extra |= {path: np.asarray(norm[path.rpartition('/')[2]]) for path in NORM}
     folded = {**params, 'encoder': enc}
     out = tables.to_torch(rows(weights), folded, fixed(weights))
     return {**out, **buffers(weights)}, extra
@@ -315,7 +389,10 @@ def to_ours(weights, state_dict, extra=None):
     w, extra = weights, extra or {}
     want, homeless = abstract(w), _homeless(w)
     enc = want['encoder'] = dict(want['encoder'])
-    shape_of = {path: enc[path.split('/')[1]].shape for path in homeless}
+    everything = trees.named(want)
+    shape_of = {path: everything[path].shape for path in homeless}
+    if w.pool == 'patch':
+        del enc['norm']
     if 'encoder/mask_token' in homeless:
         del enc['mask_token']
     if 'encoder/cls_token' in homeless:
@@ -327,6 +404,8 @@ def to_ours(weights, state_dict, extra=None):
     params = tables.from_torch(rows(w), _Renamed(state_dict, w), want, fixed(w))
     given = {path: np.asarray(extra[path], np.float32) for path in homeless if path in extra}
     for path, value in given.items():
+        if not np.isfinite(value).all():
+            raise errors.UserError(f'the sidecar holds NaN or infinite numbers in {path}.')
         if value.shape != tuple(shape_of[path]):
             raise errors.UserError(
                 f'the sidecar holds {path} with shape {value.shape}, expected {shape_of[path]}; it '
@@ -349,6 +428,9 @@ def to_ours(weights, state_dict, extra=None):
                     'that belongs to other weights, so delete it.'
                 )
         enc['pos_embed'] = np.concatenate([row, enc['pos_embed']], axis=1)
+    if w.pool == 'patch':
+        norm = {k: given.get(f'encoder/norm/{k}', x) for k, x in params['fc_norm'].items()}
+        enc['norm'] = {k: np.array(x) for k, x in norm.items()}
     return params
 
 

@@ -18,6 +18,8 @@ from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.run import errors
 
+# `model_type` of transformers -> its layer_norm_eps where config.json has none; else 1e-6.
+EPS = dict.fromkeys(('vit', 'vit_mae', 'beit', 'data2vec-vision', 'ijepa', 'deit'), 1e-12)
 # Width of a decoder -> its number of heads, in MAE and in Pixio.
 DECODER_HEADS = {512: 16}
 
@@ -79,6 +81,7 @@ def encoder(found, dino=False):
     mask_token = len(have.get('mask_token', ())) == 2
     timm = not dino and (folded or 'architecture' in hints or (scaled and not mask_token))
     classes, img_size = grid(have, hints, 'pos_embed', 'cls_token', patch, folded)
+    registers = have.get('register_tokens', have.get('reg_token', (1, 0)))[1]
     fixed = not (scaled or dino)
     pos = positions(found.table, 'pos_embed', have, dim, img_size // patch, classes, fixed)
     vit = _vit(
@@ -86,12 +89,14 @@ def encoder(found, dino=False):
         hidden,
         scaled,
         dino,
+        resize=_resize(timm, scaled or dino, registers),
+        pooled_norm='fc_norm.weight' in have and 'norm.weight' not in have,
         embed_dim=dim,
         depth=depth(have, 'blocks'),
         patch_size=patch,
         img_size=img_size,
         num_cls_tokens=classes,
-        num_register_tokens=have.get('register_tokens', have.get('reg_token', (1, 0)))[1],
+        num_register_tokens=registers,
         pos_embed=pos,
         ffn=ffn,
         mask_token=mask_token or (timm and scaled) or dino,
@@ -122,6 +127,7 @@ def _hf_encoder(found):
         hidden,
         scaled,
         False,
+        resize='antialias' if scaled and registers else 'bicubic',
         embed_dim=dim,
         depth=depth(have, stack),
         patch_size=patch,
@@ -134,7 +140,32 @@ def _hf_encoder(found):
     )
 
 
-def _vit(hints, hidden, scaled, dino, **fields):
+def classifier(found, vit) -> dict:
+    """Fields of `layouts.Weights` of MAE's and BEiT's fine-tuned form; {} if it has no head."""
+    have, dim = found.have, vit.embed_dim
+    weight = have.get('head.weight', ())
+    if len(weight) != 2 or weight[1] != dim or have.get('head.bias') != weight[:1]:
+        return {}
+    names = ['head.weight', 'head.bias']
+    names += ['fc_norm.weight', 'fc_norm.bias'] if vit.pooled_norm else []
+    found.take(found.keys[name] for name in names if name in found.keys)
+    pool = 'patch' if vit.pooled_norm else 'cls'
+    return dict(what='full', num_classes=int(weight[0]), pool=pool)
+
+
+def eps(hints) -> float:
+    """The epsilon of the norms."""
+    return float(hints.get('layer_norm_eps', EPS.get(hints.get('model_type'), 1e-6)))
+
+
+def _resize(timm, dinov2, registers):
+    """How a library resizes its positions, see `pos_embed.resize_weights`."""
+    if timm or (dinov2 and registers):
+        return 'antialias'
+    return 'offset' if dinov2 else 'bicubic'
+
+
+def _vit(hints, hidden, scaled, dino, resize, **fields):
     """The ViT with an FFN of `hidden` channels; with layer scale it is DINOv2's.
 
     dino: of the training of DINO, iBOT or DINOv2, with layer scale or without.
@@ -142,9 +173,6 @@ def _vit(hints, hidden, scaled, dino, **fields):
     dim, ffn = fields['embed_dim'], fields['ffn']
     if not hidden:
         raise errors.UserError('no block has an FFN of a known kind, fc1 and fc2 or a SwiGLU.')
-    resize = 'bicubic'
-    if scaled or dino:
-        resize = 'antialias' if fields['num_register_tokens'] else 'offset'
     return vit_lib.ViT(
         **fields,
         num_heads=num_heads(hints, dim, fields['depth']),
@@ -152,7 +180,7 @@ def _vit(hints, hidden, scaled, dino, **fields):
         pos_resize=resize,
         layer_scale=float(hints.get('layerscale_value', 1.0)) if scaled else None,
         init_scheme='dinov2' if scaled or dino else 'mae',
-        eps=float(hints.get('layer_norm_eps', 1e-6)),
+        eps=eps(hints),
     )
 
 
@@ -182,7 +210,8 @@ def decoder(found, vit):
     if not heads or dim % int(heads):
         raise errors.UserError(
             f'the number of heads of a decoder of width {dim} is not in its tensors'
-            f'{f", and {heads} does not divide that" if heads else ""}; give decoder_num_heads.'
+            f'{f", and {heads} does not divide that" if heads else ""}; '
+            f'{how_to_give("decoder_num_heads", 16)}.'
         )
     return Decoder(
         embed_dim=dim,
@@ -243,8 +272,15 @@ def grid(have, hints, pos, cls, patch, folded):
 
 def stated(hints, side, patch):
     """img_size in pixels of a grid of side x side patches, from the hints if they have it."""
-    given = hints.get('img_size', hints.get('image_size', side * patch))
-    given = given if isinstance(given, int) else max(given)
+    model_args = hints.get('model_args') or {}
+    given = hints.get('img_size', hints.get('image_size', model_args.get('img_size')))
+    if isinstance(given, list | tuple):
+        if len(set(given)) != 1:
+            raise errors.UserError(
+                f'img_size {list(given)} is no square; only square tables of positions are read.'
+            )
+        given = given[0]
+    given = side * patch if given is None else given
     hinted = hints.get('patch_size', patch)
     if given // patch != side or hinted not in (patch, [patch, patch], (patch, patch)):
         raise errors.UserError(
@@ -274,11 +310,16 @@ def num_heads(hints, dim, depth):
     if not heads:
         raise errors.UserError(
             f'{depth} blocks of width {dim} are no size with a name, and the number of heads is '
-            f'not in the tensors; give num_heads.'
+            f'not in the tensors; {how_to_give("num_heads", 12)}.'
         )
     if dim % int(heads):
         raise errors.UserError(f'num_heads={heads} does not divide the width {dim}; give another.')
     return int(heads)
+
+
+def how_to_give(hint, value):
+    """End of a sentence that asks for a hint."""
+    return f'give {hint} behind the other words of the command, as in {hint}={value}'
 
 
 def mlp_ratio(hidden, dim, ffn):

@@ -78,7 +78,7 @@ def encoder(vit, ours='encoder'):
         rows.append((f'{prefix}mask_token', 'mask_token', 'same'))
     scale = vit.layer_scale is not None
     rows += blocks(f'{prefix}blocks', 'blocks', ffn=vit.ffn, layer_scale=scale)
-    return rows + named_rows(f'{prefix}norm', 'norm', NORM_ROWS)
+    return rows + norm(f'{prefix}norm', 'fc_norm' if vit.pooled_norm else 'norm')
 
 
 def renamed(rows, renames):
@@ -209,6 +209,8 @@ def from_torch(
         value, shape = np.asarray(state_dict[name], np.float32), _to_torch(part, how).shape
         if value.shape != shape:
             problems.append(f'{name} has shape {value.shape}, expected {shape}')
+        elif not np.isfinite(value).all():
+            problems.append(f'{name} holds NaN or infinite numbers')
         elif how != 'fixed':
             part[...] = _to_ours(value, how)
         elif not is_table(value, part):

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from ssl_jax import fields
 from ssl_jax.augment import photometry
 from ssl_jax.data import host
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import clock as clock_lib
 
@@ -74,7 +75,11 @@ class Method:
     classes: ClassVar[tuple] = ()  # class names of a classifier
     mean: ClassVar[tuple] = photometry.MEAN  # per channel, for values in [0, 1]
     std: ClassVar[tuple] = photometry.STD
-    crop_pct: ClassVar[float] = 1.0  # share of the short side in the central crop of evaluations
+    # Of images outside training, see `data.transform`:
+    crop_pct: ClassVar[float] = 1.0  # share of the short side in the central crop
+    crop_mode: ClassVar[str] = 'center'
+    interpolation: ClassVar[str] = 'bicubic'
+    library: ClassVar[str] = 'transformers'
     # For inferred runs:
     min_images: ClassVar[int] = 1  # per device; more where images are compared
     lr_at_1024: ClassVar[float | None] = 1.5e-3  # rate at batch 1,024; None: the recipe's
@@ -179,6 +184,22 @@ class Method:
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def transform(self, size: int | None = None) -> dict:
+        """What happens to images outside training, see `data.transform`.
+
+        Args:
+          size: pixels; default that of the first view.
+        """
+        return {
+            **transform_lib.of(size or self.views()[0].size),
+            'mode': self.crop_mode,
+            'crop': self.crop_pct,
+            'interpolation': self.interpolation,
+            'library': self.library,
+            'mean': list(self.mean),
+            'std': list(self.std),
+        }
 
     @functools.cached_property
     def vit(self) -> vit_lib.ViT:

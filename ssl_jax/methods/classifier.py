@@ -67,8 +67,14 @@ class Classifier(base.OneView):
     pool: Literal['patch', 'cls'] = 'patch'
     # Decay per step of a moving average of the weights, evaluated too; None: none.
     ema_decay: Annotated[float | None, fields.Range(0.0, 1.0)] = None
-    # Share of the short side in the central crop of test images.
-    crop_pct: Annotated[float | None, fields.Range(0.1, 1.0)] = 0.875
+    # Share of the short side in the central crop of test images. These four are those of the model
+    # that is fine-tuned where its folder states them, see `data.transform`.
+    crop_pct: Annotated[float | None, fields.Range(0.1, 10.0)] = 0.875
+    crop_mode: Literal['center', 'squash', 'border', 'none'] = 'center'
+    interpolation: Literal['nearest', 'lanczos', 'bilinear', 'bicubic', 'box', 'hamming'] = (
+        'bicubic'
+    )
+    library: Literal['transformers', 'timm', 'torchvision'] = 'transformers'
 
     size: vit_lib.Size | None = 'B'
     num_cls_tokens: Annotated[int, fields.Range(0, 64)] = 1
@@ -128,6 +134,10 @@ class Classifier(base.OneView):
             name: NEW_NAMES.get(found[name], found[name]) for name in ('pos_embed', 'rel_pos')
         }
         found |= {name: tuple(map(float, view[name])) for name in ('mean', 'std')}
+        cut = {}
+        if opened.stated and view['library'] != 'torchvision':  # stated by its folder
+            cut = {'crop_pct': view['crop'], 'crop_mode': view['mode']}
+            cut |= {name: view[name] for name in ('interpolation', 'library')}
         values = {name: getattr(self, name) for name in found}
         if 'size' in fixed:  # the widths that it stands for
             names = ('embed_dim', 'depth', 'num_heads')
@@ -144,7 +154,7 @@ class Classifier(base.OneView):
                 )
         if 'img_size' not in fixed:
             found['img_size'] = int(view['size'])
-        return {**found, 'size': None}
+        return {**found, **{k: v for k, v in cut.items() if k not in fixed}, 'size': None}
 
     def complete(self, source):
         """The classes of the training images.
@@ -153,7 +163,7 @@ class Classifier(base.OneView):
           UserError: the images have no labels, or not as many classes as `num_classes`.
         """
         names = tuple(source.classes or ())
-        if not names or 'label' not in source[0]:
+        if not names:
             raise errors.UserError(
                 f'The training images ({source.describe(0)} is the first) have no labels: put them '
                 f'in one folder per class, or use `ssl_jax pretrain`, which needs none.'

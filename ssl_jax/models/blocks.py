@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ssl_jax import sharding
 from ssl_jax.kernels import attention, ops, subsets
 from ssl_jax.kernels.segments import Segment, tokens_per_row
+from ssl_jax.models import pos_embed
 from ssl_jax.run import errors
 
 # 'dots' keeps the results of attention, of the first layer of the MLP and of the residual sum
@@ -138,8 +139,18 @@ def relative_index(window: tuple[int, int]) -> np.ndarray:
     return index
 
 
-def relative_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """Table (rows, H) -> bias of the attention logits, (H, 1 + N, 1 + N) float32."""
+def relative_bias(
+    table: jax.Array, window: tuple[int, int], side: int | None = None, how: str = 'spline'
+) -> jax.Array:
+    """Table (rows, H) -> bias of the attention logits, (H, 1 + N, 1 + N) float32.
+
+    Args:
+      window: grid (h, w) of patches.
+      side: patches of a side of the square that the table is for, if that is not `window`.
+      how: rule by which it is resized, see `pos_embed.relative_weights`.
+    """
+    if side is not None:
+        table = pos_embed.resize_relative(table, side, window, how)
     return jnp.moveaxis(table.astype(jnp.float32)[relative_index(window)], -1, 0)
 
 
@@ -158,7 +169,9 @@ class Attention(nn.Module):
     dtype: Any
     kernel_init: Callable
     key_bias: bool = True
-    window: tuple | None = None  # (h, w) in patches, if this layer has relative position biases
+    # If this layer has relative position biases: (h, w) in patches, side of its table, how it is
+    # resized.
+    window: tuple | None = None
 
     @nn.compact
     def __call__(self, x, segments: tuple[Segment, ...], bias=None, gamma=None) -> jax.Array:
@@ -170,9 +183,9 @@ class Attention(nn.Module):
         else:
             qkv = QKV(name='qkv', **dense)(x)
         if self.window is not None:
-            shape = (relative_rows(self.window), self.num_heads)
+            shape = (relative_rows((self.window[1],) * 2), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
-            bias = relative_bias(table, self.window)
+            bias = relative_bias(table, *self.window)
 
         if bias is not None:
             images = qkv.reshape(-1, segments[0].tokens, 3 * dim)

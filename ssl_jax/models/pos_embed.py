@@ -116,12 +116,29 @@ def relative_distances(n_in: int, n_out: int) -> np.ndarray:
 
 
 @functools.lru_cache
-def relative_weights(n_in: int, n_out: int) -> np.ndarray:
+def relative_weights(n_in: int, n_out: int, how: str = 'spline') -> np.ndarray:
     """Matrix (2 n_out - 1, 2 n_in - 1) of `resize_relative` along one axis, float64.
 
-    A cubic spline (not-a-knot, as in FITPACK) through the values at `relative_distances` is
-    evaluated at integer distances. Beyond the farthest position it keeps its last value.
+    Args:
+      how: one of
+        'spline': a cubic spline (not-a-knot, as in FITPACK) through the values at
+          `relative_distances`, evaluated at integer distances; beyond the farthest position it
+          keeps its last value (BEiT's fine-tuning).
+        'linear': straight lines through the same points (timm).
+        'bilinear': straight lines through evenly spaced values, half-pixel centres, border clamped
+          (transformers).
+
+    References:
+      BEiT `run_class_finetuning.py`; timm `resize_rel_pos_bias_table`; transformers
+      `BeitRelativePositionBias`
     """
+    if how == 'bilinear':
+        d, e = 2 * n_in - 1, 2 * n_out - 1
+        centres = (np.arange(e) + 0.5) * d / e - 0.5
+        return np.stack([np.interp(centres, np.arange(d), unit) for unit in np.eye(d)], axis=1)
+    if how == 'linear':
+        x, points = relative_distances(n_in, n_out), np.arange(1 - n_out, n_out)
+        return np.stack([np.interp(points, x, unit) for unit in np.eye(len(x))], axis=1)
     if n_in < 3:
         raise errors.UserError(
             f'a table of relative positions of {n_in}x{n_in} patches is too small for a cubic '
@@ -132,22 +149,33 @@ def relative_weights(n_in: int, n_out: int) -> np.ndarray:
     return interpolate.CubicSpline(x, np.eye(len(x)), bc_type='not-a-knot')(points)
 
 
-def resize_relative(table: np.ndarray, n_in: int, n_out: int) -> np.ndarray:
-    """Resizes tables of relative positions from n_in x n_in to n_out x n_out patches.
+def resize_relative(
+    table: np.ndarray | jax.Array, n_in: int, n_out: int | tuple[int, int], how: str = 'spline'
+) -> np.ndarray | jax.Array:
+    """Resizes tables of relative positions from n_in x n_in to n_out patches.
 
-    (..., (2 n_in - 1)² + 3, heads) -> float32 (..., (2 n_out - 1)² + 3, heads). The last three
+    (..., (2 n_in - 1)² + 3, heads) -> float32 (..., (2 h - 1)(2 w - 1) + 3, heads). The last three
     rows, of the class token, are kept.
 
-    References:
-      BEiT `run_class_finetuning.py`. timm interpolates linearly on the same distances, transformers
-      bilinearly on evenly spaced ones.
+    Args:
+      table: of numpy, or of jax (then it is differentiable).
+      n_in: patches of a side of the square that it is for.
+      n_out: patches of a side, or (h, w).
+      how: see `relative_weights`.
     """
-    table = np.asarray(table)
-    if n_in == n_out:
+    grid = (n_out, n_out) if isinstance(n_out, int) else tuple(n_out)
+    if grid == (n_in, n_in):
         return table
-    weights, d, e = relative_weights(n_in, n_out), 2 * n_in - 1, 2 * n_out - 1
-    middle = table[..., : d * d, :].astype(np.float64)
-    middle = middle.reshape(*table.shape[:-2], d, d, table.shape[-1])
-    middle = np.einsum('yi,xj,...ijh->...yxh', weights, weights, middle, optimize=True)
-    middle = middle.reshape(*table.shape[:-2], e * e, table.shape[-1])
-    return np.concatenate([middle, table[..., d * d :, :]], axis=-2).astype(np.float32)
+    rows, columns = (relative_weights(n_in, n, how) for n in grid)
+    d, e = 2 * n_in - 1, (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    middle = table[..., : d * d, :].reshape(*table.shape[:-2], d, d, table.shape[-1])
+    equation = 'yi,xj,...ijh->...yxh'
+    if isinstance(table, jax.Array):
+        rows, columns, middle = (jnp.asarray(x, jnp.float32) for x in (rows, columns, middle))
+        middle = jnp.einsum(equation, rows, columns, middle, precision='highest')
+        xp = jnp
+    else:
+        middle = np.einsum(equation, rows, columns, middle.astype(np.float64), optimize=True)
+        xp = np
+    middle = middle.reshape(*table.shape[:-2], e, table.shape[-1])
+    return xp.concatenate([middle, table[..., d * d :, :]], axis=-2).astype(xp.float32)

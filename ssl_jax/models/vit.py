@@ -80,6 +80,7 @@ class ViT(nn.Module):
     # Relative position biases of attention: one table for all blocks ('shared', BEiT in
     # pretraining), one per block ('layer', in fine-tuning), or None.
     rel_pos: str | None = None
+    rel_resize: str = 'spline'  # see `pos_embed.relative_weights`
     key_bias: bool = True  # not in BEiT
     ffn: str = 'mlp'  # or 'swiglu'
     layer_scale: float | None = None  # initial gamma; None for no LayerScale
@@ -90,6 +91,9 @@ class ViT(nn.Module):
     # (all N(0, .02) within one deviation; `init_params` scales it by depth).
     init_scheme: str = 'mae'
     eps: float = 1e-6  # of the norms
+    # The final norm is that of the mean of the patch tokens, and tokens have none (`fc_norm` of
+    # MAE and BEiT after fine-tuning).
+    pooled_norm: bool = False
     dtype: Any = jnp.float32
     remat: str = 'none'  # a key of `blocks.REMAT`
 
@@ -121,7 +125,8 @@ class ViT(nn.Module):
         Returns:
           dict of
             cls_tokens (B, C, D), reg_tokens (B, R, D), patch_tokens (B, K or N, D): after the final
-              norm;
+              norm, if it is that of tokens;
+            pooled (B, D): the final norm of the mean of the patch tokens, only with `pooled_norm`;
             pre_norm (B, C + R + patches, D): before the final norm;
             blocks (len(capture), B, ., D): only with `capture`.
           For several sizes, a list of dicts with a crop axis after B.
@@ -163,12 +168,17 @@ class ViT(nn.Module):
         )
         bias = ()
         if shared:
-            shape = (blocks_lib.relative_rows(window), self.num_heads)
+            shape = (blocks_lib.relative_rows((window[1],) * 2), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
-            bias = (blocks_lib.relative_bias(table, window),)
+            bias = (blocks_lib.relative_bias(table, *window),)
         x, captured = blocks(x, drop, *bias)
         norm = blocks_lib.LayerNorm(self.eps, name='norm')
-        parts = list(map(self._named, split(norm(x), segments), split(x, segments)))
+        tokens = split(x, segments)
+        normed = tokens if self.pooled_norm else split(norm(x), segments)
+        parts = list(map(self._named, normed, tokens))
+        if self.pooled_norm:
+            for part in parts:
+                part['pooled'] = norm(part['patch_tokens'].astype(jnp.float32).mean(axis=-2))
         if not single:
             return parts
         out = jax.tree.map(lambda t: t[:, 0], parts[0])
@@ -241,14 +251,12 @@ class ViT(nn.Module):
         }
 
     def _window(self, images, ids_keep):
-        """Grid (h, w) of the table of relative positions; checks that the images have it."""
-        side = self.img_size // self.patch_size
-        size = images[0].shape[2:4]
-        if len(images) > 1 or size != (self.img_size,) * 2 or ids_keep is not None:
+        """`blocks.Attention.window`; checks that the images are whole and of one size."""
+        if len(images) > 1 or ids_keep is not None:
             raise errors.UserError(
-                f'relative positions are for whole images of {self.img_size}x{self.img_size} px, '
-                f'not for {"crops of several sizes" if len(images) > 1 else size}'
-                f'{" without some patches" if ids_keep is not None else ""}; resize the images.'
+                f'relative positions are for whole images of one size, not for '
+                f'{"crops of several sizes" if len(images) > 1 else "some of their patches"}; use '
+                f'a method that shows the encoder whole images, such as beit.'
             )
         if self.num_cls_tokens != 1 or self.num_register_tokens:
             raise errors.UserError(
@@ -256,7 +264,8 @@ class ViT(nn.Module):
                 f'{self.num_cls_tokens} and {self.num_register_tokens}: set num_cls_tokens=1 and '
                 f'num_register_tokens=0.'
             )
-        return side, side
+        grid = tuple(side // self.patch_size for side in images[0].shape[2:4])
+        return grid, self.img_size // self.patch_size, self.rel_resize
 
     def position_table(self) -> jax.Array:
         """Position table (1, C + M*M, D) in float32 for the native grid of M x M patches."""
@@ -301,8 +310,9 @@ def last_attention(vit: ViT, params: dict, images: jax.Array) -> jax.Array:
     logits = logits * q.shape[-1] ** -0.5
     if vit.rel_pos:
         table = (params if vit.rel_pos == 'shared' else last['attn'])['rel_pos_bias']
+        grid = tuple(side // vit.patch_size for side in images.shape[1:3])
         side = vit.img_size // vit.patch_size
-        logits = logits + blocks_lib.relative_bias(table, (side, side))
+        logits = logits + blocks_lib.relative_bias(table, grid, side, vit.rel_resize)
     return jax.nn.softmax(logits, axis=-1)
 
 

@@ -19,13 +19,15 @@ from etils import epath
 from ssl_jax import config as config_lib
 from ssl_jax import methods
 from ssl_jax import step as step_lib
-from ssl_jax.interop import card, export, files, layouts
+from ssl_jax.data import transform as transform_lib
+from ssl_jax.interop import card, export, files, layouts, processors
+from ssl_jax.methods import classifier
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import checkpoint, errors, launch, storage, trees
+from ssl_jax.run import hints as hints_lib
 
-HINTS = ('num_heads', 'decoder_num_heads', 'img_size', 'patch_size')
 # Fields of a ViT that change the function it computes.
 ENCODER = (
     *('embed_dim', 'depth', 'num_heads', 'patch_size', 'num_cls_tokens', 'num_register_tokens'),
@@ -34,7 +36,6 @@ ENCODER = (
 NOT_COMPARED = ('dtype', 'remat', 'parent', 'name', 'eps', 'num_patches')  # of other networks
 TAKEN = ('decoder',)  # networks that a run takes besides the encoder
 RELATIVE = 'rel_pos_bias'  # tables of relative positions, see `blocks.relative_index`
-SPLINE = 'cubic spline'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +78,10 @@ class Opened:
 
     @property
     def transform(self) -> dict:
-        """Preprocessing of images, see `interop.files`."""
+        """Preprocessing of images, see `data.transform`."""
         if self.stated is not None:
             return self.stated
-        m = self.method
-        size = self.config.eval.size or m.views()[0].size
-        return {**files.transform_of(size, mean=m.mean, std=m.std), 'crop': m.crop_pct}
+        return self.method.transform(self.config.eval.size)
 
     def encoder_for(self, vit: vit_lib.ViT, fresh: Any, field: str = 'method.teacher') -> Any:
         """The encoder in the shapes of `vit`, with the types and shardings of `fresh`.
@@ -94,6 +93,11 @@ class Opened:
         """
         origin = f'{field}={self.path}'
         _check(origin, self.vit, vit)
+        if self.vit.pooled_norm:
+            raise errors.UserError(
+                f'{origin} is a fine-tuned encoder, whose final norm is that of the mean of '
+                f'patches; give one from pretraining.'
+            )
         return jax.tree.map(jnp.copy, _fit(self, vit, fresh, origin)[0])
 
 
@@ -102,6 +106,8 @@ def _modules(w):
     parts = {k: getattr(w, k) for k in layouts.PARTS}
     if w.vocab:
         parts['head'] = blocks_lib.Dense(w.vocab, jnp.float32, blocks_lib.truncated_normal)
+    if w.num_classes:
+        parts['head'] = blocks_lib.Dense(w.num_classes, jnp.float32, classifier.head_init)
     return {'encoder': w.vit, **{k: m for k, m in parts.items() if m is not None}}
 
 
@@ -122,15 +128,17 @@ def open_weights(path, step: int | None = None, **hints) -> Opened:
       path: the workdir of a run, a folder of checkpoints, an export, an HF or timm folder, or a
         file, see `interop.files.read`.
       step: of a run; default the newest intact checkpoint.
-      hints: values of HINTS that the tensors of a file do not determine.
+      hints: what the tensors of a file do not determine, see `run.hints`.
 
     Raises:
       UserError: one sentence; nothing is loaded in part.
     """
+    path, hints = _with_hints(path, hints)
     if is_checkpoint(path):
         model, meta = checkpoint.restore_model(path, step=step)
         return _of_checkpoint(path, meta, model['params'], model.get('extra') or {})
     file, w = _recognise(path, hints)
+    launch.log(*([_part(file)] if file.others else []), *(f'{path}: {x}' for x in w.remarks))
     return _of_file(path, file, w, _to_ours(path, file, w))
 
 
@@ -141,12 +149,18 @@ def open_run(workdir, step: int | None = None) -> Opened:
         raise errors.UserError(
             f'there is no run at {workdir}; give the --workdir of a training run.'
         )
+    if not workdir.is_dir():
+        raise errors.UserError(
+            f'{workdir} is a file and no run; make one of it with `ssl_jax import {workdir} '
+            f'--workdir DIR`.'
+        )
     model, meta = checkpoint.restore_model(workdir, step=step)
     return _of_checkpoint(workdir, meta, model['params'], model.get('extra') or {})
 
 
 def header(path, **hints) -> Opened:
     """`open_weights` without tensors: `params` and `extra` are None."""
+    path, hints = _with_hints(path, hints)
     if is_checkpoint(path):
         return _of_checkpoint(path, checkpoint.read_meta(path), None, None)
     file, w = _recognise(path, hints)
@@ -159,12 +173,12 @@ def _of_checkpoint(path, meta, params, extra):
     launch.log(*(f'{path}: {line}' for line in lines))
     if imported:
         w = layouts.from_dict(imported['weights'])
-        config = _config_of(w, {}, config.name, config)
+        config = _config_of(w, {}, config.name, config, None)
     if 'method' in config:
         method = methods.make(config)
         if w is not None:
             method = method.with_modules(**_modules(w))
-    stated = imported['transform'] if imported else None
+    stated = transform_lib.of(imported['transform']) if imported else None
     return Opened(str(path), params, extra, config, method, int(meta['step']), w, meta, stated)
 
 
@@ -172,22 +186,60 @@ def _of_file(path, file, w, params):
     processor = getattr(layouts.family(w), 'processor', {})
     if export.METADATA in file.metadata:
         processor = {}
-    view = files.transform_of(w.vit.img_size, file.processor, file.hints, **processor)
+    try:
+        view = processors.transform_of(w.vit.img_size, file.processor, file.hints, **processor)
+    except errors.UserError as error:
+        raise errors.UserError(f'{path}: {error}') from error
     return Opened(str(path), params, {}, None, None, 0, w, {}, view)
+
+
+def _with_hints(path, hints):
+    """(path, hints) with those behind the path; a run has none."""
+    path, more = hints_lib.split(path)
+    hints = hints_lib.checked({**more, **hints})
+    if hints and is_checkpoint(path):
+        raise errors.UserError(
+            f'{path} is a run, which says all of itself; leave {", ".join(hints)} out.'
+        )
+    return path, hints
 
 
 def _recognise(path, hints):
     """(File, Weights) of weights that are no run."""
-    unknown = [k for k in hints if k not in HINTS]
-    if unknown:
-        raise errors.UserError(f'{unknown[0]} is no hint; use one of {", ".join(HINTS)}.')
-    file = files.read(path)
+    hints = dict(hints)
+    file = files.read(path, hints.pop('part', ''))
     try:
-        if export.METADATA in file.metadata and not hints:
-            return file, layouts.from_dict(json.loads(file.metadata[export.METADATA]))
-        return file, layouts.recognise(file.tensors, {**file.hints, **hints})
+        if export.METADATA in file.metadata:
+            w = layouts.from_dict(json.loads(file.metadata[export.METADATA]))
+            _check_hints(w, hints)
+        else:
+            w = layouts.recognise(file.tensors, {**file.hints, **hints})
     except ValueError as error:
         raise errors.UserError(f'{path}: {error}') from error
+    vit = w.vit.clone(pos_resize=hints.get('pos_resize', w.vit.pos_resize))
+    if layouts.NORM[0] in file.extra:  # of a fine-tuned run, beside that of the mean
+        vit = vit.clone(pooled_norm=False)
+    return file, dataclasses.replace(w, vit=vit)
+
+
+def _check_hints(w, hints):
+    """Raises if hints contradict the description in an export of ours."""
+    heads = w.decoder.num_heads if w.decoder is not None else None
+    said = {'decoder_num_heads': heads}
+    for name in hints_lib.NUMBERS:
+        value = said.get(name, getattr(w.vit, name, None))
+        if name in hints and hints[name] != value:
+            raise errors.UserError(
+                f'{name}={hints[name]} contradicts the file, where it is {value}; leave it out.'
+            )
+
+
+def _part(file):
+    """A line on what was read of a file."""
+    line = f'read {file.source}' + (f', its part {file.taken!r}' if file.taken else '')
+    if file.others:
+        line += f'; also there: {", ".join(file.others)} (part=NAME takes another)'
+    return line
 
 
 def _to_ours(path, file, w):
@@ -216,6 +268,7 @@ def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
     Raises:
       UserError: one sentence; then nothing was written.
     """
+    path, hints = _with_hints(path, hints)
     target = epath.Path(workdir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         found = 'a run' if is_checkpoint(workdir) or (target / 'config.json').exists() else 'files'
@@ -227,10 +280,12 @@ def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
     file, w = _recognise(path, hints)
     params = _to_ours(path, file, w)
     name = f'imported {w.family} ({os.path.basename(file.source)})'
-    config = _config_of(w, file.hints, name, config_lib.default())
+    view = _of_file(path, file, w, None).stated
+    config = _config_of(w, file.hints, name, config_lib.default(), view)
     imported = dict(
         weights=layouts.to_dict(w),
-        transform=_of_file(path, file, w, None).stated,
+        transform=view,
+        origin=_origin(file),
         source=file.source,
         part=file.taken,
         sha256=file.sha256,
@@ -249,8 +304,7 @@ def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
         with storage.atomic_folder(workdir) as folder:
             _save(folder, state, meta, config)
     if log is not None:
-        part = f', its part {file.taken!r}' if file.taken else ''
-        log(f'read {file.source}{part}')
+        log(_part(file))
         for line in card.describe(w, params, len(file.tensors)):
             log(line)
         for line in layouts.notes(w, file.extra):
@@ -259,13 +313,32 @@ def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
     return w
 
 
-def _config_of(w, hints, name, base):
+def _origin(file):
+    """What an export of ours says on where its weights come from; None of other files."""
+    path = file.paths[0].parent / card.PROVENANCE
+    if export.METADATA not in file.metadata or not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text())
+        names = ('run', 'step', 'seed', 'config', 'checkpoint_sha256')
+        before = said.get('imported') or {}
+        if before.get('origin'):  # the first of a chain
+            return before['origin']
+        if before:
+            return {'imported': {k: before[k] for k in ('source', 'sha256')}}
+        return {name: said[name] for name in names}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise errors.UserError(f'{path} is damaged ({error!r}); delete it.') from error
+
+
+def _config_of(w, hints, name, base, view):
     """A config that describes foreign weights; without `method` for an encoder alone.
 
     Args:
       base: a config; if its method is that of the weights, they override its fields.
+      view: the transform of a new import; None of one that is opened again.
     """
-    found = layouts.family(w).method(w, hints) if w.what == 'full' else None
+    found = layouts.method(w, hints) if w.what == 'full' else None
     if found is None:
         config = config_lib.default()
         del config['method']
@@ -276,6 +349,8 @@ def _config_of(w, hints, name, base):
             config.method.update(base.method.to_dict())
         widths = ('embed_dim', 'depth', 'num_heads', 'patch_size', 'img_size', 'mlp_ratio', 'eps')
         values = {'size': None, **{k: getattr(vit, k) for k in widths}, **values}
+        if view is not None and 'mean' in config.method:
+            values |= {k: tuple(map(float, view[k])) for k in ('mean', 'std')}
         config.method.update(values)
     config.name = name
     return config_lib.lock(config)
@@ -358,6 +433,9 @@ def load_into(path: str, method: Any, state: Any, abstract: Any) -> tuple[Any, A
         same = _same(src.get(name), networks.get(name))
         if same and name in src and _shapes(src[name][1]) == _shapes(networks[name][1]):
             found[name] = jax.tree.map(_place, src[name][1], networks[name][1])
+    for name, tree in _of_classifier(opened).items():
+        if method.labels and _shapes(tree) == _shapes(state.params.get(name, {})):
+            found[name] = jax.tree.map(_place, tree, state.params[name])
     params, extra = method.with_networks(state.params, state.extra, found)
     for name in [k for k in params if k not in ('encoder', 'backbone')]:
         if name in found:
@@ -367,12 +445,22 @@ def load_into(path: str, method: Any, state: Any, abstract: Any) -> tuple[Any, A
         why = 'that of the file has other sizes' if other else 'the file has none'
         if name == 'head' and 'codebook' in extra:
             why = 'it is for the words of this run'
+        if name == 'head' and method.labels:
+            why = 'it is for the classes of this run'
         lines.append(_line('fresh', name, f'{_count(params[name])}; {why}'))
     # Copies, as a donated buffer must not belong to numpy nor occur twice, and the encoder of
     # DINOv2 becomes student and teacher.
     new = {id(x) for x in jax.tree.leaves(found)}
     params, extra = jax.tree.map(lambda x: jnp.copy(x) if id(x) in new else x, (params, extra))
     return params, extra, lines
+
+
+def _of_classifier(opened):
+    """{name: params} of what a fine-tuned model has behind its encoder."""
+    of_file = opened.weights is not None and opened.weights.num_classes
+    if of_file or (opened.method is not None and opened.method.labels):
+        return {k: opened.params[k] for k in ('fc_norm', 'head') if k in opened.params}
+    return {'fc_norm': opened.params['encoder']['norm']} if opened.vit.pooled_norm else {}
 
 
 def _check(origin, src, dst):
@@ -454,7 +542,7 @@ def _other_grid(opened, method, state, origin):
         if name not in differ:
             return jnp.copy(_place(value, like))
         if name.endswith(RELATIVE):
-            rule, value = SPLINE, _relative(origin, value, old, new)
+            rule, value = layouts.RULES[vit.rel_resize], _relative(origin, vit, value, new)
         else:
             rule, prefix = vit.pos_resize, value.shape[1] - old**2  # SplitMask's decoder has none
             value = pos_embed.resize(value, (new, new), prefix, rule)
@@ -500,8 +588,15 @@ def _fit(opened, vit, fresh, origin, norm=None):
         src['blocks/attn/rel_pos_bias'] = np.stack([table] * vit.depth)
         lines.append(_line('copied', 'rel_pos_bias', f'to each of {vit.depth} blocks'))
     for name in [k for k in src if k.endswith(RELATIVE) and old != new]:
-        src[name] = _relative(origin, src[name], old, new)
-        lines.append(_line('resized', f'encoder/{name}', f'{grids}, {SPLINE}'))
+        src[name] = _relative(origin, src_vit, src[name], new)
+        text = f'{grids}, {layouts.RULES[src_vit.rel_resize]}'
+        lines.append(_line('resized', f'encoder/{name}', text))
+    if vit.pos_embed == 'learned' and src_vit.pos_resize != vit.pos_resize:
+        text = f'at other sizes {src_vit.pos_resize} there, {vit.pos_resize} here'
+        lines.append(_line('differs', 'positions', text))
+    pooled = src_vit.pooled_norm and not vit.pooled_norm
+    if pooled:
+        src = {name: x for name, x in src.items() if not name.startswith('norm/')}
     if src_vit.eps != vit.eps:
         text = f'{src_vit.eps:g} there, {vit.eps:g} here'
         lines.append(_line('differs', 'eps of the norms', text))
@@ -514,7 +609,8 @@ def _fit(opened, vit, fresh, origin, norm=None):
     out = []
     for name, x in dst.items():
         if name not in src:
-            lines.append(_line('fresh', f'encoder/{name}', 'the file has none'))
+            text = 'the file has that of the mean of patches' if pooled else 'the file has none'
+            lines.append(_line('fresh', f'encoder/{name}', text))
         elif _shape(src[name]) != _shape(x):
             raise errors.UserError(
                 f'The encoder of {origin} does not fit, nothing was loaded: {name} has '
@@ -526,9 +622,10 @@ def _fit(opened, vit, fresh, origin, norm=None):
     return encoder, [_line('taken', 'encoder', _count(taken)), *lines]
 
 
-def _relative(origin, table, old, new):
+def _relative(origin, vit, table, new):
+    old = vit.img_size // vit.patch_size
     try:
-        return pos_embed.resize_relative(table, old, new)
+        return pos_embed.resize_relative(np.asarray(table), old, new, vit.rel_resize)
     except ValueError as error:
         raise errors.UserError(f'{origin} does not fit, nothing was loaded: {error}') from error
 

@@ -7,7 +7,7 @@ from etils import epath
 from ssl_jax.augment import photometry
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.evals import pictures
+from ssl_jax.evals import features, pictures
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import errors, launch, weights
 from ssl_jax.viz import draw
@@ -33,9 +33,14 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')
     out.mkdir(parents=True, exist_ok=True)
     vit, params = run.networks()['encoder']
-    images = pictures.spread_images(source, vit.img_size, num)
-    paths = _features(vit, params, images, run.transform, out)
+    transform = run.transform
+    features.check_size(transform['size'], vit.patch_size, 'size')
+    images = pictures.spread_images(source, transform, num)
+    paths = _features(vit, params, images, transform, out)
     if run.method is not None:
+        if transform['size'] != run.method.img_size:
+            transform = {**transform, 'size': run.method.img_size}
+            images = pictures.spread_images(source, transform, num)
         paths += _training(run, source, images, num, out)
     if (workdir / 'metrics.jsonl').exists():
         paths.append(out / 'curves.png')
@@ -45,7 +50,7 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
 
 def _features(vit, params, images, transform, out):
     """Draws principal components of the patch tokens and the attention of the class token."""
-    side = vit.img_size // vit.patch_size
+    side = transform['size'] // vit.patch_size
     x = photometry.normalize(images, transform['mean'], transform['std'])
     paths = [out / 'pca.png']
     tokens = jax.jit(lambda p, x: vit.apply({'params': p}, x)['patch_tokens'])(params, x)

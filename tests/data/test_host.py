@@ -234,28 +234,3 @@ def test_a_small_crop_is_enlarged_by_cubic_interpolation():
     want = np.asarray(PIL.Image.fromarray(image).resize((40, 40), PIL.Image.Resampling.BICUBIC))
     bilinear = host.cv2.resize(image, (40, 40), interpolation=host.cv2.INTER_LINEAR)
     assert error(host.resize(image, 40), want) < 0.6 * error(bilinear, want)
-
-
-def test_the_evaluation_crop_is_pillows_resize_then_the_centre():
-    image = np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8)
-    image = np.asarray(PIL.Image.fromarray(image).resize((260, 180)))
-    for size, resize, w in ((32, 40, 57), (96, None, 138), (33, 36, 52)):  # margins of n + 1/2
-        h = resize or size
-        whole = PIL.Image.fromarray(image).resize((w, h), PIL.Image.Resampling.BICUBIC)
-        y, x = round((h - size) / 2), round((w - size) / 2)
-        expected = np.asarray(whole)[y : y + size, x : x + size]
-        out = host.resize_center_crop(image, size, resize)
-        assert out.shape == (size, size, 3) and np.abs(out.astype(int) - expected).max() <= 1
-
-
-def test_the_evaluation_crop_of_a_map_invents_no_values():
-    labels = np.random.default_rng(0).choice(np.array([0, 7, 11], np.uint8), (60, 80))
-    cut = host.resize_center_crop(labels, 24, interpolation='nearest')
-    assert np.unique(cut).tolist() == [0, 7, 11]
-    depth = host.resize_center_crop(np.full((60, 80), 2.5, np.float32), 24, interpolation='nearest')
-    assert depth.dtype == np.float32 and (depth == 2.5).all()
-
-
-def test_a_resize_below_the_crop_is_refused():
-    with pytest.raises(ValueError, match='use 32 or more'):
-        host.resize_center_crop(picture(), 32, resize=16)

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_jax.data import host, loader, scenes, sources
-from ssl_jax.data import host as host_lib
 from ssl_jax.data import stream as stream_lib
+from ssl_jax.data import transform as transform_lib
 from ssl_jax.run import errors, launch
 
 VIEWS = (host.View('global', 16, count=2), host.View('local', 8, scale=(0.05, 0.3)))
@@ -382,7 +382,7 @@ def test_evaluation_is_in_order_padded_and_masked():
     item = source[9]
     for key in ('image', 'segmentation', 'depth'):
         mode = 'bicubic' if key == 'image' else 'nearest'
-        expected = host_lib.resize_center_crop(item[key], 24, interpolation=mode)
+        expected = transform_lib.cut(item[key], transform_lib.of(24), mode)
         np.testing.assert_array_equal(batches[2][key][1], expected)
     assert batches[2]['label'][1] == item['label']
 
@@ -398,6 +398,70 @@ def test_evaluation_masks_what_cannot_be_decoded():
     batch = next(stream_lib.eval_stream(Broken(4, (2,)), 2, 4))
     assert batch['mask'].tolist() == [True, True, False, True]
     assert batch['image'][2].max() == 0 and batch['image'][3].max() == 3
+
+
+class Unreadable:
+    """Labelled scenes; those of `errors` cannot be read."""
+
+    classes = scenes.CLASSES
+    fingerprint = 'unreadable'
+
+    def __init__(self, n, errors):
+        self.scenes, self.errors = scenes.Scenes(n, 32), errors
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, i):
+        if i in self.errors:
+            raise self.errors[i]
+        return self.scenes[i]
+
+    def describe(self, i):
+        return f'scene {i}'
+
+
+@pytest.mark.parametrize('error', [PermissionError(13, 'x'), FileNotFoundError(2, 'x')])
+def test_evaluation_masks_what_cannot_be_read(error):
+    source = Unreadable(6, {0: error, 3: error})  # the first gives padding its keys elsewhere
+    batches = list(stream_lib.eval_stream(source, 16, 4))
+    masks = [b['mask'].tolist() for b in batches]
+    assert masks == [[False, True, True, False], [True, True, False, False]]
+    assert batches[1]['id'].tolist() == [4, 5, -1, -1]
+    for key in ('image', 'label', 'segmentation', 'depth'):
+        assert batches[0][key].shape == batches[1][key].shape
+        assert not batches[0][key][0].any() and not batches[1][key][2].any()
+    whole = next(stream_lib.eval_stream(scenes.Scenes(6, 32), 16, 4))
+    for key in whole:
+        np.testing.assert_array_equal(batches[0][key][1:3], whole[key][1:3])
+
+
+def test_evaluation_of_what_nobody_can_read_is_all_masked():
+    source = Unreadable(3, {i: IsADirectoryError(21, 'x') for i in range(3)})
+    (batch,) = stream_lib.eval_stream(source, 16, 4)
+    assert not batch['mask'].any() and batch['image'].shape == (4, 16, 16, 3)
+
+
+def test_what_is_left_out_is_said_once_with_the_reason(capsys):
+    source = Unreadable(9, {i: PermissionError(13, 'Permission denied') for i in range(5)})
+    for _ in range(2):
+        stream_lib.say_left_out(source, [0, 1, 2, 3, 4])
+    stream_lib.say_left_out(source, [])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith('5 of 9 images cannot be read and do not count (scene 0: [Errno 13] Per')
+    assert line.endswith('; and 2 more)')
+
+
+@pytest.mark.parametrize('subsampling,size', [(2, (1200, 900)), (0, (901, 1203)), (1, (640, 480))])
+def test_evaluation_decodes_jpeg_at_full_size_as_pillow_does(subsampling, size):
+    small = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(small).resize(size).save(file, 'JPEG', subsampling=subsampling)
+    (batch,) = stream_lib.eval_stream(sources.Arrays([file.getvalue()]), 64, 1)
+    pixels = np.asarray(PIL.Image.open(file).convert('RGB'))
+    np.testing.assert_array_equal(
+        batch['image'][0], transform_lib.cut(pixels, transform_lib.of(64))
+    )
 
 
 def test_fewer_images_than_a_batch_is_refused():

@@ -30,7 +30,7 @@ def make_vit(num_cls_tokens=2):
 
 def test_features_come_in_order_without_padding():
     source, images = arrays()
-    got, labels = features.extract(mean_colour, source, size=8, batch_size=8)
+    got, labels = features.extract(mean_colour, source, transform=8, batch_size=8)
     np.testing.assert_allclose(got['mean'], images.mean(axis=(1, 2)), rtol=1e-5)
     np.testing.assert_array_equal(labels, np.arange(21) % 5)
 
@@ -42,7 +42,7 @@ def test_every_batch_has_one_shape():
         shapes.add(images.shape)
         return {'x': np.zeros((len(images), 1), np.float32)}
 
-    features.extract(forward, arrays()[0], size=8, batch_size=8)
+    features.extract(forward, arrays()[0], transform=8, batch_size=8)
     assert shapes == {(8, 8, 8, 3)}
 
 
@@ -51,9 +51,9 @@ def test_a_mesh_gives_the_features_of_one_device():
         pytest.skip(f'needs 8 devices, this process sees {len(jax.devices())}')
     source, _ = arrays()
     forward = encoder.make_forward(*make_vit())
-    one, _ = features.extract(forward, source, size=8, batch_size=10)
+    one, _ = features.extract(forward, source, transform=8, batch_size=10)
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    many, labels = features.extract(forward, source, size=8, batch_size=10, mesh=mesh)
+    many, labels = features.extract(forward, source, transform=8, batch_size=10, mesh=mesh)
     for name in one:
         np.testing.assert_allclose(many[name], one[name], atol=2e-5, rtol=1e-4)
     assert len(labels) == 21
@@ -62,24 +62,24 @@ def test_a_mesh_gives_the_features_of_one_device():
 def test_images_that_do_not_decode_are_left_out_with_their_labels():
     good = arrays(1)[1][0]
     source = sources.Arrays([good, b'broken', good], [0, 1, 2])
-    got, labels = features.extract(mean_colour, source, size=8, batch_size=2)
+    got, labels = features.extract(mean_colour, source, transform=8, batch_size=2)
     assert len(got['mean']) == 2
     np.testing.assert_array_equal(labels, [0, 2])
 
 
 def test_a_source_without_labels_has_none():
-    assert features.extract(mean_colour, arrays(labels=False)[0], size=8)[1] is None
+    assert features.extract(mean_colour, arrays(labels=False)[0], transform=8)[1] is None
 
 
 def test_stop_request_raises():
     with pytest.raises(features.Stopped):
-        features.extract(mean_colour, arrays()[0], size=8, should_stop=lambda: True)
+        features.extract(mean_colour, arrays()[0], transform=8, should_stop=lambda: True)
 
 
 def test_limit_takes_images_of_all_classes_from_a_sorted_source():
     images = np.zeros((100, 8, 8, 3), np.uint8)
     source = sources.Arrays(images, np.repeat(np.arange(4), 25))
-    _, labels = features.extract(mean_colour, source, size=8, limit=30)
+    _, labels = features.extract(mean_colour, source, transform=8, limit=30)
     assert len(labels) == 30 and set(labels) == {0, 1, 2, 3}
 
 

@@ -10,7 +10,7 @@ from ssl_jax.data import sources
 from ssl_jax.evals import features, report
 
 OPTIONS = dict(
-    size=8, ks=(1, 5), linear_options=dict(epochs=3, batch_size=32, lrs=(0.1, 1.0)), log=None
+    transform=8, ks=(1, 5), linear_options=dict(epochs=3, batch_size=32, lrs=(0.1, 1.0)), log=None
 )
 
 

@@ -72,7 +72,7 @@ def test_golden_beit_keys_and_numbers_come_back(under):
     found = layouts.recognise(weights)
     back, extra = layouts.to_layout(found, layouts.to_ours(found, weights))
     assert not extra and set(back) == set(weights) - set(found.left_out)
-    assert set(found.left_out) == {k for k in weights if k.startswith('head.')}
+    assert not found.left_out and found.what == 'full'
     for key, x in back.items():
         assert x.dtype == weights[key].dtype
         np.testing.assert_array_equal(x, weights[key], err_msg=key)
@@ -131,19 +131,15 @@ def test_golden_beit_every_epsilon_matches():
 
 
 def classifier():
-    """(file, Weights, params, features(params, images)) of fine-tuning, with the norm of the mean.
-
-    The layer to classes is no part of `Weights`.
-    """
+    """(file, Weights, params, features(params, images)) of fine-tuning: the norm of the mean."""
     f = load('beit')
     weights = f.under('w/finetune')
     found = layouts.recognise(weights)
     params = layouts.to_ours(found, weights)
-    params['head'] = {'kernel': weights['head.weight'].T, 'bias': weights['head.bias']}
 
     def features(params, images):
         out = found.vit.apply({'params': params['encoder']}, images)
-        return vit.final_norm(params['encoder'], out['pre_norm'][:, 1:].mean(axis=1))
+        return out['pooled']
 
     return f, found, params, features
 
@@ -161,8 +157,8 @@ def test_golden_beit_classifier_matches():
     f.check('out/finetune_features', x)
     f.check('out/finetune_logits', logits)
     f.check('out/finetune_ce', loss)
-    named, _ = layouts.to_layout(found, {'encoder': grads['encoder']})
-    named |= {'head.weight': grads['head']['kernel'].T, 'head.bias': grads['head']['bias']}
+    grads['fc_norm'] = grads['encoder']['norm']  # which is the norm of the mean
+    named, _ = layouts.to_layout(found, grads)
     wanted = f.under('grad_finetune')
     assert wanted
     for key in wanted:
@@ -232,8 +228,7 @@ def test_golden_beit_attention_maps_are_those_of_the_last_block():
 @pytest.mark.parametrize(
     ('change', 'says'),
     [
-        (dict(size=40), 'are for whole images of 32x32 px'),
-        (dict(keep=True), 'without some patches'),
+        (dict(keep=True), 'not for some of their patches'),
         (dict(cls=2), 'one class token and no registers, not 2 and 0'),
     ],
     ids=str,
@@ -242,10 +237,9 @@ def test_relative_positions_refuse_what_they_do_not_know(change, says):
     model = vit.ViT(
         32, 1, 4, patch_size=8, img_size=32, rel_pos='shared', num_cls_tokens=change.get('cls', 1)
     )
-    size = change.get('size', 32)
     ids = jnp.zeros((1, 4), jnp.int32) if change.get('keep') else None
     with pytest.raises(ValueError) as error:
         jax.eval_shape(
-            lambda x: model.init(jax.random.key(0), x, ids_keep=ids), jnp.zeros((1, size, size, 3))
+            lambda x: model.init(jax.random.key(0), x, ids_keep=ids), jnp.zeros((1, 32, 32, 3))
         )
     assert says in str(error.value)

@@ -54,11 +54,11 @@ def test_out_and_in_again_is_bit_identical(name, layout, what):
 def test_everything_is_found_from_the_tensors_and_the_config(name, layout, what):
     w, _, state_dict, _ = exported(name, layout, what)
     found = layouts.recognise(state_dict, stated(w))
-    # Where layer scale began is only in HF's config; a plain ViT of timm resizes as timm does.
+    # Where layer scale began is only in HF's config; each library resizes positions as it does.
     scale = w.vit.layer_scale if layout == 'hf' or w.vit.layer_scale is None else 1.0
-    resize = 'antialias' if (w.family, layout) == ('vit', 'timm') else w.vit.pos_resize
-    vit = w.vit.clone(layer_scale=scale, pos_resize=resize)
-    assert found == dataclasses.replace(w, vit=vit, names=found.names)
+    vit = w.vit.clone(layer_scale=scale, pos_resize=tiny_weights.rule(w))
+    assert found == dataclasses.replace(w, vit=vit, names=found.names, remarks=found.remarks)
+    assert bool(found.remarks) == (w.family == 'vit' and layout == 'official')
 
 
 # Without the numbers a plain ViT with one class token counts as a MAE.
@@ -226,7 +226,6 @@ def test_nothing_is_no_weights():
     'keys,message',
     [
         (['conv1.weight', 'layer1.0.conv1.weight', 'layer1.0.downsample.0.weight'], 'ResNet'),
-        (['patch_embed.weight', 'rope_embed.periods', 'storage_tokens'], 'DINOv3'),
         (['tok_embeddings.weight', 'layers.0.attention.wq.weight'], 'MAE, Pixio, DINOv2'),
         (['vision_model.embeddings.patch_embedding.weight'], 'CLIP or SigLIP'),
     ],
@@ -234,6 +233,56 @@ def test_nothing_is_no_weights():
 def test_another_network_is_refused_by_name_with_what_is_known(keys, message):
     with pytest.raises(ValueError, match=message):
         layouts.recognise({k: (8, 8) for k in keys})
+
+
+DINOV3 = {
+    # The .pth of its authors; a training checkpoint of the same; transformers; timm.
+    'official': ['cls_token', 'storage_tokens', 'mask_token', 'patch_embed.proj.weight']
+    + ['rope_embed.periods', 'blocks.0.attn.qkv.weight', 'blocks.0.ls1.gamma', 'norm.weight'],
+    'training': ['teacher.backbone.patch_embed.proj.weight', 'teacher.backbone.storage_tokens'],
+    'hf': ['embeddings.patch_embeddings.weight', 'embeddings.register_tokens']
+    + ['layer.0.attention.q_proj.weight', 'embeddings.cls_token', 'norm.weight'],
+    'hf wrapped': ['dinov3_vit.embeddings.patch_embeddings.weight']
+    + ['dinov3_vit.embeddings.register_tokens', 'classifier.weight'],
+    'timm': ['patch_embed.proj.weight', 'cls_token', 'reg_token', 'blocks.0.gamma_1'],
+}
+
+
+@pytest.mark.parametrize('form', DINOV3)
+def test_dinov3_is_refused_by_name_in_whatever_form(form):
+    said = r'are those of DINOv3, which is not read, as it has rotary positions; known are MAE'
+    with pytest.raises(ValueError, match=said):
+        layouts.recognise({k: (8, 3, 8, 8) if 'patch' in k else (8, 8) for k in DINOV3[form]})
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        {'model_type': 'dinov3_convnext'},
+        {'model_type': 'dinov3_vit'},
+        {'architecture': 'vit_small_patch16_dinov3'},
+    ],
+)
+def test_a_config_tells_dinov3_too(config):
+    with pytest.raises(ValueError, match='are those of DINOv3, which is not read'):
+        layouts.recognise({'stages.0.weight': (8, 8)}, config)
+
+
+def test_a_plain_network_with_registers_of_another_name_is_not_taken_for_dinov3():
+    _, _, state_dict, _ = exported('dinov2_reg', 'timm')
+    assert layouts.recognise(state_dict, {'num_heads': 4}).family == 'dinov2'
+
+
+def test_plain_encoders_leave_in_official_names_without_the_mask_token_that_dino_has_not():
+    w = tiny_weights.weights('vit', 'official')
+    w = dataclasses.replace(w, vit=w.vit.clone(mask_token=True))  # as a head of DINO makes it
+    params = tiny_weights.params(w)
+    state_dict, extra = layouts.to_layout(w, params)
+    plain = exported('vit', 'official')[2]
+    assert set(state_dict) == set(plain) and set(extra) == {'encoder/mask_token'}
+    same(layouts.to_ours(w, state_dict, extra), params)
+    # DINOv2 and BEiT have one in their classes.
+    assert 'mask_token' in exported('dinov2', 'official')[2]
 
 
 # What only some layouts have.
@@ -311,7 +360,7 @@ def test_projection_heads_and_the_student_are_left_out_and_named():
 
 def test_heads_beside_a_bare_backbone_are_left_out_too():
     w, params, state_dict, _ = exported('mae', 'official')
-    held = {**state_dict, 'head.weight': np.zeros((10, 32)), 'head.bias': np.zeros(10)}
+    held = {**state_dict, 'head.weight': np.zeros((10, 99)), 'head.bias': np.zeros(10)}
     found = layouts.recognise(held, tiny_weights.hints(w))
     assert found.left_out == ('head.bias', 'head.weight')
     same(layouts.to_ours(found, held), params)

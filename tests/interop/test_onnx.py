@@ -143,7 +143,7 @@ def test_the_sides_and_the_preprocessing_are_those_of_the_encoder(tmp_path):
     assert {p.name for p in out.iterdir()} == NAMES
     found = json.loads((out / 'preprocessor_config.json').read_text())
     assert found['crop_size'] == {'height': 32, 'width': 32}
-    assert '## Images\n\n32 px' in (out / 'README.md').read_text()
+    assert '## Images\n\nshort side 43, central 32 px' in (out / 'README.md').read_text()
 
 
 def test_the_lines_of_the_card_run_in_a_process_without_this_project(trained, out, tmp_path):

@@ -194,7 +194,7 @@ def nan(tree):
 def lost(tmp_path_factory):
     """The workdir of a run with one NaN in its weights."""
     path = tmp_path_factory.mktemp('lost') / 'run'
-    tiny.save(tiny.config(), path, step=2, change=nan)
+    tiny.save(tiny.config(), path, step=2, change=nan, unseen=True)
     return path
 
 
@@ -208,9 +208,7 @@ def huge(tree):
 def test_a_checkpoint_with_nan_is_refused_by_name_in_every_form(lost, to, tmp_path):
     if to == 'onnx':
         pytest.importorskip('onnxruntime')
-    with pytest.raises(
-        errors.UserError, match='step 2 of .* in encoder/blocks/mlp/fc1/kernel; export'
-    ):
+    with pytest.raises(errors.UserError, match='step 2: .*/blocks/mlp/fc1/kernel has NaN'):
         leave(lost, tmp_path / 'out', to)
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ from ssl_jax import cli, methods, sharding, train
 from ssl_jax import config as config_lib
 from ssl_jax import step as step_lib
 from ssl_jax.augment import mixup, photometry
-from ssl_jax.data import host, sources
+from ssl_jax.data import host, loader, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import accuracy
 from ssl_jax.evals import report as evaluate
@@ -205,7 +205,7 @@ def unbroken(tmp_path_factory):
 
 def test_a_restart_continues_to_the_same_bits_with_the_average(unbroken, tmp_path, monkeypatch):
     c, want = unbroken
-    real, left = stream_lib.Stream.__next__, [5]
+    real, left = loader.Stream.__next__, [5]
 
     class Killed(BaseException):
         pass
@@ -217,7 +217,7 @@ def test_a_restart_continues_to_the_same_bits_with_the_average(unbroken, tmp_pat
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream_lib.Stream, '__next__', dying)
+        patch.setattr(loader.Stream, '__next__', dying)
         with pytest.raises(Killed):
             train.train(config(method__ema_decay=0.5, checkpoint__every_steps=2), tmp_path)
     train.train(c, tmp_path)

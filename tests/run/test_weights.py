@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import tiny
+import tiny_weights
 from ssl_jax import methods, sharding, train
 from ssl_jax import step as step_lib
-from ssl_jax.data import stream
-from ssl_jax.interop import export
+from ssl_jax.data import loader
+from ssl_jax.interop import export, files, layouts
 from ssl_jax.models import pos_embed
 from ssl_jax.run import checkpoint, metrics, weights
 
@@ -262,6 +263,46 @@ def test_a_path_without_weights_is_one_sentence(tmp_path):
         assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
+def test_the_words_behind_a_path_start_a_run_from_the_file(tmp_path):
+    w = tiny_weights.weights('vit', 'official')
+    tree = tiny_weights.params(w)
+    files.write(tmp_path / 'vit.safetensors', layouts.to_layout(w, tree)[0])
+    config = tiny.config(method__pos_embed='learned')
+    with pytest.raises(ValueError, match='as in num_heads=12'):
+        start(tmp_path / 'vit.safetensors', config)
+    _, got, lines = start(f'{tmp_path}/vit.safetensors num_heads=4', config)
+    assert same_bits(got['encoder'], tree['encoder'])
+    assert 'at other sizes offset there, bicubic here' in lines[1]
+
+
+@pytest.mark.parametrize('form', ['run', 'other run', 'file', 'sidecar'])
+def test_nan_in_what_a_run_starts_from_is_refused_by_name(tmp_path, form):
+    def broken(params):
+        proj = params['encoder']['blocks']['attn']['proj']
+        proj['bias'] = proj['bias'].at[1, 2].set(np.nan)
+        return params
+
+    path, name = tmp_path / 'run', 'encoder/blocks/attn/proj/bias'
+    fields = {'method__decoder_depth': 2} if form == 'other run' else {}
+    if form == 'sidecar':
+        w = tiny_weights.weights('dinov2', 'timm')
+        tensors, extra = layouts.to_layout(w, tiny_weights.params(w))
+        path.mkdir()
+        files.write(path / files.WEIGHTS, tensors)
+        files.write(path / files.EXTRA, {k: x * np.float32(np.inf) for k, x in extra.items()})
+        path, name = f'{path} num_heads=4', 'encoder/mask_token'
+    elif form == 'file':
+        w = tiny_weights.weights('vit', 'hf')
+        path, name = f'{path}.safetensors num_heads=4', 'encoder.layer.1.attention.output.dense'
+        tensors, _ = layouts.to_layout(w, broken(jax.tree.map(jnp.asarray, tiny_weights.params(w))))
+        files.write(tmp_path / 'run.safetensors', tensors)
+    else:
+        tiny.save(tiny.config(), path, change=broken, unseen=True)
+    with pytest.raises(ValueError, match='NaN or inf') as error:
+        start(path, tiny.config(**fields))
+    assert name in str(error.value) and '\n' not in str(error.value)
+
+
 # Whole runs: the encoder waits, then moves
 
 
@@ -313,7 +354,7 @@ def test_a_run_killed_around_the_switch_continues_to_the_same_bits(
     class Killed(BaseException):
         pass
 
-    real, left = stream.Stream.__next__, [kill + 1]
+    real, left = loader.Stream.__next__, [kill + 1]
 
     def dying(self):
         left[0] -= 1
@@ -323,7 +364,7 @@ def test_a_run_killed_around_the_switch_continues_to_the_same_bits(
 
     config, want, _ = warm
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stream.Stream, '__next__', dying)
+        patch.setattr(loader.Stream, '__next__', dying)
         train.train(config, tmp_path)
     assert tensors(tmp_path)[0] in (kill, kill + 1)
     train.train(config, tmp_path)

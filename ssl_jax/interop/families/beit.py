@@ -4,7 +4,7 @@
 Attention has tables of relative positions (one for all blocks, or one in each), queries and values
 have biases and keys have none, the mask token has one axis more than here. A fine-tuned model has,
 instead of a final norm, the norm of its mean of patches: `fc_norm`, in transformers that of the
-pooler. Here it becomes the final norm, of every token, and a remark says so.
+pooler (`ViT.pooled_norm`).
 
 References:
   microsoft/unilm `beit/modeling_pretrain.py`, `beit/modeling_finetune.py`; transformers
@@ -12,7 +12,6 @@ References:
 """
 
 import math
-import re
 
 import numpy as np
 
@@ -53,7 +52,7 @@ def read(found):
     if not found.ends('.attn.q_bias') and (keys or not found.ends('.query.bias', '.q_proj.bias')):
         return None
     fields = _read_hf(found) if found.hf else _read_official(found)
-    if fields['fc_norm']:
+    if found.hf and fields['vit'].pooled_norm:
         found.take(found.keys.get(f'pooler.layernorm.{k}') for k in ('weight', 'bias'))
     return fields
 
@@ -61,23 +60,20 @@ def read(found):
 def rows(w):
     """The renames; with its words ('full') those of their layer too."""
     if w.layout == 'hf':
-        full = w.what == 'full'
-        prefix = 'beit.' if full else ''
+        prefix = 'beit.' if w.vocab else ''
         found = tables.hf_encoder(w.vit, tables.of_names(BLOCK, w.names), prefix)
-        norm = 'pooler.layernorm.' if w.fc_norm else 'layernorm.'
+        norm = 'pooler.layernorm.' if w.vit.pooled_norm else 'layernorm.'
         found = tables.renamed(found, {f'{prefix}layernorm.': norm})
         modules = {k: f'{prefix}{module}' for k, module in HF[w.names].items()}
     else:
         found = tables.encoder(w.vit)
         found = tables.renamed(found, {'.ls1.gamma': '.gamma_1', '.ls2.gamma': '.gamma_2'})
-        if w.fc_norm:
-            found = [(o, re.sub('^norm', 'fc_norm', k), how) for o, k, how in found]
         modules = OFFICIAL
     found = [row for old in found for row in _changed(w, *old)]
     if w.vit.rel_pos:
         path = 'rel_pos_bias' if w.vit.rel_pos == 'shared' else 'blocks/attn/rel_pos_bias'
         found.append((f'encoder/{path}', f'{modules[w.vit.rel_pos]}.{TABLE}', 'same'))
-    return found + (tables.linear('head', 'lm_head') if w.what == 'full' else [])
+    return found + (tables.linear('head', 'lm_head') if w.vocab else [])
 
 
 def _changed(w, path, key, how):
@@ -141,7 +137,7 @@ def refusals(w):
 
 
 def hf_class(w):
-    return 'BeitForMaskedImageModeling' if w.what == 'full' else 'BeitModel'
+    return 'BeitForMaskedImageModeling' if w.vocab else 'BeitModel'
 
 
 def hf_config(w):
@@ -156,7 +152,7 @@ def hf_config(w):
         use_relative_position_bias=v.rel_pos == 'layer',
         layer_scale_init_value=float(v.layer_scale or 0),
         # Then BeitModel has no final norm: its pooler has it, or the masked model outside of it.
-        use_mean_pooling=w.fc_norm or w.what == 'full',
+        use_mean_pooling=v.pooled_norm or w.what == 'full',
     )
     return config if w.vocab is None else dict(config, vocab_size=w.vocab)
 
@@ -170,7 +166,7 @@ def timm_model(w):
         use_shared_rel_pos_bias=v.rel_pos == 'shared',
         init_values=v.layer_scale,
         global_pool='avg',
-        use_fc_norm=False,  # the final norm is before pooling, on every token
+        use_fc_norm=v.pooled_norm,
     )
     return f'beit_{size}_patch16_224', {**plain.timm_args(v), **args}
 
@@ -197,9 +193,11 @@ def _read_official(found):
             scale='.gamma_1',
             norm=('norm.weight', 'fc_norm.weight'),
         ),
+        'linear' if timm else 'spline',
     )
     if timm:
-        fields['vit'] = fields['vit'].clone(mask_token=True)  # of the sidecar, else zero
+        # The mask token is that of the sidecar, else zero.
+        fields['vit'] = fields['vit'].clone(mask_token=True, pos_resize='antialias')
     return dict(fields, layout='timm' if timm else 'official')
 
 
@@ -220,11 +218,12 @@ def _read_hf(found):
             scale='.lambda_1',
             norm=('layernorm.weight', 'pooler.layernorm.weight'),
         ),
+        'bilinear',
     )
     return dict(fields, layout='hf', names=names)
 
 
-def _read(found, modules, stack, name):
+def _read(found, modules, stack, name, resize):
     """Fields of `layouts.Weights` but for the layout."""
     have, hints = found.have, found.hints
     dim, patch = shapes.patch_embed(have, name['patch'])
@@ -244,6 +243,8 @@ def _read(found, modules, stack, name):
         raise errors.UserError(shapes.absent(f'{modules["shared"]}.{TABLE}', have))
     scaled = any(k.endswith(name['scale']) for k in have)
     start = hints.get('layer_scale_init_value', hints.get('layerscale_value', 1.0))
+    norm, fc_norm = name['norm']
+    pooled = fc_norm in have and norm not in have
     vit = vit_lib.ViT(
         embed_dim=dim,
         depth=depth,
@@ -257,20 +258,18 @@ def _read(found, modules, stack, name):
         layer_scale=float(start) if scaled else None,
         mask_token=name['mask'] in have,
         init_scheme='beit',
-        eps=float(hints.get('layer_norm_eps', 1e-6)),
+        eps=shapes.eps(hints),
+        rel_resize=resize,
+        pooled_norm=pooled,
     )
-    norm, fc_norm = name['norm']
-    pooled = fc_norm in have and norm not in have
     if pooled:
         kind = f'{fc_norm.removesuffix(".weight")}, of the mean of patches'
         found.remarks.append(
-            f'There is no final norm but {kind}: it is applied to every token here.'
+            f'There is no final norm but {kind}: so are pooled features, and tokens have none.'
         )
     vocab = have['lm_head.weight'][0] if len(have.get('lm_head.weight', ())) == 2 else None
     full = vocab is not None and norm in have
-    return dict(
-        what='full' if full else 'backbone', vit=vit, vocab=vocab if full else None, fc_norm=pooled
-    )
+    return dict(what='full' if full else 'backbone', vit=vit, vocab=vocab if full else None)
 
 
 def _side(key, shape):

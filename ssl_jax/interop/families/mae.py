@@ -5,7 +5,7 @@ References:
   MAE `models_mae.py`; transformers `models/vit_mae`.
 """
 
-from ssl_jax.interop import shapes, tables
+from ssl_jax.interop import shapes, stated, tables
 from ssl_jax.interop.families import vit as plain
 from ssl_jax.models.decoder import Decoder
 
@@ -36,7 +36,7 @@ def read(found):
 
 
 def rows(w):
-    if w.what == 'backbone':
+    if w.decoder is None:
         return plain.rows(w)
     return hf_rows(w, w.names) if w.layout == 'hf' else pretraining_rows(w)
 
@@ -87,12 +87,12 @@ def refusals(w):
 
 
 def hf_class(w):
-    return 'ViTMAEForPreTraining' if w.what == 'full' else 'ViTModel'
+    return 'ViTModel' if w.decoder is None else 'ViTMAEForPreTraining'
 
 
 def hf_config(w):
     config = plain.hf_config(w)
-    if w.what == 'full':
+    if w.decoder is not None:
         d = w.decoder
         config.update(
             model_type='vit_mae',
@@ -111,14 +111,12 @@ def method(w, hints):
     """The method 'mae'; HF's config says what its decoder predicts, else it is MAE's default."""
     if w.decoder is None:
         return None
-    d, more = w.decoder, {}
-    if 'norm_pix_loss' in hints:
-        more['norm_pix_loss'] = bool(hints['norm_pix_loss'])
+    d = w.decoder
     return 'mae', dict(
         num_cls_tokens=w.vit.num_cls_tokens,
         pos_embed=w.vit.pos_embed,
         decoder_embed_dim=d.embed_dim,
         decoder_depth=d.depth,
         decoder_num_heads=d.num_heads,
-        **more,
+        **stated.pixel_loss(hints),
     )

@@ -66,7 +66,7 @@ def refusals(w):
 
 
 def hf_class(w):
-    return 'ViTMAEForPreTraining' if w.what == 'full' else 'PixioModel'
+    return 'PixioModel' if w.decoder is None else 'ViTMAEForPreTraining'
 
 
 def hf_config(w):

@@ -21,8 +21,15 @@ def owns(vit, decoder=None):
 
 def read(found):
     vit, layout = shapes.encoder(found)
-    if layout == 'timm':
-        vit = vit.clone(pos_resize='antialias')  # no official code but timm's
+    dino = vit.num_cls_tokens == 1 and vit.pos_embed == 'learned' and not vit.pooled_norm
+    if layout == 'official' and dino and 'head.weight' not in found.have:
+        vit = vit.clone(pos_resize='offset')
+        if not vit.mask_token and 'pos_resize' not in found.hints:
+            found.remarks.append(
+                f'The file does not say what code it is of: at other sizes than {vit.img_size} px '
+                f'positions are resized as DINO and iBOT do (pos_resize=offset); for weights of '
+                f'MAE or DeiT give pos_resize=bicubic, of timm pos_resize=antialias.'
+            )
     return dict(layout=layout, vit=vit, names='memory' if found.is_memory else 'hub')
 
 
@@ -30,7 +37,12 @@ def rows(w):
     if w.layout == 'hf':
         found = tables.hf_encoder(w.vit, tables.of_names(tables.HF_VIT, w.names))
         return [row for row in found if row[0] != 'encoder/mask_token']
-    return tables.timm_encoder(w.vit) if w.layout == 'timm' else tables.encoder(w.vit)
+    if w.layout == 'timm':
+        return tables.timm_encoder(w.vit)
+    # The classes of MAE and DINO, and iBOT's outside its training, have no mask token.
+    plain = w.vit.layer_scale is None
+    found = tables.encoder(w.vit)
+    return [row for row in found if not plain or row[0] != 'encoder/mask_token']
 
 
 def refusals(w):
@@ -59,6 +71,11 @@ def vit_model_refusal(w):
     v = w.vit
     if v.num_cls_tokens != 1:
         return f'transformers has no class for {described(w)}'
+    if v.pooled_norm:
+        return (
+            "transformers' ViTModel normalises every token, and this fine-tuned encoder the mean "
+            'of its patches'
+        )
     if v.num_register_tokens or v.ffn != 'mlp' or v.layer_scale is not None:
         return (
             f'transformers has ViTModel for a {w.family} encoder, without registers, SwiGLU and '
@@ -121,6 +138,8 @@ def timm_args(vit):
         num_heads=vit.num_heads,
         mlp_ratio=vit.mlp_ratio,
     )
+    if vit.pooled_norm:
+        args.update(global_pool='avg', fc_norm=True)
     if vit.layer_scale is not None:
         args['init_values'] = vit.layer_scale
     if vit.num_register_tokens:
