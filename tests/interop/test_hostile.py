@@ -116,6 +116,14 @@ PICKLES = {
     b'' + b'cpathlib\nPosixPath\nq\1' + b'h\1h\0R0' * 50_000 + b'.',
     'a list within itself': b'\x80\x02]q\0h\0a.',
     'a dict within itself': b'\x80\x02}q\0' + text('model') + b'h\0s.',
+    'dicts that name dicts': b'\x80\x02'
+    + b''.join(
+        b'}q%c(' % i
+        + b''.join(b'M%bh%c' % (struct.pack('<H', k), max(i - 1, 0)) for k in range(9999))
+        + b'u'
+        for i in range(4)
+    )
+    + b'.',
     'a deep list': b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.',
     'a declared LONG4': b'\x80\x02\x8b\xff\xff\xff\x7f\1.',
     'a long LONG4': named(b'\x8b' + struct.pack('<i', 10**6) + b'\1' * 10**6),
