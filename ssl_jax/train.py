@@ -24,7 +24,7 @@ from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.evals import features, pictures
-from ssl_jax.run import checkpoint, errors, launch, metrics, preempt, start
+from ssl_jax.run import checkpoint, errors, launch, metrics, peers, preempt, start
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 from ssl_jax.run.launch import log
@@ -60,12 +60,13 @@ def train(config, workdir) -> dict:
     workdir, started = epath.Path(workdir), time.monotonic()
     if config.compile_cache:
         launch.enable_compile_cache()
-    with workdir_lib.lock(workdir), preempt.Preemption() as stop:
+    with peers.announced(), workdir_lib.lock(workdir), preempt.Preemption() as stop:
         is_new = start.stored(workdir) is None
         if config.infer or methods.get(config.method.name).follows:  # fields are left to decide
             config = start.continued(config, workdir)
         source = sources.open_source(config.data.train)
         config = start.complete(config, source, is_new)
+        start.compare(config, source, workdir)
         tasks = evals.load(config.eval.tasks)
         clock = clock_lib.Clock.of(config, len(source))
         method = methods.make(config, clock)
@@ -76,7 +77,7 @@ def train(config, workdir) -> dict:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
         )
-        with jax.set_mesh(program.mesh), contextlib.closing(saved):
+        with jax.set_mesh(program.mesh), contextlib.closing(saved), peers.announced():
             look = evals.Look.of(
                 config, method, program.mesh, workdir, source, lambda: stop.requested
             )
@@ -140,6 +141,7 @@ def loop(run: Run, state, started: float) -> dict:
     result, suspected = {'preempted': False}, None
     try:
         if first < total:
+            peers.at('compiling')
             with writer.timers('compile'):
                 lowered = run.program.step.lower(run.program.abstract, run.program.batch)
                 step_fn = preempt.run_interruptible(lowered.compile, run.stop)
@@ -148,6 +150,7 @@ def loop(run: Run, state, started: float) -> dict:
         if launch.main_says(due and not metrics.has_evaluation(run.workdir, first)):
             evaluate(run, state, first)
         for step in range(first, total):
+            peers.at(f'step {step}')
             if run.stop.agreed(step):
                 raise preempt.Stopped
             with writer.timers('data'), run.stop.interrupts():
@@ -184,7 +187,7 @@ def loop(run: Run, state, started: float) -> dict:
         save(run, state)  # it is finite
         raise
     except stream_lib.TooManyBadImages:
-        if jax.process_count() == 1:  # other processes do not know and would wait
+        if jax.process_count() == 1:  # else the others are at another step
             save(run, state)
         raise
     finally:
@@ -199,6 +202,7 @@ def loop(run: Run, state, started: float) -> dict:
 
 def save(run: Run, state) -> None:
     """Starts to save the state, after its metrics are on disk."""
+    peers.at(f'saving step {int(state.step)}')
     with run.writer.timers('save'):
         run.writer.flush()
         meta = dict(
@@ -209,6 +213,7 @@ def save(run: Run, state) -> None:
 
 def evaluate(run: Run, state, step: int) -> None:
     """Runs the evaluations; stopped in between, they leave no row and the restart repeats them."""
+    peers.at(f'evaluating step {step}')
     with run.writer.timers('eval'), contextlib.suppress(features.Stopped):
         with run.stop.interrupts():
             rows = evals.run(run.tasks, run.look, state, step)
@@ -237,16 +242,18 @@ def main(argv=None):
     unknown = [flag for flag in rest if not flag.startswith('--config.')]
     if unknown:
         parser.error(f'unknown flag {unknown[0]}; fields are set as --config.batch_size=256.')
-    launch.initialize_distributed()
+    with errors.in_a_sentence('ssl_jax'):
+        launch.initialize_distributed()
     command(args.config, overrides, args.workdir)
 
 
 def command(recipe, overrides, workdir):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
-    with errors.in_a_sentence('ssl_jax'):
+    with errors.in_a_sentence('ssl_jax'), peers.announced():
         config = start.continued(config_lib.load(recipe, overrides), workdir)
         result = train(config, workdir)
     if result['preempted']:
+        launch.leave()
         preempt.exit_now(0)
 
 

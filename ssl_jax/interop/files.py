@@ -11,20 +11,25 @@ mean is up to `layouts`.
 import collections.abc
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import pathlib
-import zipfile
 
 import numpy as np
 import safetensors
 
-from ssl_jax.interop import torch_pickle
+from ssl_jax.interop import npz, torch_pickle
+from ssl_jax.interop import stored as stored_lib
 from ssl_jax.run import errors, hashing, storage
 
 WEIGHTS = 'model.safetensors'
 EXTRA = 'ssl_jax_extra.safetensors'
+# Limits, so that no file costs much more than a second, or memory, before it is refused.
+JSON_BYTES = 4 << 20
+HEADER_BYTES = 2 << 20  # of safetensors: room for 20,000 tensors
+SHARDS = 1000
 INDEXES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.npz')
 DTYPES = {name: dtype for (_, _, name), dtype in torch_pickle.DTYPES.items()}
@@ -40,7 +45,7 @@ OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 class Tensors(collections.abc.Mapping):
     """name -> numpy array; a new copy in float32 (floats) each time a name is asked for."""
 
-    def __init__(self, stored: dict[str, torch_pickle.Stored]):
+    def __init__(self, stored: dict[str, stored_lib.Stored]):
         self.stored = stored
 
     def __getitem__(self, name):
@@ -97,7 +102,8 @@ def read(path, part: str = '') -> File:
         raise errors.UserError(f'{path} is not local; copy it to a disk first.')
     path = pathlib.Path(path)
     if not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        names = (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ()
+        beside = list(itertools.islice(names, 1000))
         near = errors.close(path.name, beside)
         raise errors.UserError(
             f'there is nothing at {path}{f"; did you mean {near[0]}?" if near else "."}'
@@ -165,9 +171,14 @@ def _files(folder):
         if not index.exists():
             continue
         shards = _json(folder, index.name).get('weight_map')
-        if not isinstance(shards, dict):
+        if not isinstance(shards, dict) or not shards:
             raise errors.UserError(f'{index} has no weight_map; download it again.')
-        paths = tuple(folder / str(name) for name in sorted(set(shards.values())))
+        paths = tuple(folder / name for name in sorted({_shard(index, x) for x in shards.values()}))
+        if len(paths) > SHARDS:
+            raise errors.UserError(
+                f'{index} names {len(paths):,} shards, more than the {SHARDS:,} that are read; '
+                f'download it again.'
+            )
         if absent := [p.name for p in paths if not p.exists()]:
             raise errors.UserError(f'{folder} lacks the shard {absent[0]} that {index.name} names.')
         return paths
@@ -185,8 +196,22 @@ def _files(folder):
     return tuple(paths)
 
 
+def _shard(index, name):
+    """The name of a file beside the index: a path could lead out of the folder."""
+    text = name if isinstance(name, str) else ''
+    plain = text == os.path.basename(text) and text.isprintable()
+    if not plain or not text.endswith(SUFFIXES):
+        raise errors.UserError(
+            f'{index} names the shard {stored_lib.show(name)!r}, which is no file of weights in '
+            f'the same folder; download it again.'
+        )
+    return text
+
+
 def _read_one(path, part):
     """(name -> Stored, metadata, taken, others) of one file, known by its first bytes."""
+    if not stored_lib.check_file(path):
+        raise errors.UserError(f'{path} is damaged: it is empty; download or copy it again.')
     with open(path, 'rb') as file:
         start = file.read(16)
     if start.startswith(torch_pickle.LEGACY):
@@ -196,7 +221,7 @@ def _read_one(path, part):
             f"'new.pth')."
         )
     if path.suffix == '.npz':
-        return _npz(path), {}, '', ()
+        return npz.load(path), {}, '', ()
     if start.startswith(b'PK'):
         tree = torch_pickle.load(path)
         parts = _parts(tree)
@@ -217,36 +242,35 @@ def _read_one(path, part):
 
 def _safetensors(path):
     """(name -> Stored, metadata)."""
+    size = stored_lib.check_file(path)
+    with open(path, 'rb') as file:
+        header = int.from_bytes(file.read(8), 'little')
+    if HEADER_BYTES < header < size:
+        raise errors.UserError(
+            f'{path} describes its tensors in {header:,} bytes, more than the {HEADER_BYTES:,} '
+            f'that are read; save the weights alone.'
+        )
+    stored = {}
     try:
         file = safetensors.safe_open(path, 'numpy')
-    except safetensors.SafetensorError as error:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            part = file.get_slice(name)
+            kind, shape = part.get_dtype(), tuple(part.get_shape())
+            if kind not in DTYPES:
+                raise errors.UserError(
+                    f'{path} holds {stored_lib.show(name)} as {kind}, which is not read; known: '
+                    f'{", ".join(DTYPES)}.'
+                )
+            stored_lib.check_shape(shape, DTYPES[kind], size)
+            read = functools.partial(file.get_tensor, name)
+            stored[name] = stored_lib.Stored(shape, DTYPES[kind], read)
+        return stored, file.metadata() or {}
+    except errors.UserError:
+        raise
+    except (safetensors.SafetensorError, ValueError) as error:
         raise errors.UserError(
-            f'{path} is damaged or truncated ({error}); download or copy it again.'
+            f'{path} is damaged or truncated ({stored_lib.show(error)}); download or copy it again.'
         ) from error
-    stored = {}
-    for name in file.keys():  # noqa: SIM118, it is no mapping
-        part = file.get_slice(name)
-        kind = part.get_dtype()
-        if kind not in DTYPES:
-            raise errors.UserError(
-                f'{path} holds {name} as {kind}, which is not read; known: {", ".join(DTYPES)}.'
-            )
-        read = functools.partial(file.get_tensor, name)
-        stored[name] = torch_pickle.Stored(tuple(part.get_shape()), DTYPES[kind], read)
-    return stored, file.metadata() or {}
-
-
-def _npz(path):
-    """name -> Stored of a numpy archive; it is read whole."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise errors.UserError(
-            f'{path} is damaged, or holds Python objects, which are not read ({error}); save '
-            f'plain arrays.'
-        ) from error
-    return {k: torch_pickle.Stored(x.shape, x.dtype, lambda x=x: x) for k, x in arrays.items()}
 
 
 def _parts(tree, prefix='', depth=3):
@@ -256,7 +280,7 @@ def _parts(tree, prefix='', depth=3):
         if isinstance(value, dict) and depth and key not in OPTIMIZER:
             name = f'{prefix}{key}'
             inner = _parts(value, f'{name}/', depth - 1)
-            if inner or sum(isinstance(x, torch_pickle.Stored) for x in value.values()) > 1:
+            if inner or sum(isinstance(x, stored_lib.Stored) for x in value.values()) > 1:
                 found |= {name: value, **inner}
     return found
 
@@ -268,13 +292,13 @@ def _unwrap(tree, path, taken=()):
             f'{path} holds a {type(tree).__name__} and no weights by name; save the state_dict() '
             f'of the model.'
         )
-    stored = {k: v for k, v in tree.items() if isinstance(v, torch_pickle.Stored)}
+    stored = {k: v for k, v in tree.items() if isinstance(v, stored_lib.Stored)}
     inner = next((k for k in WRAPPERS if isinstance(tree.get(k), dict)), None)
     if inner and len(taken) < 3:
         return _unwrap(tree[inner], path, (*taken, inner))
     if stored:
         return {str(k): v for k, v in stored.items()}, '/'.join(taken)
-    keys = [str(k) for k in tree]
+    keys = [stored_lib.show(k) for k in tree if not isinstance(k, torch_pickle.Opaque)]
     if any(k in OPTIMIZER for k in keys):
         raise errors.UserError(
             f'{path} holds the state of an optimizer ({", ".join(keys[:5])}) and no weights; give '
@@ -293,8 +317,8 @@ def _strip(stored, path, taken, others, part):
     flat = next((name for name in out if '_flat_param' in name), None)
     if flat:
         raise errors.UserError(
-            f'{path} is the part of one process of an FSDP run ({flat}); gather the full state '
-            f'dict there and save that.'
+            f'{path} is the part of one process of an FSDP run ({stored_lib.show(flat)}); gather '
+            f'the full state dict there and save that.'
         )
     asked = part and part not in (taken, *taken.split('/'))
     # Where one dict has both, the teacher.
@@ -327,9 +351,18 @@ def _json(folder, name):
     """A JSON object of a folder, {} if there is no such file."""
     if folder is None or not (folder / name).exists():
         return {}
+    size = stored_lib.check_file(folder / name)
+    if size > JSON_BYTES:
+        raise errors.UserError(
+            f'{folder / name} has {size:,} bytes, more than the {JSON_BYTES:,} that are read; '
+            f'download it again.'
+        )
     try:
-        return dict(json.loads((folder / name).read_text()))
-    except (ValueError, TypeError) as error:
+        found = json.loads((folder / name).read_bytes())
+        if not isinstance(found, dict):
+            raise TypeError(f'a {type(found).__name__}')
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
         raise errors.UserError(
             f'{folder / name} is not a JSON object; download it again.'
         ) from error

@@ -2,6 +2,7 @@
 """Processes and devices of a run: joining hosts, agreement between them, hardware."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -10,6 +11,10 @@ from typing import TextIO
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from ssl_jax.run import errors, peers
+
+VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 # Dense bfloat16 TFLOP/s of one jax device, by the prefix of its device_kind; the longest match
 # counts. From the vendors' data sheets. A v2, v3 or 7x chip appears as two devices.
@@ -38,17 +43,55 @@ def initialize_distributed() -> None:
     """Joins the other hosts of a pod: nothing to do on one host, no arguments on Cloud TPU.
 
     Elsewhere it reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+      UserError: they contradict each other, or the processes do not find each other.
     """
-    env = os.environ
-    if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
-        jax.distributed.initialize(
-            env['JAX_COORDINATOR_ADDRESS'],
-            int(env['JAX_NUM_PROCESSES']),
-            int(env['JAX_PROCESS_ID']),
-            initialization_timeout=int(env.get('SSL_JAX_INIT_TIMEOUT', 300)),
+    timeout = _number('SSL_JAX_INIT_TIMEOUT', 300)
+    unset = [name for name in VARIABLES if name not in os.environ]
+    if not unset:
+        address, count, index = (os.environ[VARIABLES[0]], *map(_number, VARIABLES[1:]))
+        if not count:
+            raise errors.UserError(f'{VARIABLES[1]} is 0: set it to 1 or more.')
+        if not index < count:
+            raise errors.UserError(
+                f'JAX_PROCESS_ID is {index} and JAX_NUM_PROCESSES is {count}: number the processes '
+                f'from 0 to {count - 1}.'
+            )
+    elif os.environ.get('JAX_PLATFORMS') != 'cpu' and _is_tpu_vm():
+        # As jax.distributed.initialize() finds them by itself; the links need them first.
+        try:
+            detect = importlib.import_module('jax._src.clusters').ClusterEnv
+            address, count, index, _ = detect.auto_detect_unset_distributed_params(
+                os.environ.get(VARIABLES[0]), None, None, None, None, timeout
+            )
+        except (ImportError, AttributeError, TypeError):  # private to jax: another release
+            address = count = index = None
+        if None in (address, count, index):
+            return jax.distributed.initialize()
+    elif len(unset) == len(VARIABLES):
+        return None
+    else:
+        raise errors.UserError(
+            f'{unset[0]} is not set: a run of several processes needs {", ".join(VARIABLES)} in '
+            f'each; unset them all for a run of one.'
         )
-    elif env.get('JAX_PLATFORMS') != 'cpu' and _is_tpu_vm():
-        jax.distributed.initialize()  # jax finds the other hosts by itself
+    peers.join(address, count, index, timeout)
+    jax.distributed.initialize(address, count, index, initialization_timeout=timeout)
+
+
+def leave() -> None:
+    """Leaves a run of several processes, when all do; to call before os._exit, with code 0."""
+    peers.leave()
+    jax.distributed.shutdown()
+
+
+def _number(name, default=None):
+    """A variable of the environment that counts."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise errors.UserError(f"{name} is '{text}': set it to a number.")
+    return int(text)
 
 
 def _is_tpu_vm():

@@ -19,7 +19,7 @@ from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.interop import files
 from ssl_jax.methods import base
-from ssl_jax.run import checkpoint, checksums, errors, launch, storage, weights
+from ssl_jax.run import checkpoint, checksums, errors, launch, peers, storage, weights
 from ssl_jax.run.launch import log
 
 
@@ -99,6 +99,15 @@ def complete(config: ConfigDict, source: Any, is_new: bool = True) -> ConfigDict
         config.method.update(values)
     config_lib.validate(config)
     return config
+
+
+def compare(config: ConfigDict, source: Any, workdir: epath.Path) -> None:
+    """Checks that all processes run the same, before a collective waits for one that does not."""
+    versions = {name: importlib.metadata.version(name) for name in ('ssl_jax', 'jax')}
+    flat = config_lib.flatten(config)
+    flat.pop('overrides')  # the same values may be written in two ways
+    images = source.fingerprint.partition('+')[0]  # copies on two hosts have other times
+    peers.compare({**flat, 'workdir': str(workdir), 'images': images, **versions})
 
 
 def banner(config, source, method, program, workdir) -> None:

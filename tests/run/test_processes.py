@@ -301,14 +301,67 @@ def test_loss_and_update_on_two_processes_are_those_of_one(tmp_path):
         np.testing.assert_allclose(two[name] / scale, want / scale, 0, atol, err_msg=name)
 
 
+# Two processes as the command runs them; at batch 4, process ME does ACT.
+COMMAND = """
+    import os, signal
+    import tiny
+    from ssl_jax import config, train
+    from ssl_jax.data import stream
+    from ssl_jax.run import launch
+    launch.initialize_distributed()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests takes it away
+    me = int(os.environ['JAX_PROCESS_ID'])
+    real, batches = stream.BadImages.update, []
+
+    def update(self, batch):
+        batches.append(0)
+        if len(batches) == 4 and me == {who}:
+            {act}
+        return real(self, batch)
+
+    stream.BadImages.update = update
+    config.recipe = lambda *_: tiny.config(total_steps=400, checkpoint__every_steps=2, {fields})
+    train.command('tiny', [], {workdir!r})
+"""
+
+
+def commands(workdir, who=0, act='pass', fields=''):
+    """[(exit code, output)] of two processes of one device."""
+    code = COMMAND.format(workdir=str(workdir), who=who, act=act, fields=fields)
+    return [finish(p) for p in twice(code, 1)]
+
+
+def test_too_many_bad_images_of_one_process_end_both(tmp_path):
+    found = commands(tmp_path, 1, "raise stream.TooManyBadImages('9 images cannot be decoded.')")
+    assert [code for code, _ in found] == [1, 1], found
+    assert found[1][1].endswith('\nssl_jax: 9 images cannot be decoded.\n')
+    text = '\nssl_jax: process 1 ended (step 3): 9 images cannot be decoded.\n'
+    assert found[0][1].endswith(text), found
+
+
+def test_configs_that_differ_are_found_before_the_first_step(tmp_path):
+    found = commands(tmp_path, fields="batch_size=8 * (1 + int(os.environ['JAX_PROCESS_ID']))")
+    assert [code for code, _ in found] == [1, 1], found
+    text = 'process 1 has batch_size=16 and process 0 has 8: start all processes with the same'
+    assert all(text in out and 'compiled' not in out for _, out in found), found
+
+
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_ends_both_with_a_checkpoint(tmp_path):
-    processes = two_processes(tmp_path, 'total_steps=400', each=1)
-    for line in processes[0].stdout:
-        if line.startswith('step 1/400'):
-            processes[1].send_signal(signal.SIGTERM)
-            break
-    found = [finish(p) for p in processes]
-    assert all(code == 0 for code, _ in found), found
-    assert 'stopped on request' in found[0][1]
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_is_killed_ends_the_other_with_a_sentence(tmp_path, victim):
+    found = commands(tmp_path, victim, 'os.kill(os.getpid(), signal.SIGKILL)')
+    assert found[victim][0] == -signal.SIGKILL
+    code, out = found[1 - victim]
+    assert code == 1 and 'Check failure stack trace' not in out, out
+    assert out.splitlines()[-1].startswith(f'ssl_jax: process {victim} is gone'), out
     assert any((tmp_path / 'checkpoints').iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGINT'])
+@pytest.mark.parametrize('who', [0, 1])
+def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(tmp_path, who, name):
+    found = commands(tmp_path, who, f'os.kill(os.getpid(), signal.{name})')
+    assert [code for code, _ in found] == [0, 0], found
+    step = re.search(r'stopped on request at step (\d+)', found[0][1]).group(1)
+    assert (tmp_path / 'checkpoints' / step).exists()
