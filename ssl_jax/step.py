@@ -67,7 +67,8 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
       tx: optax transformation with the values of `schedule` as extra arguments, see `optim.make`.
       schedule: step -> dict of learning rate and others, see `optim.schedule`.
       seed: of the run.
-      accum_steps: micro-batches per step; gradients are averaged over them.
+      accum_steps: micro-batches per step; gradients, metrics and changes of extra are averaged
+        over them, so that extra moves once per step.
     """
 
     def step(state, batch):
@@ -78,31 +79,25 @@ def make_step(method, tx, schedule, *, seed, accum_steps=1):
         grad_fn = jax.value_and_grad(method.loss, has_aux=True)
 
         if accum_steps == 1:
-            (loss, (extra, metrics)), grads = grad_fn(
-                state.params, state.extra, batch, rng, state.step
-            )
+            found, grads = grad_fn(state.params, state.extra, batch, rng, state.step)
         else:
 
-            def micro(carry, part):
-                extra, total = carry
-                (loss, (extra, metrics)), grads = grad_fn(
-                    state.params, extra, part, rng, state.step
-                )
-                return (extra, jax.tree.map(jnp.add, total, grads)), (loss, metrics)
+            def micro(total, part):
+                found, grads = grad_fn(state.params, state.extra, part, rng, state.step)
+                return jax.tree.map(jnp.add, total, grads), found
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            (extra, grads), (loss, metrics) = jax.lax.scan(
-                micro, (state.extra, zeros), _microbatches(batch, accum_steps)
-            )
+            grads, found = jax.lax.scan(micro, zeros, _microbatches(batch, accum_steps))
             grads = jax.tree.map(lambda g: g / accum_steps, grads)
-            loss, metrics = jax.tree.map(lambda x: x.mean(axis=0), (loss, metrics))
+            found = jax.tree.map(lambda x: x.mean(axis=0), found)
+        loss, (changes, metrics) = found
 
         with jax.named_scope('optimizer'):  # a name for plans and profiles
             grad_norm = optim.grad_norm(grads)
             now = schedule(state.step)
             updates, opt_state = tx.update(grads, state.opt_state, state.params, **now)
             params = optax.apply_updates(state.params, updates)
-            extra = method.after_update(params, extra, state.step)
+            extra = method.after_update(params, {**state.extra, **changes}, state.step)
 
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             old = (state.params, state.opt_state, state.extra)

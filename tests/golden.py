@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssl_jax.objectives import losses
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -99,6 +101,22 @@ def load(stem):
     if not path.exists():
         pytest.skip(f'{path} is not there')
     return File(path)
+
+
+def pos_resize(h):
+    """Our name for the rule by which the official backbone resizes positions."""
+    rule = (h['interpolate_antialias'], h['interpolate_offset'])
+    return {(True, 0.0): 'antialias', (False, 0.1): 'offset', (False, 0.0): 'bicubic'}[rule]
+
+
+def student_temp(f):
+    """The student's temperature, the official default where the file does not say."""
+    return f.hyper.get('student_temp', 0.1)
+
+
+def move(f, center, mean):
+    """The centre moved by the mean of a batch, at the file's momentum or the official default."""
+    return losses.update_center(center, mean, f.hyper.get('center_momentum', 0.9))
 
 
 def ibot_weights(mask):

@@ -248,7 +248,11 @@ class Method:
         return {}, []
 
     def loss(self, params: Params, extra: dict, batch: dict, rng: jax.Array, step: jax.Array):
-        """(loss, (extra, metrics)) of a micro-batch.
+        """(loss, (changes, metrics)) of a micro-batch.
+
+        The changes are entries for `extra`, {} if none. All micro-batches of a step start from the
+        same `extra`; the mean of their changes is put into it before `after_update`. So a change is
+        a mean over the batch, or a moving average with such a mean.
 
         Args:
           batch: uint8 crops per view, and 'row', int32 (B,); randomness is a function of rng and
@@ -257,7 +261,13 @@ class Method:
         raise TypeError(f'{type(self).__name__} defines no loss')
 
     def after_update(self, params: Params, extra: dict, step: jax.Array) -> dict:
-        """`extra` after an optimizer update: moving averages."""
+        """`extra` of the next step: moving averages.
+
+        Args:
+          params: after the optimizer update.
+          extra: of this step, with the changes by `loss`; entries that are not in `init` are
+            removed here.
+        """
         del params, step
         return extra
 

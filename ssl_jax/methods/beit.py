@@ -173,19 +173,19 @@ class Words(base.OneView):
         return images
 
     def targets(self, extra, images):
-        """(targets of all patches, new extra, statistics): words (B, N), or pixels (B, N, p*p*3).
+        """(targets, changes of extra, statistics): words (B, N), or pixels (B, N, p*p*3).
 
         The statistics use a running mean of the frequencies over about 100 batches: those of one
         small batch look more uneven than they are.
         """
         if self.tok is None:
             pixels = patches_lib.patchify(photometry.normalize(images), self.patch_size)
-            return patches_lib.normalize_patches(pixels), extra, {}
+            return patches_lib.normalize_patches(pixels), {}, {}
         words = words_lib.tokens(self.tok, extra['codebook'], images / 255.0)
         now = words_lib.count(words, self.vocab) / words.size
         frequency = KEPT * extra['word_frequency'] + (1 - KEPT) * now
-        new = {**extra, 'word_frequency': jax.lax.stop_gradient(frequency)}
-        return words, new, words_lib.statistics(new['word_frequency'])
+        frequency = jax.lax.stop_gradient(frequency)
+        return words, {'word_frequency': frequency}, words_lib.statistics(frequency)
 
     def inpaint(self, params, tokens, targets, valid=None):
         """(mean loss, accuracy) of predicting `targets` from tokens (B, M, D), where `valid`.
@@ -307,12 +307,12 @@ class BEiT(Words):
         del step
         augment_rng, mask_rng, drop_rng = jax.random.split(rng, 3)
         images = self.augment(batch, augment_rng)
-        targets, extra, stats = self.targets(extra, images)
+        targets, changes, stats = self.targets(extra, images)
         mask = self.masks(photometry.sample_keys(mask_rng, batch['row']))
         drop_keys = photometry.sample_keys(drop_rng, batch['row'])
         images = photometry.normalize(images)
         loss, metrics = self.objective(params, images, mask, targets, drop_keys)
-        return loss, (extra, {**metrics, **self.metrics(loss, stats)})
+        return loss, (changes, {**metrics, **self.metrics(loss, stats)})
 
     def masks(self, keys):
         """Masks (B, N) of keys (B,), true where a patch is hidden."""

@@ -273,7 +273,7 @@ class Classifier(base.OneView):
         loss = losses.cross_entropy(targets, logits, 1.0).mean()
         # Of mixed images: whether the prediction is the class with the largest share.
         hits = logits.argmax(axis=-1) == targets.argmax(axis=-1)
-        return loss, (extra, {'train_acc': hits.mean()})
+        return loss, ({}, {'train_acc': hits.mean()})
 
     def after_update(self, params, extra, step):
         """ema <- d ema + (1 - d) params."""

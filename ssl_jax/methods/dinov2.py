@@ -361,7 +361,7 @@ class DINOv2(base.Method):
           taken: `masking.Masked`, patches of iBOT's loss if they are not those of `masks`.
 
         Returns:
-          loss, (extra with new centres, metrics). The terms in the metrics include their weights
+          loss, (rows for `with_centers`, metrics). The terms in the metrics include their weights
           and add up to the loss. (The official log shows half of the iBOT and KoLeo terms.)
         """
         size = global_crops.shape[0]
@@ -369,7 +369,7 @@ class DINOv2(base.Method):
         if masks is not None:
             masked = masks.reshape(groups, -1, masks.shape[-1])  # (G, 2B/G, N)
             taken = masking.masked_indices(masked, self.upper_bound(masked.shape[1]))
-        targets, new_extra, stats = self.targets(extra, global_crops, taken, temps)
+        targets, rows_seen, stats = self.targets(extra, global_crops, taken, temps)
 
         # Rows of the student: groups if stochastic depth skips whole images, else samples.
         rows = groups if isinstance(drop, tuple) else size
@@ -402,11 +402,11 @@ class DINOv2(base.Method):
         if self.koleo_weight:
             values = [losses.koleo(tokens[0][:, i]) for i in (0, 1)]
             terms['koleo'] = self.koleo_weight * sum(values)
-        return sum(terms.values()), (new_extra, {**terms, **stats})
+        return sum(terms.values()), (rows_seen, {**terms, **stats})
 
     @jax.named_scope('teacher')
     def targets(self, extra, global_crops, taken, temps):
-        """Teacher targets: dict of class (B, 2, K) and patch (G, M, K); extra with new centres."""
+        """Teacher targets: dict of class (B, 2, K) and patch (G, M, K); rows for `with_centers`."""
         teacher, size = extra['teacher'], global_crops.shape[0]
         out = self.teacher_vit.apply(
             {'params': teacher['backbone']}, global_crops.reshape(-1, *global_crops.shape[2:])
@@ -415,25 +415,22 @@ class DINOv2(base.Method):
         patches = None if taken is None else _take(out['patch_tokens'], taken.indices)
         logits = dict(zip(('class', 'patch'), self.project(teacher, tokens, patches), strict=True))
         valid = {'class': None, 'patch': None if taken is None else taken.valid}
-        targets, new_extra = {}, dict(extra)
+        targets, rows = {}, {}
         for (kind, x), temp in zip(logits.items(), temps, strict=True):
             if x is None:
                 continue
             x = jax.lax.stop_gradient(x)
             if self.centering == 'centering':
-                center = extra[CENTERS[kind]]
-                targets[kind] = losses.softmax_center(x, center, temp)
-                new_extra[CENTERS[kind]] = losses.update_center(
-                    center, losses.mean_rows(x, valid[kind]), self.center_momentum
-                )
+                targets[kind] = losses.softmax_center(x, extra[CENTERS[kind]], temp)
+                rows[kind] = losses.sum_rows(x, valid[kind])
             elif self.centering == 'sinkhorn_knopp':
-                rows = None if valid[kind] is None else valid[kind].reshape(-1)
-                flat = losses.sinkhorn_knopp(x.reshape(-1, x.shape[-1]), temp, rows)
+                taking = None if valid[kind] is None else valid[kind].reshape(-1)
+                flat = losses.sinkhorn_knopp(x.reshape(-1, x.shape[-1]), temp, taking)
                 targets[kind] = flat.reshape(x.shape)
             else:  # 'none'
                 targets[kind] = jax.nn.softmax(x / temp)
         stats = collapse.teacher_monitors(targets['class'])
-        return targets, new_extra, stats
+        return targets, {'rows': rows} if rows else {}, stats
 
     def project(self, params, tokens, patches):
         """Logits of class tokens (B, n, D) and of masked patches (G, M, D) or None."""
@@ -452,7 +449,18 @@ class DINOv2(base.Method):
         return class_logits, patch_head.apply({'params': params[name]}, patches)
 
     def after_update(self, params, extra, step):
+        extra = self.with_centers(extra)
         return {**extra, 'teacher': self.average(extra['teacher'], params, step)}
+
+    def with_centers(self, extra):
+        """`extra` with centres moved by extra['rows'], {kind: `losses.sum_rows`}, now left out."""
+        extra = dict(extra)
+        for kind, rows in extra.pop('rows', {}).items():
+            name = CENTERS[kind]
+            extra[name] = losses.update_center(
+                extra[name], losses.mean_of(rows), self.center_momentum
+            )
+        return extra
 
     def average(self, old, new, step):
         """Moving average `old` updated with `new`."""

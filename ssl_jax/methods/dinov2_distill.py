@@ -77,12 +77,10 @@ class DINOv2Distill(dinov2.DINOv2):
             jnp.full((groups, count), 1 / n, jnp.float32),
             jnp.ones((groups, count), bool),
         )
-        loss, (new, metrics) = self.objective(
-            params, extra, *crops, None, temps=self.temps(step), taken=everything
-        )
-        return loss, ({**extra, **new}, metrics)
+        return self.objective(params, extra, *crops, None, temps=self.temps(step), taken=everything)
 
     def after_update(self, params, extra, step):
+        extra = self.with_centers(extra)
         return {**extra, 'student': self.average(extra['student'], params, step)}
 
     def networks(self, params, extra):

@@ -131,7 +131,7 @@ class Distill(base.OneView):
                 mask_keys, self.grid, self.mask_ratio, self.mask_grid
             ).ids_keep
         total, metrics = self.objective(params, extra['teacher'], images, ids, drop_keys)
-        return total, (extra, metrics)
+        return total, ({}, metrics)
 
     def objective(self, params, teacher, images, ids_keep=None, drop_keys=None):
         """(loss, its terms) on normalised images (B, H, W, 3).

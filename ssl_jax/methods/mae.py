@@ -142,7 +142,7 @@ class MAE(base.OneView):
         )
         out = self.forward(params, images, mask, photometry.sample_keys(drop_keys, rows))
         loss = losses.masked_mse(out['pred'], self.target(images), mask.mask)
-        return loss, (extra, {})
+        return loss, ({}, {})
 
     def networks(self, params, extra):
         networks = super().networks(params, extra)

@@ -203,7 +203,7 @@ class SplitMask(beit.Words):
         del step
         augment_rng, split_rng, drop_rng = jax.random.split(rng, 3)
         images = self.augment(batch, augment_rng)
-        targets, extra, stats = self.targets(extra, images)
+        targets, changes, stats = self.targets(extra, images)
         perm = self.permutation(photometry.sample_keys(split_rng, batch['row']))
         drop_keys = photometry.sample_keys(drop_rng, batch['row'])
         parts = [branch(perm, *span) for span in self.ranges]
@@ -212,7 +212,7 @@ class SplitMask(beit.Words):
         )
         if 'mim' in metrics:
             stats = self.metrics(metrics['mim'], stats)
-        return loss, (extra, {**metrics, **stats})
+        return loss, (changes, {**metrics, **stats})
 
     def reconstruct(self, params, extra, images, keys):
         """Pictures of the first branch; {} of matching alone, which predicts no patches."""

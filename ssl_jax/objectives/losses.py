@@ -43,13 +43,29 @@ def softmax_center(logits: jax.Array, center: jax.Array, temp: float | jax.Array
     return jax.nn.softmax((logits - center) / temp, axis=-1)
 
 
-def mean_rows(x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-    """Mean of x (..., K) over all leading axes, (K,); only rows where `valid` (...)."""
+def sum_rows(x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Sum of x (..., K) over all leading axes, (K,), and the number of rows, both float32.
+
+    Args:
+      x: rows.
+      valid: (...), the rows that count; default all.
+    """
     x = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(-1, x.shape[-1])
     if valid is None:
-        return x.mean(axis=0)
+        return x.sum(axis=0), jnp.float32(x.shape[0])
     valid = valid.reshape(-1, 1)
-    return jnp.where(valid, x, 0).sum(axis=0) / jnp.maximum(valid.sum(), 1)
+    return jnp.where(valid, x, 0).sum(axis=0), valid.sum().astype(jnp.float32)
+
+
+def mean_of(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean row of a `sum_rows`, or of the mean of several; 0 of no rows."""
+    total, count = rows
+    return total / jnp.where(count > 0, count, 1)
+
+
+def mean_rows(x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """Mean of x (..., K) over all leading axes, (K,); only rows where `valid` (...)."""
+    return mean_of(sum_rows(x, valid))
 
 
 def update_center(center: jax.Array, batch_mean: jax.Array, momentum: float = 0.9) -> jax.Array:

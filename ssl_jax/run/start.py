@@ -106,7 +106,8 @@ def compare(config: ConfigDict, source: Any, workdir: epath.Path) -> None:
     versions = {name: importlib.metadata.version(name) for name in ('ssl_jax', 'jax')}
     flat = config_lib.flatten(config)
     flat.pop('overrides')  # the same values may be written in two ways
-    peers.compare({**flat, 'workdir': str(workdir), 'images': source.fingerprint, **versions})
+    images = source.fingerprint.partition('+')[0]  # copies on two hosts have other times
+    peers.compare({**flat, 'workdir': str(workdir), 'images': images, **versions})
 
 
 def banner(config, source, method, program, workdir) -> None:

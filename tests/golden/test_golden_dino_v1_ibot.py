@@ -2,20 +2,19 @@
 """The shared ViT, head and losses against the official DINO v1 and iBOT codes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from golden import ibot_weights
+from golden import ibot_weights, move, student_temp
 from ssl_jax import optim
 from ssl_jax.interop import tables
 from ssl_jax.interop.families import dinov2 as dinov2_family
 from ssl_jax.models import heads, vit
 from ssl_jax.objectives import losses
 
-STUDENT_TEMP = 0.1
-PATCH_TEMP_OFFSET = 0.01  # the file's patch temperatures are this much above the class tokens'
 PROBE = 2.0**-9
 WRITES = ('patch_embed.proj', 'pos_embed', 'cls_token', 'attn.proj', 'mlp.fc2')
 
@@ -150,14 +149,20 @@ def test_golden_dino_v1_ibot_teacher_temperatures_match(golden):
 
 def steps(f):
     """(step, class temperature, patch temperature), temperatures by the epoch of the step."""
+    (offset,) = (float(x) for x in re.findall(r'patch temperatures are \+([\d.]+)', groups(f)))
     for s, epoch in enumerate(f.hyper['epochs_of_steps']):
         temp = float(f['out/teacher_temp_schedule'][epoch])
-        yield s, temp, temp + PATCH_TEMP_OFFSET
+        yield s, temp, temp + offset
 
 
-def class_loss(student, targets):
+def groups(f):
+    """What the file says of its arrays."""
+    return '; '.join(text for _, text in f.meta['groups'])
+
+
+def class_loss(temp, student, targets):
     """Sum of both shares for crop-major student logits (V + 2, B, K) and targets (2, B, K)."""
-    return sum(losses.dino_loss(targets, student[:2], student[2:], STUDENT_TEMP))
+    return sum(losses.dino_loss(targets, student[:2], student[2:], temp))
 
 
 def test_golden_dino_v1_ibot_dino_loss_and_centre_match_over_steps(golden):
@@ -169,8 +174,8 @@ def test_golden_dino_v1_ibot_dino_loss_and_centre_match_over_steps(golden):
         targets = losses.softmax_center(teacher, center, temp).reshape(2, batch, k)
         student = jnp.asarray(f['in/student'][s]).reshape(-1, batch, k)
         assert len(student) == f.hyper['ncrops']
-        loss, grad = jax.value_and_grad(class_loss)(student, targets)
-        center = losses.update_center(center, losses.mean_rows(teacher))
+        loss, grad = jax.value_and_grad(class_loss, argnums=1)(student_temp(f), student, targets)
+        center = move(f, center, losses.mean_rows(teacher))
         f.check(f'out/dino_loss/{s}', loss)
         f.check(f'grad/dino_loss/{s}', grad.reshape(-1, k))
         f.check(f'out/center_after/{s}', center[None])
@@ -183,13 +188,13 @@ def test_golden_dino_v1_ibot_class_and_patch_terms_match_over_steps(golden):
     center, patch_center = jnp.zeros(k), jnp.zeros(h['Kp'])
 
     def patch_loss(student, targets, mask):
-        return losses.ibot_loss(targets, student, ibot_weights(mask), len(mask), STUDENT_TEMP)
+        return losses.ibot_loss(targets, student, ibot_weights(mask), len(mask), student_temp(f))
 
     for s, temp, patch_temp in steps(f):
         teacher = jnp.asarray(f['in/teacher'][s])
         targets = losses.softmax_center(teacher, center, temp).reshape(2, batch, k)
         student = jnp.asarray(f['in/student'][s]).reshape(-1, batch, k)
-        cls, grad_cls = jax.value_and_grad(class_loss)(student, targets)
+        cls, grad_cls = jax.value_and_grad(class_loss, argnums=1)(student_temp(f), student, targets)
 
         teacher_patch = jnp.asarray(f['in/teacher_patch'][s])  # (2B, N, Kp)
         patch_targets = losses.softmax_center(teacher_patch, patch_center, patch_temp)
@@ -197,8 +202,8 @@ def test_golden_dino_v1_ibot_class_and_patch_terms_match_over_steps(golden):
         student_patch = jnp.asarray(f['in/student_patch'][s])
         patch, grad_patch = jax.value_and_grad(patch_loss)(student_patch, patch_targets, mask)
 
-        center = losses.update_center(center, losses.mean_rows(teacher))
-        patch_center = losses.update_center(patch_center, losses.mean_rows(teacher_patch))
+        center = move(f, center, losses.mean_rows(teacher))
+        patch_center = move(f, patch_center, losses.mean_rows(teacher_patch))
         a, b = h['lambda1'], h['lambda2']
         f.check(f'out/ibot_cls/{s}', a * cls)
         f.check(f'out/ibot_patch/{s}', b * patch)

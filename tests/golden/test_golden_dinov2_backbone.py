@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from golden import pos_resize
 from ssl_jax.interop import tables
 from ssl_jax.models import pos_embed, vit
 
@@ -19,8 +20,6 @@ WRITES += ('attn.proj', 'mlp.fc2', 'mlp.w3')
 def build(f, weights):
     """(ViT, params) of a golden file; the position rule follows the registers, as released."""
     h = f.hyper
-    rule = (h['interpolate_antialias'], h['interpolate_offset'])
-    pos_resize = {(True, 0.0): 'antialias', (False, 0.1): 'offset', (False, 0.0): 'bicubic'}[rule]
     model = vit.ViT(
         embed_dim=h['embed_dim'],
         depth=h['depth'],
@@ -32,12 +31,11 @@ def build(f, weights):
         ffn='mlp' if h['ffn_layer'] == 'mlp' else 'swiglu',
         layer_scale=1.0,
         mask_token=True,
-        pos_resize=pos_resize,
+        pos_resize=pos_resize(h),
         init_scheme='dinov2',
     )
     abstract = jax.eval_shape(functools.partial(vit.init_params, model), jax.random.key(0))
-    if h['block_chunks']:
-        weights = {tables.plain(k): v for k, v in weights.items()}
+    weights = {tables.plain(k): v for k, v in weights.items()}
     return model, tables.from_torch(tables.encoder(model, ours=''), weights, abstract)
 
 
@@ -64,6 +62,8 @@ def check_sizes(f):
         grid = (h // model.patch_size, w // model.patch_size)
         table = pos_embed.resize(params['pos_embed'], grid, 1, model.pos_resize)
         f.check(f'out/{h}x{w}/pos_embed', table)
+        if (h, w) == tuple(f.hyper['sizes'][0]):
+            f.check('out/plain_call', out['cls_tokens'][:, 0])
 
 
 def check_masked(f):
@@ -104,9 +104,17 @@ def check_intermediate(f):
     for i, block in enumerate(out['blocks']):
         normed = vit.final_norm(params, block)
         f.check(f'out/intermediate_last2/{i}/cls', normed[:, 0])
-        p = model.patch_size
-        grid = normed[:, skip:].reshape(len(images), h // p, w // p, -1)
-        f.check(f'out/intermediate_last2/{i}/patches_reshaped', np.moveaxis(grid, -1, 1))
+        where = f'out/intermediate_last2/{i}/patches_reshaped'
+        f.check(where, as_map(normed[:, skip:], h // model.patch_size))
+    h, w = f.hyper['sizes'][2]
+    out = run(model, params, jnp.asarray(f.images(f'in/images_{h}x{w}')))
+    where = 'out/intermediate_nonsquare/0'
+    f.check(where, as_map(out['patch_tokens'], h // model.patch_size))
+
+
+def as_map(tokens, rows):
+    """Patch tokens (B, N, D) as the official maps (B, D, rows, N / rows)."""
+    return np.moveaxis(tokens.reshape(len(tokens), rows, -1, tokens.shape[-1]), -1, 1)
 
 
 def check_eps_probe(f):

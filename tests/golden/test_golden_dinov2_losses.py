@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golden import ibot_weights
+from golden import ibot_weights, move, student_temp
 from ssl_jax.interop import tables
 from ssl_jax.interop.families import dinov2 as dinov2_family
 from ssl_jax.models import heads
 from ssl_jax.objectives import losses
 
-STUDENT_TEMP = 0.1
 TARGETS = pytest.mark.parametrize('target', ['center', 'sinkhorn'])
 
 
@@ -60,7 +59,7 @@ def cls_targets(f):
             'sinkhorn': losses.sinkhorn_knopp(logits, temp),
         }
         yield s, center, targets
-        center = losses.update_center(center, losses.mean_rows(logits))
+        center = move(f, center, losses.mean_rows(logits))
     f.check('out/center_final_cls', center[None])
 
 
@@ -76,7 +75,7 @@ def patch_targets(f):
             'sinkhorn': losses.sinkhorn_knopp(rows, temp, valid),
         }
         yield s, center, targets, mask
-        center = losses.update_center(center, losses.mean_rows(logits, mask))
+        center = move(f, center, losses.mean_rows(logits, mask))
     f.check('out/center_final_patch', center[None, None])
 
 
@@ -109,7 +108,7 @@ def test_golden_dinov2_heads_losses_dino_loss_matches(golden, target):
         def value(logits, views=views, pairs=pairs):
             # The file holds the sum over all pairs; ours is its share of the mean over all pairs.
             other = jnp.zeros((2, *logits.shape[1:]))
-            return pairs * losses.dino_loss(views, other, logits, STUDENT_TEMP)[1]
+            return pairs * losses.dino_loss(views, other, logits, student_temp(f))[1]
 
         loss, grad = jax.value_and_grad(value)(logits)
         f.check(f'out/dino_loss_{target}/{s}', loss)
@@ -127,7 +126,7 @@ def test_golden_dinov2_heads_losses_masked_patch_loss_matches(golden, target):
 
         def value(logits, weights=weights, targets=targets, mask=mask):
             rows = logits.reshape(-1, logits.shape[-1])
-            return losses.ibot_loss(targets[target], rows, weights, len(mask), STUDENT_TEMP)
+            return losses.ibot_loss(targets[target], rows, weights, len(mask), student_temp(f))
 
         loss, grad = jax.value_and_grad(value)(logits)
         f.check(f'out/ibot_masked_{target}/{s}', loss)
@@ -147,7 +146,7 @@ def test_golden_dinov2_heads_losses_dense_patch_loss_matches(golden):
             jnp.asarray(f['in/student_patch'][s]),
             ibot_weights(mask),
             len(mask),
-            STUDENT_TEMP,
+            student_temp(f),
         )
         f.check(f'out/ibot_dense/{s}', loss)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golden import load
+from golden import load, pos_resize
 from ssl_jax import config as config_lib
 from ssl_jax import methods, optim
 from ssl_jax import step as step_lib
@@ -37,7 +37,7 @@ def config(h):
         ffn='mlp' if h['ffn_layer'] == 'mlp' else 'swiglu',
         layer_scale=1.0,
         num_register_tokens=h['num_register_tokens'],
-        pos_resize='antialias' if h['interpolate_antialias'] else 'offset',
+        pos_resize=pos_resize(h),
         drop_path=h['drop_path'],
         n_local_crops=h['n_local'],
         local_size=h['local_size'],
@@ -98,13 +98,17 @@ def method_of(c, h):
 
 
 def logged(h, metrics):
-    """Our loss terms as in the official log: halves of two, and without the weights of three."""
-    return {
-        'dino_local_crops_loss': metrics['dino_local'] / h['dino_weight'],
-        'dino_global_crops_loss': metrics['dino_global'] / h['dino_weight'],
-        'koleo_loss': metrics['koleo'] / 2,
-        'ibot_loss': metrics['ibot'] / (2 * h['ibot_weight']),
+    """Our loss terms as in the official log: halves of two, and without the weights of three.
+
+    Of the terms that a file has; one of weight 0 is not in our loss.
+    """
+    scales = {
+        'dino_local_crops_loss': ('dino_local', h['dino_weight'] * (h['n_local'] > 0)),
+        'dino_global_crops_loss': ('dino_global', h['dino_weight']),
+        'koleo_loss': ('koleo', 2 * (h['koleo_weight'] > 0)),
+        'ibot_loss': ('ibot', 2 * h['ibot_weight']),
     }
+    return {key: metrics[name] / scale for key, (name, scale) in scales.items() if scale}
 
 
 def by_sample(crops, size):
@@ -118,7 +122,7 @@ def batch(f, s):
     masks = f['in/masks'][s]
     return (
         by_sample(f['in/global_crops'][s], size),
-        by_sample(f['in/local_crops'][s], size),
+        by_sample(f['in/local_crops'][s], size) if f.hyper['n_local'] else None,
         jnp.asarray(masks.reshape(2, size, -1).swapaxes(0, 1)),
     )
 
@@ -126,7 +130,7 @@ def batch(f, s):
 def network(f, method, who=''):
     """Parameters of the weights whose names begin with `who`."""
     abstract, _ = jax.eval_shape(method.init, jax.random.key(0))
-    weights = {k.removeprefix(who): v for k, v in f.under('w').items() if k.startswith(who)}
+    weights = {tables.plain(k, who): v for k, v in f.under('w').items() if k.startswith(who)}
     return tables.from_torch(dinov2_family.network_rows(method), weights, abstract)
 
 
@@ -142,8 +146,8 @@ def step_run(name):
         extra['ibot_center'] = jnp.asarray(f['w/ibot_patch_loss.center'][0])
 
     def loss(params, extra, crops, temp):
-        value, (extra, metrics) = method.objective(params, extra, *crops, temps=(temp, temp))
-        return value, (extra, metrics)
+        value, (rows, metrics) = method.objective(params, extra, *crops, temps=(temp, temp))
+        return value, (method.with_centers({**extra, **rows}), metrics)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     rows = []
@@ -169,7 +173,7 @@ def test_golden_dinov2_step_every_gradient_matches(name):
     for s, (_, _, _, grads) in enumerate(rows):
         named = tables.to_torch(dinov2_family.network_rows(method), grads)
         for key in f.under(f'grad{s}'):
-            f.check(f'grad{s}/{key}', named[key.removeprefix('student.')])
+            f.check(f'grad{s}/{key}', named[tables.plain(key, 'student.')])
 
 
 def test_golden_dinov2_step_centering_shared_centres_match():
@@ -269,12 +273,14 @@ def test_golden_dinov2_train_final_student_and_teacher_match(name):
     f, _, method, _, state = train_run(name)
     rows = dinov2_family.network_rows(method)
     for who, tree in (('student', state.params), ('teacher', state.extra['teacher'])):
-        for key, value in tables.to_torch(rows, tree).items():
-            stored = f'final/{who}.{key}'
+        named = tables.to_torch(rows, tree)
+        for key in (k for k in f.under('final') if k.startswith(f'{who}.')):
+            value, stored = named.pop(tables.plain(key, f'{who}.')), f'final/{key}'
             if key.endswith('qkv.bias'):  # the gradient of the key part is rounding noise
                 compare_without_keys(f, stored, value)
             else:
                 f.check(stored, value)
+        assert not named
 
 
 def compare_without_keys(f, key, value):
@@ -334,29 +340,54 @@ def test_golden_dinov2_stochastic_depth_of_given_permutations_matches():
         f.check(f'grad/{key}', named[key])
 
 
+# Of the official default config, what the schedules are made from.
+DEFAULTS = {
+    'optim': {
+        'epochs': 100,
+        'warmup_epochs': 10,
+        'freeze_last_layer_epochs': 1,
+        'min_lr': 1e-6,
+        'weight_decay': 0.04,
+        'weight_decay_end': 0.4,
+    },
+    'teacher': {
+        'momentum_teacher': 0.992,
+        'final_momentum_teacher': 1.0,
+        'warmup_teacher_temp': 0.04,
+        'teacher_temp': 0.07,
+        'warmup_teacher_temp_epochs': 30,
+    },
+}
+
+
 def test_golden_dinov2_schedules_param_groups_schedules_match():
     f = load('dinov2_schedules_param_groups')
     for name, (length, overrides) in f.hyper['schedules'].items():
-        lr = overrides['optim']['lr']
-        # The rest of the official default config, which the file does not override.
-        total = len(f[f'out/{name}/lr'])
-        warm, freeze, hot = 10 * length, length, 30 * length
-        past = np.arange(total, total + len(f[f'out/{name}/lr_past_end']))
+        o, t = ({**DEFAULTS[k], **overrides.get(k, {})} for k in ('optim', 'teacher'))
+        total = o['epochs'] * length
+        warm, freeze = o['warmup_epochs'] * length, o['freeze_last_layer_epochs'] * length
+        hot = t['warmup_teacher_temp_epochs'] * length
+        lr = optim.cosine(o['lr'], o['min_lr'], total, warm)
+        wd = optim.cosine(o['weight_decay'], o['weight_decay_end'], total)
+        momentum = optim.cosine(t['momentum_teacher'], t['final_momentum_teacher'], total)
+        temp = optim.linear(t['warmup_teacher_temp'], t['teacher_temp'], hot)
+
+        def last_layer_lr(steps, lr=lr, freeze=freeze):
+            return np.where(steps < freeze, 0, lr(steps))
+
         for key, schedule, count in (
-            ('lr', optim.cosine(lr, 1e-6, total, warm), total),
-            ('wd', optim.cosine(0.04, 0.4, total), total),
-            ('momentum', optim.cosine(0.992, 1.0, total), total),
-            ('teacher_temp', optim.linear(0.04, 0.07, hot), hot),
+            ('lr', lr, total),
+            ('wd', wd, total),
+            ('momentum', momentum, total),
+            ('teacher_temp', temp, hot),
+            ('last_layer_lr', last_layer_lr, total),
         ):
-            got = schedule(np.arange(count))
-            np.testing.assert_allclose(got, f[f'out/{name}/{key}'], rtol=1e-6, atol=1e-12)
-            np.testing.assert_allclose(
-                schedule(past), f[f'out/{name}/{key}_past_end'], rtol=1e-6, err_msg=key
-            )
-        frozen = np.where(
-            np.arange(total) < freeze, 0, optim.cosine(lr, 1e-6, total, warm)(np.arange(total))
-        )
-        np.testing.assert_allclose(frozen, f[f'out/{name}/last_layer_lr'], rtol=1e-6, atol=1e-12)
+            want, steps = f[f'out/{name}/{key}'], np.arange(count)
+            np.testing.assert_allclose(schedule(steps), want, rtol=1e-6, atol=1e-12, err_msg=key)
+            if f'out/{name}/{key}_past_end' in f.keys:
+                past = f[f'out/{name}/{key}_past_end']
+                steps = total + np.arange(len(past))
+                np.testing.assert_allclose(schedule(steps), past, rtol=1e-6, err_msg=key)
 
 
 def test_subsets_of_stochastic_depth_have_the_official_sizes():

@@ -172,6 +172,18 @@ def test_the_mean_of_rows_leaves_out_those_that_do_not_exist():
     assert not np.any(losses.mean_rows(x, jnp.zeros((4, 5), bool)))
 
 
+def test_sums_of_rows_of_uneven_parts_have_the_mean_of_the_whole():
+    x = normal((4, 5, 3))
+    valid = jnp.arange(20).reshape(4, 5) < 7  # five, two, none and none
+    parts = [losses.sum_rows(*part) for part in zip(x, valid, strict=True)]
+    mean = jax.tree.map(lambda *values: sum(values) / 4, *parts)
+    np.testing.assert_allclose(
+        losses.mean_of(mean), losses.mean_rows(x, valid), rtol=1e-6, atol=1e-7
+    )
+    few = jax.tree.map(lambda value: value / 10, parts[1])  # 0.2 rows per part
+    np.testing.assert_allclose(losses.mean_of(few), losses.mean_of(parts[1]), rtol=1e-6)
+
+
 # Pairs.
 
 

@@ -12,6 +12,7 @@ import sys
 import textwrap
 
 import pytest
+from jax._src import clusters
 
 from ssl_jax.run import errors, launch, peers
 
@@ -137,7 +138,7 @@ def test_variables_that_make_no_run_are_one_sentence(monkeypatch, set_, words):
 
 def test_on_a_tpu_the_links_are_made_where_jax_finds_the_coordinator(monkeypatch):
     joined = []
-    env = launch.clusters.ClusterEnv._cluster_types[0]
+    env = clusters.ClusterEnv._cluster_types[0]
     for name in launch.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('JAX_PLATFORMS', '')

@@ -250,12 +250,13 @@ UPDATE = """
     def dinov2(params, extra, large, small, masks):
         grad = jax.value_and_grad(method.objective, has_aux=True)
         temps = (0.01, 0.01)  # the logits of such weights are alike
-        (loss, (extra, terms)), grads = grad(params, extra, large, small, masks > 0, temps=temps)
+        (loss, (_, terms)), grads = grad(params, extra, large, small, masks > 0, temps=temps)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
         extra = method.after_update(params, extra, 0)
         softmax = dataclasses.replace(method, centering='centering')
         found = {{**extra, 'dino_center': np.zeros((1, 64), np.float32)}}
-        center = softmax.targets(found, large, None, temps)[1]['dino_center']
+        found.update(softmax.targets(found, large, None, temps)[1])
+        center = softmax.with_centers(found)['dino_center']
         return dict(loss=loss, terms=terms, grads=grads, params=params, extra=extra, center=center)
 
     @jax.jit(out_shardings=sharding.replicated(mesh))
