@@ -25,6 +25,7 @@ from ssl_jax.data import host, loader
 from ssl_jax.run import errors, hashing, launch, storage
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
+Stream = loader.Stream  # of either function here
 _IO_PAUSES = (0.1, 0.5, 2.0)  # seconds before each repetition of a failed read
 
 
@@ -49,7 +50,7 @@ def train_stream(
     num_threads: int | None = None,
     num_workers: int = 0,
     repeats: int = 1,
-) -> loader.Stream:
+) -> Stream:
     """Endless iterator over training batches of numpy arrays; close it, or use it in a `with`.
 
     A batch is {view.name: uint8 (B, count, size, size, 3), 'id': int64 (B,) index of the image,
@@ -98,7 +99,7 @@ def eval_stream(
     batch_size: int,
     resize: int | None = None,
     rows: Sequence[int] | None = None,
-) -> loader.Stream:
+) -> Stream:
     """Iterator once over the source, in order: the central crop of every image.
 
     A batch is {'image': uint8 (B, size, size, 3), 'id': int64 (B,), 'mask': bool (B,)}, and
