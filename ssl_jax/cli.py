@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     if hasattr(args, 'hints') and not any(word.startswith('-') for word in more):
         args.hints, more = args.hints + more, []  # argparse takes no NAME=VALUE after an option
     unknown = [word for word in more if word.startswith('-')]
-    paths = [word for word in (*more, *getattr(args, 'fields', ())) if '=' not in word]
+    words = (*more, *getattr(args, 'fields', ()), *getattr(args, 'hints', ()))
+    paths = [word for word in words if '=' not in word]
     if unknown or (more and not getattr(args, 'data', None)):
         parser.error(f'unrecognized arguments: {" ".join(more)}')
     with errors.in_a_sentence(f'ssl_jax {args.command}'):

@@ -222,10 +222,10 @@ def poisoned(method, at, what='both'):
             return super().init(rng)[0], {'sum': jnp.zeros(()), 'updates': jnp.zeros(())}
 
         def loss(self, params, extra, batch, rng, step):
-            loss, (extra, metrics) = super().loss(params, extra, batch, rng, step)
+            loss, (changes, metrics) = super().loss(params, extra, batch, rng, step)
             bad = jnp.isin(step, jnp.asarray(list(at)))
-            extra = {**extra, 'sum': extra['sum'] + 1}
-            return jax.lax.cond(bad, poison, lambda loss: loss, loss), (extra, metrics)
+            changes = {**changes, 'sum': extra['sum'] + 1}
+            return jax.lax.cond(bad, poison, lambda loss: loss, loss), (changes, metrics)
 
         def after_update(self, params, extra, step):
             return {**extra, 'updates': extra['updates'] + 1}

@@ -344,7 +344,7 @@ def test_missing_labels_are_refused_with_their_number_where_labels_are_used(tmp_
         lambda: sources.check_labels(source),
         lambda: classifier.complete(source),
         lambda: accuracy.check_classes(source.classes, source),
-        lambda: report.evaluate({}, source, size=8, log=None),
+        lambda: report.evaluate({}, source, transform=8, log=None),
     ):
         with pytest.raises(ValueError, match='2 of 4 images .*row 1 is the first.* have no label'):
             use()

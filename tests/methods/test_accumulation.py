@@ -52,6 +52,7 @@ def test_both_centres_of_dinov2_move_as_with_the_whole_batch():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_centres_of_a_distilled_student_move_as_with_the_whole_batch():
     sizes = dict(method__teacher_size=None, method__teacher_embed_dim=32, method__teacher_depth=1)
     config = tiny.dinov2('dinov2_distill', **ALONE, **sizes, method__teacher_num_heads=2)
