@@ -2,6 +2,7 @@
 """A loaded encoder answers as the run's own, and a file of features survives its writer."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -247,6 +248,22 @@ def test_parts_of_another_model_data_or_size_are_refused(run, model, folder, tmp
         with pytest.raises(ValueError, match=says):
             feature_file.extract(model_, str(data), out, **{'batch_size': 8, 'log': None, **more})
     assert sorted(p.name for p in (tmp_path / 'f.parquet.parts').iterdir()) == before
+
+
+@pytest.mark.parametrize('half_done', [False, True])
+def test_images_replaced_under_their_names_are_refused(
+    model, folder, tmp_path, monkeypatch, half_done
+):
+    images, out = tmp_path / 'images', tmp_path / 'f.parquet'
+    shutil.copytree(folder, images)
+    if half_done:
+        killed(monkeypatch, model, images, out, 1)
+    else:
+        feature_file.extract(model, str(images), out, batch_size=8, log=None)
+    photo = sorted(images.rglob('*.png'))[-1]
+    photo.write_bytes(photo.read_bytes())  # of the same size at least
+    with pytest.raises(ValueError, match='other images, not these .* were written anew'):
+        feature_file.extract(model, str(images), out, batch_size=8, log=None)
 
 
 def test_a_finished_file_is_left_alone_and_another_one_refused(unbroken, model, folder):

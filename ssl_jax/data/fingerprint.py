@@ -32,9 +32,9 @@ def of_files(kind: str, paths: Sequence[str], *more: Any) -> str:
     return f'{hashing.digest(kind, *more, *sizes, *beginnings)}+{hashing.digest(*times)}'
 
 
-def same_content(a: str, b: str) -> bool:
-    """Whether two fingerprints differ in nothing but times of change."""
-    return a.partition('+')[0] == b.partition('+')[0]
+def content(fingerprint: str) -> str:
+    """The part of a fingerprint that a copy of the images has too."""
+    return fingerprint.partition('+')[0]
 
 
 def spread(n: int, count: int) -> list[int]:

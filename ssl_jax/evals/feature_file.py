@@ -126,6 +126,9 @@ def _compare(about, stored, path):
             if key == 'model':
                 old = f'{old} of {stored.get("model_path")}'
                 new = f'{new} of {about["model_path"]}'
+            if key == 'data':
+                old, new = f'{stored.get("images"):,} other images', f'these {about["images"]:,}'
+                new += ', or some of them were written anew'
             raise errors.UserError(
                 f'{path} was made with {key} {old}, not {new}: give another --out, or delete it.'
             )

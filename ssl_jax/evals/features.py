@@ -160,7 +160,8 @@ class Subset:
         self._source = source
         self._indices = indices
         self.classes = source.classes
-        self.fingerprint = f'{source.fingerprint}[{len(indices)}]'
+        content, plus, times = source.fingerprint.partition('+')
+        self.fingerprint = f'{content}[{len(indices)}]{plus}{times}'
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -16,7 +16,7 @@ from etils import epath
 
 from ssl_jax import encoder, sharding
 from ssl_jax.augment import photometry
-from ssl_jax.data import sources
+from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import accuracy, knn, linear, monitors
 from ssl_jax.evals import features as features_lib
@@ -87,8 +87,8 @@ def evaluate(
         **transform_lib.protocol(transform),
         normalization=normalization,
         split=split,
-        train=dict(images=len(train_y), data=train_source.fingerprint),
-        test=dict(images=len(test_y), data=test_source.fingerprint),
+        train=dict(images=len(train_y), data=fingerprint.content(train_source.fingerprint)),
+        test=dict(images=len(test_y), data=fingerprint.content(test_source.fingerprint)),
         num_classes=num_classes,
         chance=100.0 * float(np.bincount(test_y).max()) / len(test_y),
     )
@@ -328,7 +328,7 @@ def _score_classifier(run, test, limit):
         eval='classifier',
         **transform_lib.protocol(view),
         normalization=f'mean {tuple(view["mean"])}, std {tuple(view["std"])}',
-        test=dict(images=scores['test']['n'], data=source.fingerprint),
+        test=dict(images=scores['test']['n'], data=fingerprint.content(source.fingerprint)),
         num_classes=method.num_classes,
         chance=100.0 / method.num_classes,
     )

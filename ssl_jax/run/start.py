@@ -106,7 +106,7 @@ def compare(config: ConfigDict, source: Any, workdir: epath.Path) -> None:
     versions = {name: importlib.metadata.version(name) for name in ('ssl_jax', 'jax')}
     flat = config_lib.flatten(config)
     flat.pop('overrides')  # the same values may be written in two ways
-    images = source.fingerprint.partition('+')[0]  # copies on two hosts have other times
+    images = fingerprint.content(source.fingerprint)  # copies on two hosts have other times
     peers.compare({**flat, 'workdir': str(workdir), 'images': images, **versions})
 
 
@@ -194,7 +194,7 @@ def check_images(config: ConfigDict, meta: dict, source: Any) -> None:
     before, now = meta.get('data'), source.fingerprint
     if before == now or 'images' not in meta:  # of an earlier version
         return
-    if fingerprint.same_content(before, now):
+    if fingerprint.content(before) == fingerprint.content(now):
         log('images    with other times of change; names, sizes and a sample are as before')
         return
     sentence = (
