@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     with errors.in_a_sentence(f'ssl_jax {args.command}'):
         if paths and getattr(args, 'data', None):
             raise errors.UserError(
-                f"'{paths[0]}' is no FIELD=VALUE, and --data and --test take one folder or file "
-                f'each: give the folder that holds them all.'
+                f"'{paths[0]}' has no '=': write NAME=VALUE, such as batch_size=64; if it is a "
+                f'second folder, give --data or --test the one that holds both.'
             )
         args.run(args)
 

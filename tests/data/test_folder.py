@@ -430,7 +430,7 @@ def test_several_folders_are_not_joined_and_a_split_needs_data(command, capsys):
         cli.main([*command, '--data', 'a', 'b'])
     said = capsys.readouterr().err
     assert end.value.code == 1 and said.count('\n') == 1
-    assert "'b' is no FIELD=VALUE" in said and 'folder that holds them all' in said
+    assert "'b' has no '='" in said and 'give --data or --test the one that holds both' in said
     with pytest.raises(SystemExit):
         cli.main([*command, '--data', 'a', '--data', 'b'])
     assert '--data takes one folder' in capsys.readouterr().err
