@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssl_jax.data import files, fingerprint
-from ssl_jax.run import errors, storage
+from ssl_jax.run import errors, launch, storage
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
 MEMORY_BYTES = 2 << 30
@@ -134,7 +134,7 @@ class Parquet:
         self._chunk_ends = np.cumsum([len(c) for c in self._chunks]).tolist()
 
     def _write_cache(self):
-        print(f'Writing {self._cache}, once, for random access to {self.files[0]} ...', flush=True)
+        launch.show(f'Writing {self._cache}, once, for random access to {self.files[0]} ...')
         os.makedirs(os.path.dirname(self._cache), exist_ok=True)
         schema = pa.schema([pq.read_schema(self.files[0]).field(self._image)])
         with (

@@ -209,16 +209,15 @@ def typical_size(source: Any) -> tuple[int, int]:
     Raises:
       UserError: no image can be decoded.
     """
-    n, sides, reason = len(source), [], ''
-    count = min(n, 64)
-    for i in range(count):
+    sides, reason, sample = [], '', fingerprint.spread(len(source), fingerprint.SAMPLE)
+    for i in sample:
         try:
-            sides.append(host.decode(source[i * n // count]['image']).shape[:2])
+            sides.append(host.decode(source[i]['image']).shape[:2])
         except (host.DecodeError, OSError) as e:  # the stream counts and lists it
             reason = str(e).rstrip('.')
     if not sides:
         raise errors.UserError(
-            f'none of {count} images can be decoded, {source.describe(0)} for one ({reason}): '
-            f'is --data a folder of images?'
+            f'none of {len(sample)} images can be decoded, {source.describe(0)} for one '
+            f'({reason}): is --data a folder of images?'
         )
     return sorted(sides, key=min)[len(sides) // 2]

@@ -345,5 +345,5 @@ def _report(rows, run, workdir, out):
     if launch.is_main():
         out = epath.Path(out) if out else workdir / f'eval_{run.step}.json'
         storage.atomic_write(out, json.dumps(rows, indent=1) + '\n')
-        print(f'\n{table(rows)}\n\nwritten to {out}')
+        launch.show(f'\n{table(rows)}\n\nwritten to {out}')
     return rows
