@@ -139,15 +139,24 @@ def _cudnn(qkv, num_heads, segments):
     """cuDNN's attention, one call per image size, with its own gradient.
 
     It keeps the normalizers itself, without `NAME`: where backward recomputes (`remat`), it runs
-    the forward pass again.
+    the forward pass again. Each device calls it on its part of the batch.
     """
-    parts = []
-    for x in _images(qkv, segments):
-        heads = x.reshape(*x.shape[:2], 3, num_heads, -1)  # (b, N, 3, H, d)
+
+    def each(x):
+        b, n, width = x.shape
+        # jax 0.10.2 refuses the gradient of an odd number of tokens: one more, which is masked.
+        x = jnp.pad(x, ((0, 0), (0, n % 2), (0, 0)))
+        heads = x.reshape(b, -1, 3, num_heads, width // 3 // num_heads)
         q, k, v = (heads[:, :, i] for i in range(3))
-        out = jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
-        parts.append(out.reshape(*x.shape[:2], -1))
-    return _rows(parts, segments)
+        lengths = jnp.full((b,), n, jnp.int32)
+        masked = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths) if n % 2 else {}
+        out = jax.nn.dot_product_attention(q, k, v, implementation='cudnn', **masked)
+        return out[:, :n].reshape(b, n, -1)
+
+    def of_device(qkv):
+        return _rows([each(x) for x in _images(qkv, segments)], segments)
+
+    return sharding.per_device(of_device, 1)(qkv)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -143,14 +143,16 @@ def _of_call(call, examples, platform, timer, device, log):
         return Verdict(call, name, False, f'{whose}{type(error).__name__}: {text}')
 
     try:
-        example = examples[call.op](call, _draw(call, device))
+        example = examples[call.op](call, _draw(call))
+        args, grads = jax.device_put((example.args, example.grads), device)
+        example = example._replace(args=args, grads=grads)
         with forms.recording(platform) as seen:
             jax.eval_shape(lambda *args: example.run(*args), *example.args)
         fitting = seen.get(call, ())
         if not fitting:
             return [Verdict(call, name, False, 'does not fit') for name in names]
-        exact = _exact(example, platform, device)
-        run, xla = _compiled(example, {}, platform, device), None
+        exact = _exact(example, platform)
+        run = _compiled(example, {}, platform)
         results = run(1)
         xla = _Reference(exact, _errors(results, exact), _repeats(run, results), timer(XLA, run))
         del results
@@ -162,7 +164,7 @@ def _of_call(call, examples, platform, timer, device, log):
             found.append(Verdict(call, name, False, 'does not fit'))
             continue
         try:
-            run = _compiled(example, {call.key: name}, platform, device)
+            run = _compiled(example, {call.key: name}, platform)
             found.append(_judge(call, name, run, xla, timer))
         except Exception as error:
             found.append(failed(name, error))
@@ -201,8 +203,14 @@ def _largest(found):
     return float(max(found)) if np.isfinite(found).all() else None
 
 
-def _compiled(example, chosen, platform, device):
+def _compiled(example, chosen, platform):
     """run(n): the results of the last of n forward and backward passes in the chosen forms."""
+    program = _lowered(example, chosen, platform).compile()
+    arrays = example.args, example.grads
+    return lambda count: jax.block_until_ready(program(np.int32(count), *arrays))
+
+
+def _lowered(example, chosen, platform):
 
     def passes(args, grads):
         if grads is None:
@@ -222,14 +230,12 @@ def _compiled(example, chosen, platform, device):
         return jax.lax.fori_loop(0, count, again, ((args, grads), zeros))[1]
 
     options = sharding.compiler_options(jax.sharding.get_mesh())
-    args, grads = jax.device_put((example.args, example.grads), device)
     with using(chosen, platform):
-        lowered = jax.jit(repeated, compiler_options=options).lower(np.int32(1), args, grads)
-    program = lowered.compile()
-    return lambda count: jax.block_until_ready(program(np.int32(count), args, grads))
+        step = jax.jit(repeated, compiler_options=options)
+        return step.lower(np.int32(1), example.args, example.grads)
 
 
-def _exact(example, platform, device):
+def _exact(example, platform):
     """Results of XLA's form in float32."""
 
     def wide(x):
@@ -237,7 +243,7 @@ def _exact(example, platform, device):
 
     args, grads = jax.tree.map(wide, (example.args, example.grads))
     with jax.default_matmul_precision('highest'):
-        run = _compiled(example._replace(args=args, grads=grads), {}, platform, device)
+        run = _compiled(example._replace(args=args, grads=grads), {}, platform)
     return jax.tree.leaves(run(1))
 
 
@@ -277,12 +283,11 @@ def seconds(form: str, run: Callable) -> float:
 # The operations: (call, draw) -> Example, where draw(shape, dtype) is a seeded normal array.
 
 
-def _draw(call, device):
+def _draw(call):
     seeds = iter(range(100))
 
     def draw(shape, dtype=call.dtype):
-        key = jax.random.key(next(seeds))
-        return jax.device_put(jax.random.normal(key, shape, jnp.float32).astype(dtype), device)
+        return jax.random.normal(jax.random.key(next(seeds)), shape, jnp.float32).astype(dtype)
 
     return draw
 
