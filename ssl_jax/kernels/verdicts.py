@@ -94,7 +94,9 @@ def _decide(calls, platform, where, run, folder, measured, log):
         for v in (v for verdicts in here.values() for v in verdicts if v.reason == ENDED):
             log(f'kernels   {choice.words(v.call)}: {v.form} is not used, {ENDED} ({path})')
     own, new = dict(kept[run].get(where, {})), []
-    for call in (c for c in calls if c.key not in known):
+    if missing := [c for c in calls if c.key not in known]:
+        log(f"kernels   comparing {len(missing)} calls with XLA's forms, some seconds each")
+    for call in missing:
         names = forms.FORMS[call.op][platform]
         pending = {call.key: [Verdict(call, name, False, ENDED) for name in names]}
         _write(run, {where: {**own, **pending}}, log)
@@ -110,9 +112,9 @@ def _decide(calls, platform, where, run, folder, measured, log):
     wanted = {where: {**own, **known}}
     if calls and (new or wanted != kept[run]):
         _write(run, wanted, log)
-    if folder and (missing := known.keys() - kept[folder / FILE].get(where, {}).keys()):
+    if folder and (added := known.keys() - kept[folder / FILE].get(where, {}).keys()):
         others = _read(folder / FILE)  # again: another run may have written meanwhile
-        here = {**others.get(where, {}), **{key: known[key] for key in missing}}
+        here = {**others.get(where, {}), **{key: known[key] for key in added}}
         _write(folder / FILE, {**others, where: here}, log)
     return [v for c in calls for v in known[c.key]]
 
