@@ -38,14 +38,12 @@ def known(flags):
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *known(XLA)]).strip()
 
-# Of a program for CPU the kernels for TPU are traced and thrown away; see `tpu_kernels_on`.
-os.environ.setdefault('SSL_JAX_TPU_KERNELS', '0')
-
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import bucket as bucket_lib  # noqa: E402
 import golden as golden_lib  # noqa: E402
+from ssl_jax.kernels import forms  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'float32')
 # Most of the suite's time is XLA compiling the same few programs: once per session is enough.
@@ -66,9 +64,10 @@ def programs_of_a_module_go_with_it():
 
 
 @pytest.fixture
-def tpu_kernels_on(monkeypatch):
-    """Programs for TPU have the kernels of `kernels/tpu/`, as outside the tests."""
-    monkeypatch.delenv('SSL_JAX_TPU_KERNELS')
+def tpu_kernels_on():
+    """Programs for TPU have the kernels of `kernels/tpu/`, as with `kernels=on`."""
+    with forms.using('on', 'tpu'):
+        yield
 
 
 @pytest.fixture

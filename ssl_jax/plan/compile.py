@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ssl_jax import methods, sharding
 from ssl_jax import step as step_lib
+from ssl_jax.kernels import forms
 from ssl_jax.plan import chips, hlo
 from ssl_jax.run import clock as clock_lib
 
@@ -70,7 +71,9 @@ def plan(config, devices: list, chip: chips.Chip) -> dict:
         'hbm': {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)},
     }
     started = time.monotonic()
-    lowered = lower(built)
+    # No chip is asked here, so 'auto' is 'on'.
+    with forms.using('off' if config.kernels == 'off' else 'on', 'tpu'):
+        lowered = lower(built)
     out['seconds_to_trace'] = round(time.monotonic() - started, 1)
     started = time.monotonic()
     try:
