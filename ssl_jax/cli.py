@@ -65,6 +65,10 @@ def _parser():
         p.add_argument('--data', required=required, action=_Once, help=help)
         p.add_argument('--split', help='of --data, such as val; all: every image')
 
+    def compiled(p):
+        text = 'folder of compiled programs, to load or to keep them: later starts take seconds'
+        p.add_argument('--compiled', metavar='DIR', help=text)
+
     def fields(p):
         p.add_argument('fields', nargs='*', metavar='FIELD=VALUE', help='e.g. batch_size=128')
 
@@ -77,6 +81,7 @@ def _parser():
     p.add_argument('--method', help='mae (the default), pixio, dinov2, splitmask or beit')
     p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
     p.add_argument('--workdir', required=True, help='folder of the run; start again to continue')
+    compiled(p)
     fields(p)
 
     p = command(finetune, help='train encoder and classifier on labelled images')
@@ -90,6 +95,7 @@ def _parser():
     p.add_argument('--recipe', help='mae, beit or splitmask: the settings of that paper')
     p.add_argument('--config', help='a recipe by name or path, e.g. finetune_cifar10')
     p.add_argument('--workdir', required=True, help='a new run; start again to continue')
+    compiled(p)
     fields(p)
 
     p = command(eval_, help='kNN and linear probe of a run, beside two baselines')
@@ -135,7 +141,7 @@ def _parser():
 
     p = command(plan, help='will it fit, how fast: for a TPU topology, without a TPU')
     p.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
-    p.add_argument('--topology', required=True, help='chips to rent, e.g. v5e:16x16')
+    p.add_argument('--topology', required=True, help='chips to rent, e.g. v5e:16x16; local: here')
     p.add_argument(
         '--slices', type=_positive, default=1, help='number of slices, joined by a network'
     )
@@ -143,6 +149,10 @@ def _parser():
     p.add_argument('--out', help='folder for plan.txt, plan.json and plan.png')
     p.add_argument(
         '--search', action='store_true', help='try meshes, remat policies and batch sizes too'
+    )
+    p.add_argument('--save', metavar='DIR', help='keep the compiled step for pretrain --compiled')
+    p.add_argument(
+        '--images', type=_positive, help='training images, for --save and durations in epochs'
     )
     fields(p)
 
@@ -200,7 +210,7 @@ def pretrain(args):
         known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
         raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
     launch.initialize_distributed()
-    train.command(recipe, hints.behind(fields + args.fields), args.workdir)
+    train.command(recipe, hints.behind(fields + args.fields), args.workdir, args.compiled)
 
 
 def finetune(args):
@@ -227,7 +237,7 @@ def finetune(args):
         fields.append(f'data.eval_test={args.test}')
     launch.initialize_distributed()
     fields = hints.behind(fields + args.fields)
-    train.command(args.config or FINETUNE[args.recipe], fields, args.workdir)
+    train.command(args.config or FINETUNE[args.recipe], fields, args.workdir, args.compiled)
 
 
 def eval_(args):
@@ -295,7 +305,8 @@ def import_(args):
 
 def plan(args):
     """`ssl_jax plan`."""
-    _on_cpu()
+    if args.topology != 'local':
+        _on_cpu()
     from ssl_jax import plan as plan_lib
 
     plan_lib.run(
@@ -306,6 +317,8 @@ def plan(args):
         mesh=args.mesh,
         out=args.out,
         search=args.search,
+        save=args.save,
+        images=args.images,
     )
 
 

@@ -142,11 +142,11 @@ def make_program(config, method, mesh=None) -> Program:
     """
     mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
-    params, _ = jax.eval_shape(method.init, jax.random.key(0))
+    params, extra = jax.eval_shape(method.init, jax.random.key(0))
     tx, groups = optim.make(config.optim, params)
     schedule = optim.schedule(config, method.clock)
     fresh = init(method, tx, config.seed)
-    abstract = jax.eval_shape(fresh)
+    abstract = jax.eval_shape(lambda *x: TrainState.create(*x, tx), params, extra)
     shardings = sharding.infer(abstract, mesh)
     sharding.check_replication(abstract, shardings, mesh)
     abstract = jax.tree.map(

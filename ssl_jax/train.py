@@ -25,7 +25,7 @@ from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.evals import features, pictures
 from ssl_jax.kernels import forms, verdicts
-from ssl_jax.run import checkpoint, errors, launch, metrics, peers, preempt, start
+from ssl_jax.run import checkpoint, compiled, errors, launch, metrics, peers, preempt, start
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 from ssl_jax.run.launch import log
@@ -44,15 +44,17 @@ class Run:
     stop: preempt.Preemption
     tasks: dict  # evaluations, see `evals.base`
     look: evals.Look
+    kept: compiled.Kept  # compiled programs
     writer: metrics.Writer | None = None
 
 
-def train(config, workdir) -> dict:
+def train(config, workdir, programs=None) -> dict:
     """Trains `config` in `workdir`, or continues the run there.
 
     Args:
       config: see `ssl_jax.config`.
       workdir: local folder or gs:// path; checkpoints/, metrics.jsonl, pictures/, config.json.
+      programs: folder of compiled programs, see `run.compiled`; None keeps none.
 
     Returns:
       dict of the last metrics and evaluations, 'step', and 'preempted': whether a signal ended the
@@ -71,7 +73,10 @@ def train(config, workdir) -> dict:
         tasks = evals.load(config.eval.tasks)
         clock = clock_lib.Clock.of(config, len(source))
         method = methods.make(config, clock)
-        program = step_lib.make_program(config, method)
+        kept = compiled.Kept.of(
+            programs, config, step_lib.make_program(config, method), len(source)
+        )
+        program = kept.start()
         start.banner(config, source, method, program, workdir)
         saved = checkpoint.Checkpointer(
             workdir / 'checkpoints',
@@ -86,9 +91,8 @@ def train(config, workdir) -> dict:
             try:
                 with stop.interrupts():
                     state, origin = start.first_state(config, method, program, saved, source)
-                    start.store_config(
-                        workdir, config
-                    )  # no earlier: a refused command changes nothing
+                    # No earlier: a refused command changes nothing.
+                    start.store_config(workdir, config)
                     chosen = verdicts.for_run(
                         config.kernels,
                         program.step,
@@ -100,7 +104,8 @@ def train(config, workdir) -> dict:
                 log('stopped on request before the first step; nothing is lost.')
                 return {'preempted': True, 'step': saved.latest() or 0}
             log(f'start: {origin}, {clock.total} steps in all')
-            run = Run(config, workdir, source, method, program, saved, stop, tasks, look)
+            kept = kept.beside(kernels=forms.words(*chosen))
+            run = Run(config, workdir, source, method, program, saved, stop, tasks, look, kept)
             with forms.using(*chosen):
                 return loop(run, state, started)
 
@@ -154,8 +159,9 @@ def loop(run: Run, state, started: float) -> dict:
         if first < total:
             peers.at('compiling')
             with writer.timers('compile'):
-                lowered = run.program.step.lower(run.program.abstract, run.program.batch)
-                step_fn = preempt.run_interruptible(lowered.compile, run.stop)
+                step_fn = run.kept.get(
+                    'step', lambda lowered: preempt.run_interruptible(lowered.compile, run.stop)
+                )
             log(f'compiled; first step {time.monotonic() - started:.0f} s after the start')
         due = first == total or (eval_every and first and first % eval_every == 0)
         if launch.main_says(due and not metrics.has_evaluation(run.workdir, first)):
@@ -244,10 +250,11 @@ def _farewell(run, result, bad):
 
 
 def main(argv=None):
-    """Flags: --config=FILE[:arg], --workdir=DIR, --config.FIELD=VALUE."""
+    """Flags: --config=FILE[:arg], --workdir=DIR, --compiled=DIR, --config.FIELD=VALUE."""
     parser = argparse.ArgumentParser(prog='ssl_jax.train', description=main.__doc__)
     parser.add_argument('--config', required=True, help='recipe: path.py, path.py:arg or its name')
     parser.add_argument('--workdir', required=True, help='local folder or gs:// path')
+    parser.add_argument('--compiled', help='folder of compiled programs, see docs/machines.md')
     args, rest = parser.parse_known_args(argv)
     overrides = [flag.removeprefix('--config.') for flag in rest if flag.startswith('--config.')]
     unknown = [flag for flag in rest if not flag.startswith('--config.')]
@@ -255,14 +262,14 @@ def main(argv=None):
         parser.error(f'unknown flag {unknown[0]}; fields are set as --config.batch_size=256.')
     with errors.in_a_sentence('ssl_jax'):
         launch.initialize_distributed()
-    command(args.config, overrides, args.workdir)
+    command(args.config, overrides, args.workdir, args.compiled)
 
 
-def command(recipe, overrides, workdir):
+def command(recipe, overrides, workdir, programs=None):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
     with errors.in_a_sentence('ssl_jax'), peers.announced():
         config = start.continued(config_lib.load(recipe, overrides), workdir)
-        result = train(config, workdir)
+        result = train(config, workdir, programs)
     if result['preempted']:
         launch.leave()
         preempt.exit_now(0)

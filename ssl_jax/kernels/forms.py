@@ -50,6 +50,13 @@ class _Use:
 _use = contextvars.ContextVar('forms', default=None)
 
 
+def words(chosen: Mapping[str, str] | str, platform: str = 'tpu') -> str:
+    """The arguments of `using` as a string, equal for equal programs."""
+    if not chosen or chosen == 'off':
+        return 'off'
+    return f'{platform} {chosen if chosen == "on" else json.dumps(chosen, sort_keys=True)}'
+
+
 @contextlib.contextmanager
 def using(chosen: Mapping[str, str] | str, platform: str = 'tpu') -> Iterator[None]:
     """``with using('on'):`` what is traced within may have hand-written forms.

@@ -20,7 +20,7 @@ from etils import epath
 from ssl_jax import fields
 from ssl_jax.kernels import choice, forms
 from ssl_jax.kernels.choice import Verdict
-from ssl_jax.run import launch, peers, storage
+from ssl_jax.run import errors, launch, peers, storage
 
 FILE = 'kernels.json'
 ENDED = 'the process ended while it was measured'  # by a crash, a halted chip, or by hand
@@ -146,6 +146,8 @@ def _read(path, log=None):
         }
     except FileNotFoundError:
         return {}
+    except errors.UserError:  # a bucket that does not answer: the bits of the run depend on it
+        raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if log:
             log(f'kernels   {path} cannot be read ({type(error).__name__}): measured anew')
@@ -172,5 +174,5 @@ def _write(path, verdicts, log):
     }
     try:
         storage.atomic_write(path, json.dumps(stored, indent=1) + '\n')
-    except OSError as error:
+    except (OSError, errors.UserError) as error:
         log(f'kernels   {path} cannot be written: {error}')

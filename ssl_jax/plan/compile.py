@@ -8,6 +8,7 @@ import collections
 import math
 import re
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,31 @@ def lower(built: step_lib.Program) -> jax.stages.Lowered:
         return built.step.lower(built.abstract, built.batch)
 
 
-def plan(config, devices: list, chip: chips.Chip) -> dict:
+def kernels(config) -> str:
+    """The forms of a plan: no chip is asked here, so 'auto' is 'on'."""
+    return 'off' if config.kernels == 'off' else 'on'
+
+
+def plan(
+    config,
+    devices: list,
+    chip: chips.Chip,
+    num_examples: int = NUM_EXAMPLES,
+    keep: Callable[[step_lib.Program, jax.stages.Compiled], None] | None = None,
+) -> dict:
     """Compiles one step and returns its numbers as JSON can hold them.
 
     A program that does not fit is no error: `fits` is False, `over_gib` is the missing memory, and
     numbers of the compiled program are left out.
+
+    Args:
+      config: a valid one.
+      devices: of `chips.devices`.
+      chip: of the devices.
+      num_examples: images in the training set.
+      keep: called with the program and its compiled step, if it compiles.
     """
-    method = methods.make(config, clock_lib.Clock.of(config, NUM_EXAMPLES))
+    method = methods.make(config, clock_lib.Clock.of(config, num_examples))
     built = step_lib.make_program(
         config, method, sharding.make_mesh(**config.mesh, devices=devices)
     )
@@ -71,8 +90,7 @@ def plan(config, devices: list, chip: chips.Chip) -> dict:
         'hbm': {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)},
     }
     started = time.monotonic()
-    # No chip is asked here, so 'auto' is 'on'.
-    with forms.using('off' if config.kernels == 'off' else 'on', 'tpu'):
+    with forms.using(kernels(config)):
         lowered = lower(built)
     out['seconds_to_trace'] = round(time.monotonic() - started, 1)
     started = time.monotonic()
@@ -85,6 +103,8 @@ def plan(config, devices: list, chip: chips.Chip) -> dict:
         return out | numbers
     finally:
         out['seconds_to_compile'] = round(time.monotonic() - started, 1)
+    if keep:
+        keep(built, compiled)
     memory = compiled.memory_analysis()
     state = sum(out['hbm'][k] for k in ('parameters', 'moments', 'extra'))
     used = {

@@ -41,6 +41,15 @@ def text(plan: dict) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def local(plan: dict) -> str:
+    """The report of a plan for the devices at hand: what XLA says of memory, no time."""
+    gib = {k: f'{plan[k] / GIB:.2f} GiB' for k in ('peak', 'state_and_batch', 'program')}
+    return (
+        f'{plan["name"]} on {plan["devices"]}, batch {plan["batch_size"]:,}: {gib["peak"]} per '
+        f'device at the peak, state and batch {gib["state_and_batch"]}, program {gib["program"]}\n'
+    )
+
+
 def _where(plan):
     mesh = ', '.join(f'{k} {v}' for k, v in plan['mesh'].items() if v > 1) or 'one device'
     slices = f' x {plan["slices"]} slices' if plan['slices'] > 1 else ''
