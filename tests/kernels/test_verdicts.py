@@ -17,6 +17,7 @@ from ssl_jax import step as step_lib
 from ssl_jax.kernels import attention, choice, forms, ops, verdicts
 from ssl_jax.kernels.choice import Verdict
 from ssl_jax.kernels.segments import Segment
+from ssl_jax.plan import chips, compile
 from ssl_jax.run import clock, errors, preempt
 
 
@@ -303,6 +304,21 @@ def test_training_hands_over_its_step_and_runs_in_the_chosen_forms(tmp_path, mon
     assert (mode, workdir, options) == ('on', tmp_path, {'keep': False})
     assert step.__wrapped__ and state.params and batch
     assert inside[0].chosen == {'a': 'pallas'} and forms._use.get() is None
+
+
+@pytest.mark.parametrize('mode, wanted', [('auto', 'on'), ('on', 'on'), ('off', None)])
+def test_a_plan_has_every_kernel_that_fits_unless_told_otherwise(monkeypatch, mode, wanted):
+    class Seen(Exception):
+        pass
+
+    def lower(built):
+        raise Seen(forms._use.get())
+
+    monkeypatch.setattr(compile, 'lower', lower)
+    config = tiny.config(kernels=mode, mesh__data=8)
+    with pytest.raises(Seen) as seen:
+        compile.plan(config, jax.devices()[:8], chips.CHIPS['v5e'])
+    assert getattr(seen.value.args[0], 'chosen', None) == wanted
 
 
 def test_the_field_takes_three_values():
