@@ -144,6 +144,9 @@ def _parser():
     p.add_argument(
         '--search', action='store_true', help='try meshes, remat policies and batch sizes too'
     )
+    p.add_argument(
+        '--xla-alone', action='store_true', help='plan the step without our TPU kernels too'
+    )
     fields(p)
 
     p = command(demo, help='train on rendered scenes for a few minutes, then evaluate')
@@ -306,6 +309,7 @@ def plan(args):
         mesh=args.mesh,
         out=args.out,
         search=args.search,
+        xla_alone=args.xla_alone,
     )
 
 

@@ -132,4 +132,4 @@ def test_plan_takes_recipe_topology_and_fields_from_the_command_line(monkeypatch
     )
     (config, topology, fields), options = run.call_args
     assert (config, topology, fields) == ('scenes_mae', 'v5e:2x2', ['batch_size=8'])
-    assert options == dict(slices=2, mesh=None, out=None, search=False)
+    assert options == dict(slices=2, mesh=None, out=None, search=False, xla_alone=False)

@@ -26,6 +26,7 @@ def run(
     mesh: str | None = None,
     out: str | None = None,
     search: bool = False,
+    xla_alone: bool = False,
     log: Callable = print,
 ) -> dict:
     """Plans a recipe; returns the plan, see `compile.plan`.
@@ -38,6 +39,7 @@ def run(
       mesh: 'data=4,fsdp=64' instead of the recipe's; other axes are 1.
       out: folder for plan.txt, plan.json, plan.png; None writes nothing.
       search: whether to plan the alternatives too, one compilation each.
+      xla_alone: whether to plan the same step without the kernels of `kernels/tpu` too.
     """
     loaded = config_lib.load(config, [*_mesh_fields(mesh), *fields])
     if loaded.infer:
@@ -55,6 +57,10 @@ def run(
     command += ['--mesh', mesh] if mesh else []
     plan.update(topology=topology, command=' '.join([*command, *fields]))
     plan['scale'] = compile_lib.matmul_scale(devices[0], chip)
+    if xla_alone:
+        other = compile_lib.by_xla_alone(loaded, devices, chip)
+        keys = ('fits', 'over_gib', 'hbm', 'cycles', 'step_seconds', 'images_per_second', 'mfu')
+        plan['xla_alone'] = {k: other[k] for k in keys if k in other}
     if search:
         log(report.text(plan))
         found = search_lib.search(loaded, devices, chip, log)
