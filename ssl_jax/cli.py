@@ -154,6 +154,9 @@ def _parser():
     p.add_argument(
         '--images', type=_positive, help='training images, for --save and durations in epochs'
     )
+    p.add_argument(
+        '--xla-alone', action='store_true', help='plan the step without our TPU kernels too'
+    )
     fields(p)
 
     p = command(demo, help='train on rendered scenes for a few minutes, then evaluate')
@@ -319,6 +322,7 @@ def plan(args):
         search=args.search,
         save=args.save,
         images=args.images,
+        xla_alone=args.xla_alone,
     )
 
 
