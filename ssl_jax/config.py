@@ -58,7 +58,9 @@ class Run:
     # ('dots'), 'full' blocks
     init_from: str | None = None  # start from these weights at step 0: a run, an export, a file
     resume_from: str | None = None  # continue another run: weights, moments and step
-    compile_cache: bool = True  # keep compiled programs on disk
+    kernels: Literal['auto', 'on', 'off'] = 'auto'  # hand-written forms of operations on TPU, GPU:
+    # those that the device finds right and faster ('auto'), all that fit ('on'), none ('off')
+    compile_cache: bool = True  # keep compiled programs on disk, and what 'auto' found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.evals import features, pictures
+from ssl_jax.kernels import forms, verdicts
 from ssl_jax.run import checkpoint, compiled, errors, launch, metrics, peers, preempt, start
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
@@ -90,13 +91,23 @@ def train(config, workdir, programs=None) -> dict:
             try:
                 with stop.interrupts():
                     state, origin = start.first_state(config, method, program, saved, source)
+                    # No earlier: a refused command changes nothing.
+                    start.store_config(workdir, config)
+                    chosen = verdicts.for_run(
+                        config.kernels,
+                        program.step,
+                        (program.abstract, program.batch),
+                        workdir,
+                        keep=config.compile_cache,
+                    )
             except preempt.Stopped:
                 log('stopped on request before the first step; nothing is lost.')
                 return {'preempted': True, 'step': saved.latest() or 0}
-            start.store_config(workdir, config)  # no earlier: a refused command changes nothing
             log(f'start: {origin}, {clock.total} steps in all')
+            kept = kept.beside(kernels=forms.words(*chosen))
             run = Run(config, workdir, source, method, program, saved, stop, tasks, look, kept)
-            return loop(run, state, started)
+            with forms.using(*chosen):
+                return loop(run, state, started)
 
 
 def loop(run: Run, state, started: float) -> dict:

@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -37,13 +38,12 @@ def known(flags):
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *known(XLA)]).strip()
 
-# Of a program for CPU the kernels for TPU are traced and thrown away; see `tpu_kernels_on`.
-os.environ.setdefault('SSL_JAX_TPU_KERNELS', '0')
-
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+import bucket as bucket_lib  # noqa: E402
 import golden as golden_lib  # noqa: E402
+from ssl_jax.kernels import forms  # noqa: E402
 
 jax.config.update('jax_default_matmul_precision', 'float32')
 # Most of the suite's time is XLA compiling the same few programs: once per session is enough.
@@ -64,9 +64,10 @@ def programs_of_a_module_go_with_it():
 
 
 @pytest.fixture
-def tpu_kernels_on(monkeypatch):
-    """Programs for TPU have the kernels of `kernels/tpu/`, as outside the tests."""
-    monkeypatch.delenv('SSL_JAX_TPU_KERNELS')
+def tpu_kernels_on():
+    """Programs for TPU have the kernels of `kernels/tpu/`, as with `kernels=on`."""
+    with forms.using('on', 'tpu'):
+        yield
 
 
 @pytest.fixture
@@ -82,3 +83,27 @@ def data_dir():
     if not (folder / 'cifar10').exists():
         pytest.skip(f'no cifar10/ in {folder}; set SSL_JAX_DATA')
     return folder
+
+
+@pytest.fixture(scope='session')
+def _bucket_server(tmp_path_factory):
+    if reason := bucket_lib.reason_to_skip():
+        pytest.skip(reason)
+    with bucket_lib.serve(tmp_path_factory.mktemp('bucket')) as served:
+        os.environ.update(served.env)
+        import fsspec
+
+        fsspec.config.conf.setdefault('gcs', {})['token'] = 'anon'
+        yield served
+
+
+@pytest.fixture
+def bucket(_bucket_server, monkeypatch, request):
+    """A `bucket.Bucket` without faults; `bucket.root` is a folder of this test alone."""
+    monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '5')
+    _bucket_server.heal()
+    name = re.sub(r'[^A-Za-z0-9]+', '_', request.node.name)[:60]
+    _bucket_server.root = f'{_bucket_server.path}/{name}_{os.getpid()}'
+    _bucket_server.requests()
+    yield _bucket_server
+    _bucket_server.heal()

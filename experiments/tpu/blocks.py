@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from ssl_jax import sharding
+from ssl_jax.kernels import forms
 from ssl_jax.kernels.segments import Segment, tokens_per_row
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import vit
@@ -72,7 +73,8 @@ def lower(name, remat='dots', device=None):
     args = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=put), (params, x, drop)
     )
-    return jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options).lower(*args)
+    with forms.using('on', 'tpu'):
+        return jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options).lower(*args)
 
 
 def report(name, remat, ops=10, dump=None):

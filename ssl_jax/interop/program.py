@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors_numpy
 
 from ssl_jax.augment import photometry
 from ssl_jax.interop import files
-from ssl_jax.kernels.tpu import rows as tpu_rows
+from ssl_jax.kernels import forms
 from ssl_jax.run import errors, trees
 
 PROGRAM = 'model.jax'
@@ -57,7 +57,7 @@ def write(folder, vit, params, transform, dtype):
     (batch,) = jax_export.symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
     # Of one image, mapped: the forms of a layer depend on the size of the batch, which is unknown.
-    with tpu_rows.left_to_xla():
+    with forms.using('off'):
         exported = jax_export.export(jax.jit(jax.vmap(one, (None, 0))), platforms=PLATFORMS)(
             shapes, images
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head self-attention; backward starts from the output and one normalizer per query.
 
-There is one form for CPU (in chunks that stay in cache), one for TPU (kernels in
-`tpu/attention.py`) and a default. The form is chosen at lowering, see `ops.lowered`. Timings are in
-`experiments/bench`.
+There is a form for CPU (in chunks that stay in cache) and a default; where `kernels.forms` says so,
+also one for TPU (kernels in `tpu/attention.py`) and cuDNN's for GPU. A form is chosen at lowering,
+see `ops.lowered`, cuDNN's at tracing. Timings are in `experiments/bench`.
 """
 
 import functools
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
-from ssl_jax.kernels import ops
+from ssl_jax.kernels import forms, ops
 from ssl_jax.kernels.segments import Segment, join, per_row, split, tokens_per_row
 from ssl_jax.kernels.tpu import attention as tpu_attention
 
 NAME = 'attention'  # checkpoint name of output and normalizers, see `models.blocks.REMAT`
 CHUNK_BYTES = 4 << 20  # attention weights of one chunk; they stay in the cache near a CPU core
+CUDNN_HEAD = 128  # most channels of a head that cuDNN takes; 256 from Hopper on, 128 everywhere
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def attention(qkv: jax.Array, num_heads: int, segments: tuple[Segment, ...]) -> jax.Array:
     """Multi-head self-attention within each image, `softmax(q k^T / sqrt(d)) v`.
 
@@ -41,16 +41,22 @@ def attention(qkv: jax.Array, num_heads: int, segments: tuple[Segment, ...]) -> 
         Vaswani et al., Attention is all you need, arXiv 1706.03762
         Dao et al., FlashAttention, arXiv 2205.14135 (the backward pass)
     """
-    return _attention_forward(qkv, num_heads, segments)[0]
-
-
-def _attention_forward(qkv, num_heads, segments):
     if qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f'attention: the last axis of qkv is {qkv.shape[-1]}, not a multiple of 3 * num_heads ='
             f' {3 * num_heads}; pass the projection (B * T, 3 * D) with D divisible by num_heads.'
         )
+    if _form(qkv, num_heads, segments) == 'cudnn':
+        return _cudnn(qkv, num_heads, segments)
+    return _attention(qkv, num_heads, segments)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attention(qkv, num_heads, segments):
+    return _attention_forward(qkv, num_heads, segments)[0]
+
+
+def _attention_forward(qkv, num_heads, segments):
     def kernel(qkv):
         # The backward kernel recomputes the normalizers.
         batch = len(qkv) // tokens_per_row(segments)  # rows of one device
@@ -109,7 +115,48 @@ def _attention_backward(num_heads, segments, residuals, grad):
     return (_by_platform(by_image, kernel, num_heads, segments, *residuals, grad),)
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _form(qkv, num_heads, segments):
+    """The hand-written form in use, None for XLA's."""
+    batch = len(qkv) // tokens_per_row(segments)
+
+    def pallas():
+        return sharding.only_rows(batch) and tpu_attention.fits(qkv, num_heads, segments)
+
+    def cudnn():
+        head_dim = qkv.shape[-1] // 3 // num_heads
+        supported = qkv.dtype in (jnp.bfloat16, jnp.float16)
+        supported &= head_dim % 8 == 0 and head_dim <= CUDNN_HEAD
+        return sharding.only_rows(batch) and supported
+
+    fits = {'pallas': pallas, 'cudnn': cudnn}
+    return forms.pick('attention', qkv, (num_heads, tuple(segments)), fits)
+
+
+def _cudnn(qkv, num_heads, segments):
+    """cuDNN's attention, one call per image size, with its own gradient.
+
+    It keeps the normalizers itself, without `NAME`: where backward recomputes (`remat`), it runs
+    the forward pass again. Each device calls it on its part of the batch.
+    """
+
+    def each(x):
+        b, n, width = x.shape
+        # jax 0.10.2 refuses the gradient of an odd number of tokens: one more, which is masked.
+        x = jnp.pad(x, ((0, 0), (0, n % 2), (0, 0)))
+        heads = x.reshape(b, -1, 3, num_heads, width // 3 // num_heads)
+        q, k, v = (heads[:, :, i] for i in range(3))
+        lengths = jnp.full((b,), n, jnp.int32)
+        masked = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths) if n % 2 else {}
+        out = jax.nn.dot_product_attention(q, k, v, implementation='cudnn', **masked)
+        return out[:, :n].reshape(b, n, -1)
+
+    def of_device(qkv):
+        return _rows([each(x) for x in _images(qkv, segments)], segments)
+
+    return sharding.per_device(of_device, 1)(qkv)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -192,14 +239,14 @@ def _by_platform(by_image, kernel, num_heads, segments, *args):
     """
     batch = len(args[0]) // tokens_per_row(segments)
     default = functools.partial(by_image, lambda fn, *images: fn(*images))
-    forms = {}
+    special = {}
     # A loop over samples that are split over devices would gather the batch.
     in_chunks = any(_chunk(num_heads, s.tokens) < batch * s.images for s in segments)
     if in_chunks and sharding.num_devices() == 1:
-        forms['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
-    if sharding.only_rows(batch) and tpu_attention.fits(args[0], num_heads, segments):
-        forms['tpu'] = sharding.per_device(kernel, len(args))
-    return ops.lowered(forms, default, *args)
+        special['cpu'] = functools.partial(by_image, functools.partial(_map_chunks, num_heads))
+    if _form(args[0], num_heads, segments) == 'pallas':
+        special['tpu'] = sharding.per_device(kernel, len(args))
+    return ops.lowered(special, default, *args)
 
 
 def _chunk(num_heads, tokens):

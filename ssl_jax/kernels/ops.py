@@ -7,7 +7,7 @@ fresh pages, and no cache holds them). Each function here therefore keeps only i
 numbers per row. Timings are in `experiments/bench`.
 
 The form for a platform is chosen at lowering, not by the backend of the process: programs for TPU
-are also compiled on machines without one.
+are also compiled on machines without one. Pallas kernels are among them where `kernels.forms` says.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ssl_jax import sharding
+from ssl_jax.kernels import forms
 from ssl_jax.kernels.tpu import rows as tpu_rows
 
 
@@ -39,9 +40,11 @@ def _keep_forward(x, name):
 keep.defvjp(_keep_forward, lambda name, _, grad: (grad,))
 
 
-def lowered(forms: dict[str, Callable], default: Callable, *args):
-    """Calls forms[platform], or `default`, with `args` for the platform of the lowering."""
-    return jax.lax.platform_dependent(*args, **forms, default=default) if forms else default(*args)
+def lowered(special: dict[str, Callable], default: Callable, *args):
+    """Calls special[platform], or `default`, with `args` for the platform of the lowering."""
+    if not special:
+        return default(*args)
+    return jax.lax.platform_dependent(*args, **special, default=default)
 
 
 @jax.custom_vjp
@@ -53,23 +56,26 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 def _dense_gradients(x, kernel, grad):
     rows = grad.reshape(-1, grad.shape[-1])  # (B * N, M)
     d_kernel = _transposed_product(x.reshape(-1, x.shape[-1]), rows)
-    return grad @ kernel.T, d_kernel, _sum_of_stored_rows(rows)
+    return grad @ kernel.T, d_kernel, sum_stored_rows(rows)
 
 
-def _sum_of_stored_rows(x):
-    """`sum_rows` of an array that is in memory anyway; on TPU with a kernel."""
+def sum_stored_rows(x: jax.Array) -> jax.Array:
+    """`sum_rows` of an array that is in memory anyway; on TPU there is a kernel for it."""
 
     def kernel(x):
         return sharding.per_device(tpu_rows.sum_rows, 1)(x).sum(axis=0).astype(x.dtype)
 
-    return lowered(_if_fits(kernel, x), sum_rows, x)
+    return lowered(_on_tpu(kernel, 'sum_rows', x), sum_rows, x)
 
 
-def _if_fits(kernel, x):
-    """{'tpu': kernel} if the kernels of `tpu.rows` support x as the current mesh splits it."""
-    rows = (x.shape[0] // sharding.num_devices(), *x.shape[1:])
-    fits = sharding.only_rows(x.shape[0]) and tpu_rows.rows_fit(rows)
-    return {'tpu': kernel} if fits else {}
+def _on_tpu(kernel, op, x, *static):
+    """{'tpu': kernel} if it is in use and supports x as the current mesh splits it."""
+
+    def fits():
+        rows = (x.shape[0] // sharding.num_devices(), *x.shape[1:])
+        return sharding.only_rows(x.shape[0]) and tpu_rows.rows_fit(rows)
+
+    return {'tpu': kernel} if forms.pick(op, x, static, {'pallas': fits}) == 'pallas' else {}
 
 
 def _transposed_product(a, b):
@@ -171,10 +177,10 @@ def layer_norm_and_input(x, scale, bias, eps: float = 1e-6) -> tuple[jax.Array, 
 
     One pass over the array then sums the gradients of both.
     """
-    return _layer_norm_forward(x, scale, bias, eps)[0], x
+    return _layer_norm_forward(x, scale, bias, eps, True)[0], x
 
 
-def _layer_norm_forward(x, scale, bias, eps):
+def _layer_norm_forward(x, scale, bias, eps, and_input=False):
     def plain(x, scale, bias):
         y = x.astype(jnp.float32)
         mean = jnp.mean(y, axis=-1, keepdims=True)
@@ -189,7 +195,8 @@ def _layer_norm_forward(x, scale, bias, eps):
         unused = jnp.zeros(x.shape[:-1])  # the backward kernel recomputes the statistics
         return y, unused, unused
 
-    y, mean, inverse = lowered(_if_fits(kernel, x), plain, x, scale, bias)
+    special = _on_tpu(kernel, 'layer_norm', x, eps, and_input)
+    y, mean, inverse = lowered(special, plain, x, scale, bias)
     return y, (x, scale, bias, mean, inverse)
 
 
@@ -219,12 +226,13 @@ def _layer_norm_backward(eps, residuals, grad, *other):
 
     x, scale, bias, mean, inverse = residuals
     args = scale, mean, inverse, x, grad, *other
-    d_x, d_scale, d_bias = lowered(_if_fits(kernel, x), plain, *args)
+    special = _on_tpu(kernel, 'layer_norm', x, eps, bool(other))
+    d_x, d_scale, d_bias = lowered(special, plain, *args)
     return d_x, d_scale.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 
 def _layer_norm_and_input_forward(x, scale, bias, eps):
-    y, residuals = _layer_norm_forward(x, scale, bias, eps)
+    y, residuals = _layer_norm_forward(x, scale, bias, eps, True)
     return (y, x), residuals
 
 

@@ -4,7 +4,7 @@
 The kept images are gathered, and the output of the branch is added back at their positions. Each
 of the two is the gradient of the other, so there is no scatter, which is slow on a TPU. Images of
 one size are consecutive (`Segment`). On TPU, kernels move whole images if each is padded to full
-registers.
+registers and `kernels.forms` says so.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax import sharding
-from ssl_jax.kernels import ops
+from ssl_jax.kernels import forms, ops
 from ssl_jax.kernels.segments import Segment, join, per_row, split
 from ssl_jax.kernels.tpu import rows as tpu_rows
 
@@ -39,12 +39,12 @@ def residual(
         dinov2 `layers/block.py: drop_add_residual_stochastic_depth_list`
     """
     kept = tuple(s._replace(images=i.shape[1]) for s, i in zip(segments, ids, strict=True))
-    places = tuple(ids), tuple(_where(i, s.images) for s, i in zip(segments, ids, strict=True))
+    places = tuple(ids), tuple(where(i, s.images) for s, i in zip(segments, ids, strict=True))
     taken, x = _take_and_input(segments, kept, x, places)
     return _add(segments, kept, x, branch(ops.keep(taken, TAKEN), kept), places)
 
 
-def _where(ids, count):
+def where(ids: jax.Array, count: int) -> jax.Array:
     """Position (B, count) of every image among the k kept images; k if it was dropped."""
     dropped = jnp.full((len(ids), count), ids.shape[1], jnp.int32)
     index = jnp.arange(ids.shape[1], dtype=jnp.int32)
@@ -54,26 +54,33 @@ def _where(ids, count):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _take_and_input(segments, kept, x, places):
     """(tokens of the kept images, x), so that one pass sums the gradients of both."""
-    return _move(segments, kept, places[0], False, x), x
+    return move(segments, kept, places[0], False, x), x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _add(segments, kept, x, y, places):
     """x + n/k y, where y holds the tokens of the kept images."""
-    return _move(kept, segments, places[1], True, y, x)
+    return move(kept, segments, places[1], True, y, x)
 
 
 _take_and_input.defvjp(
     lambda segments, kept, x, places: (_take_and_input(segments, kept, x, places), places),
-    lambda segments, kept, places, grads: (_move(kept, segments, places[1], False, *grads), None),
+    lambda segments, kept, places, grads: (move(kept, segments, places[1], False, *grads), None),
 )
 _add.defvjp(
     lambda segments, kept, x, y, places: (_add(segments, kept, x, y, places), places),
-    lambda segments, kept, places, grad: (grad, _move(segments, kept, places[0], True, grad), None),
+    lambda segments, kept, places, grad: (grad, move(segments, kept, places[0], True, grad), None),
 )
 
 
-def _move(src, dst, ids, weighted, x, *other):
+def move(
+    src: tuple[Segment, ...],
+    dst: tuple[Segment, ...],
+    ids: Sequence[jax.Array],
+    weighted: bool,
+    x: jax.Array,
+    *other: jax.Array,
+) -> jax.Array:
     """Gathers images of x at ids, per segment (B, n), into the layout `dst`; adds `other`.
 
     An id beyond the last image yields zeros. If `weighted`, images are scaled by n/k, where n is
@@ -91,12 +98,15 @@ def _move(src, dst, ids, weighted, x, *other):
         return other[0] + moved if other else moved
 
     def kernel(ids, x, *other):
-        move = functools.partial(tpu_rows.move_images, src, dst, weights)
-        return sharding.per_device(move, 2 + len(other))(ids, x, *other)
+        moved = functools.partial(tpu_rows.move_images, src, dst, weights)
+        return sharding.per_device(moved, 2 + len(other))(ids, x, *other)
 
-    fits = sharding.only_rows(len(ids[0])) and tpu_rows.images_fit(x, src)
-    forms = {'tpu': kernel} if fits else {}
-    return ops.lowered(forms, plain, ids, x, *other)
+    def fits():
+        return sharding.only_rows(len(ids[0])) and tpu_rows.images_fit(x, src)
+
+    static = src, dst, weighted, bool(other)
+    form = forms.pick('move_images', x, static, {'pallas': fits})
+    return ops.lowered({'tpu': kernel} if form == 'pallas' else {}, plain, ids, x, *other)
 
 
 def _with_padding(segments):

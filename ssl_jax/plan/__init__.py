@@ -15,6 +15,7 @@ import jax
 from ssl_jax import config as config_lib
 from ssl_jax import methods, sharding
 from ssl_jax import step as step_lib
+from ssl_jax.kernels import forms
 from ssl_jax.plan import chips, report
 from ssl_jax.plan import compile as compile_lib
 from ssl_jax.plan import search as search_lib
@@ -104,8 +105,13 @@ def local(
     """
     clock = clock_lib.Clock.of(config, images or compile_lib.NUM_EXAMPLES)
     built = step_lib.make_program(config, methods.make(config, clock))
+    platform = forms.PLATFORMS.get(jax.devices()[0].platform)
+    # Nothing is measured here, so 'auto' is XLA's forms.
+    chosen = ('on', platform) if platform and config.kernels == 'on' else ('off',)
     kept = compiled.Kept.of(save, config, built, images)
-    memory = kept.get('step').memory_analysis()
+    with forms.using(*chosen):
+        step = kept.beside(kernels=forms.words(*chosen)).get('step')
+    memory = step.memory_analysis()
     if save:
         kept.get('init')
     return {
@@ -125,7 +131,8 @@ def _keep(folder, config, images, log):
 
     def keep(built, step):
         kept = compiled.Kept.of(folder, config, built, images)
-        log(f'step kept as {kept.save("step", step)}')
+        forms_of_step = forms.words(compile_lib.kernels(config))
+        log(f'step kept as {kept.beside(kernels=forms_of_step).save("step", step)}')
         log(f'init kept as {kept.save("init", kept.lower("init").compile())}')
 
     return keep

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ssl_jax import methods, sharding
 from ssl_jax import step as step_lib
+from ssl_jax.kernels import forms
 from ssl_jax.plan import chips, hlo
 from ssl_jax.run import clock as clock_lib
 
@@ -42,6 +43,11 @@ def lower(built: step_lib.Program) -> jax.stages.Lowered:
     """The lowered step."""
     with jax.set_mesh(built.mesh):
         return built.step.lower(built.abstract, built.batch)
+
+
+def kernels(config) -> str:
+    """The forms of a plan: no chip is asked here, so 'auto' is 'on'."""
+    return 'off' if config.kernels == 'off' else 'on'
 
 
 def plan(
@@ -84,7 +90,8 @@ def plan(
         'hbm': {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)},
     }
     started = time.monotonic()
-    lowered = lower(built)
+    with forms.using(kernels(config)):
+        lowered = lower(built)
     out['seconds_to_trace'] = round(time.monotonic() - started, 1)
     started = time.monotonic()
     try:

@@ -37,9 +37,11 @@ from ssl_jax.run import errors, hashing, launch, storage, trees
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('ssl_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
-# Fields that change no program; those of `mesh` are in the key as the mesh that they become.
+# Fields that change no program; those of `mesh` are in the key as the mesh that they become,
+# `kernels` as the forms (`Kept.beside`).
 OUTSIDE = (
-    'checkpoint.', 'compile_cache', 'data.', 'eval.', 'infer', 'init_from', 'log.', 'mesh.',
+    'checkpoint.', 'compile_cache', 'data.', 'eval.', 'infer', 'init_from', 'kernels', 'log.',
+    'mesh.',
     'method.classes', 'name', 'nonfinite.', 'overrides', 'resume_from', 'total_', 'warmup_',
 )  # fmt: skip
 # Parts of the names of JAX's settings that change no program. All others count, also those that a
@@ -82,6 +84,10 @@ class Kept:
         """
         key = {} if folder is None else make_key(config, program, num_examples, more)
         return cls(None if folder is None else epath.Path(folder), program, key)
+
+    def beside(self, **more) -> 'Kept':
+        """With more that the programs to come depend on."""
+        return dataclasses.replace(self, key=self.key | {k: str(v) for k, v in more.items()})
 
     def start(self) -> step_lib.Program:
         """The program of the run, with an `init` that comes from the folder."""
@@ -225,7 +231,6 @@ def make_key(
     key['source of ssl_jax'] = source()
     key |= _hardware(devices)
     key['XLA_FLAGS'] = _flags('XLA_FLAGS')
-    key['SSL_JAX_TPU_KERNELS'] = os.environ.get('SSL_JAX_TPU_KERNELS', '')
     settings = jax.config.values
     key |= {k: settings[k] for k in sorted(settings) if not any(x in k for x in HARMLESS)}
     key['mesh'] = dict(program.mesh.shape)

@@ -140,11 +140,29 @@ def main_says(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(flag))))
 
 
+def main_sends(text: str) -> str:
+    """The text of process 0, on all processes; no device waits while process 0 makes it."""
+    if jax.process_count() == 1:
+        return text
+    if peers.joined():
+        return peers.from_main(text)
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data))))
+    data = data if is_main() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).decode()
+
+
 def any_says(flag: bool) -> bool:
     """Whether the flag is true on any process."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(multihost_utils.process_allgather(np.asarray(bool(flag))).any())
+
+
+def cache_folder() -> str:
+    """SSL_JAX_CACHE, else ~/.cache/ssl_jax."""
+    default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax')
+    return os.environ.get('SSL_JAX_CACHE', default)
 
 
 def enable_compile_cache() -> None:
@@ -156,8 +174,8 @@ def enable_compile_cache() -> None:
     if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
         return
     if jax.config.jax_compilation_cache_dir is None:
-        default = os.path.join(os.path.expanduser('~'), '.cache', 'ssl_jax', 'xla')
-        jax.config.update('jax_compilation_cache_dir', os.environ.get('SSL_JAX_CACHE', default))
+        folder = os.environ.get('SSL_JAX_CACHE', os.path.join(cache_folder(), 'xla'))
+        jax.config.update('jax_compilation_cache_dir', folder)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 

@@ -215,6 +215,22 @@ def compare(values: dict) -> None:
     at(before)
 
 
+def joined() -> bool:
+    """Whether this process has links to others."""
+    return _peers is not None
+
+
+def from_main(value=None):
+    """The JSON value of process 0, in all processes; they wait for as long as it takes."""
+    if _peers is None:
+        return value
+    if _peers.index:
+        return _peers.inbox.get()[1]
+    for link in _peers.links.values():
+        link.send(values=value)
+    return value
+
+
 def leave() -> None:
     """Says that this process has nothing more to do; after that its end is no failure."""
     if _peers is not None:

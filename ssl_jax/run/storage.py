@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local and remote paths; atomic files and folders.
 
-A remote path has a scheme (``gs://bucket/run``). Writes of whole files are atomic there, so nothing
-is renamed.
+A remote path has a scheme (``gs://bucket/run``), see `bucket`. Writes of whole files are atomic
+there, so nothing is renamed.
 """
 
 import contextlib
@@ -14,10 +14,16 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from ssl_jax.run import bucket
+
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is in a bucket."""
-    return '://' in str(path)
+    """Whether the path is in a bucket.
+
+    Raises:
+      UserError: it has a scheme that is misspelled or unknown.
+    """
+    return bool(bucket.scheme(path))
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -28,16 +34,29 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def atomic_write(path: epath.PathLike, data: str | bytes) -> None:
     """Writes a file, and its folder if needed; a crash leaves the old file or the new one."""
     data = data.encode() if isinstance(data, str) else data
-    path = epath.Path(path)
+    if is_remote(path):
+        return bucket.write(path, data)
+    path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext(path) if is_remote(path) else atomic_file(path) as target:
-        epath.Path(target).write_bytes(data)
+    with atomic_file(path) as target:
+        pathlib.Path(target).write_bytes(data)
+
+
+def read(path: epath.PathLike) -> bytes:
+    """The content of a file.
+
+    Raises:
+      FileNotFoundError: it is absent.
+    """
+    return bucket.read(path) if is_remote(path) else pathlib.Path(path).read_bytes()
 
 
 def read_lines(path: epath.PathLike) -> list[str]:
     """Lines of a text file, [] if it is absent; bytes that are not UTF-8 become U+FFFD."""
-    path = epath.Path(path)
-    return path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
+    try:
+        return read(path).decode(errors='replace').splitlines()
+    except FileNotFoundError:
+        return []
 
 
 @contextlib.contextmanager

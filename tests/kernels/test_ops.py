@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from ssl_jax import sharding
-from ssl_jax.kernels import attention, ops
+from ssl_jax.kernels import attention, forms, ops
 from ssl_jax.kernels.segments import Segment, tokens_per_row
 from ssl_jax.kernels.tpu import attention as tpu_attention
 from ssl_jax.kernels.tpu import rows as tpu_rows
@@ -225,16 +225,18 @@ def test_on_a_mesh_each_device_runs_the_kernels_on_its_part_and_cpu_computes_the
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures('tpu_kernels_on')
-def test_one_variable_leaves_all_of_a_tpu_program_to_xla(monkeypatch):
+def test_without_a_word_all_of_a_tpu_program_is_xlas():
     def block(x):
         y = ops.layer_norm(x, jnp.ones(128), jnp.zeros(128))
         qkv = ops.dense(y, jnp.ones((128, 384)), jnp.zeros(384))
         return attention.attention(qkv, 2, (Segment(1, 8),)).sum()
 
-    assert calls_a_kernel(jax.grad(block), jnp.zeros((16, 128)))
-    monkeypatch.setenv('SSL_JAX_TPU_KERNELS', '0')
-    assert not calls_a_kernel(jax.grad(block), jnp.zeros((16, 128)))
+    x = jnp.zeros((16, 128))
+    assert not calls_a_kernel(jax.grad(block), x)
+    with forms.using('on'):
+        assert calls_a_kernel(jax.grad(lambda x: block(x)), x)
+        with forms.using('off'):
+            assert not calls_a_kernel(jax.grad(lambda x: block(x)), x)
 
 
 def test_attention_survives_logits_of_ten_thousand():

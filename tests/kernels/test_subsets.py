@@ -51,15 +51,15 @@ def test_the_gradient_is_that_of_picking_images_and_adding_what_became_of_them()
 @pytest.mark.parametrize('weighted', [False, True])
 def test_the_tpu_kernel_moves_images_as_the_plain_form_does(weighted):
     kept = Segment(3, 5, 3), Segment(2, 13, 3)
-    where = [subsets._where(i, s.images) for s, i in zip(SEGMENTS, IDS, strict=True)]
+    where = [subsets.where(i, s.images) for s, i in zip(SEGMENTS, IDS, strict=True)]
     weights = (4 / 3, 3.0) if weighted else (1.0, 1.0)
     kernel = functools.partial(tpu_rows.move_images, interpret=True)
     x, y = rows(0, SEGMENTS), rows(1, kept)
 
     taken = kernel(SEGMENTS, kept, weights, IDS, x)
-    np.testing.assert_allclose(taken, subsets._move(SEGMENTS, kept, IDS, weighted, x), rtol=1e-6)
+    np.testing.assert_allclose(taken, subsets.move(SEGMENTS, kept, IDS, weighted, x), rtol=1e-6)
     added = kernel(kept, SEGMENTS, weights, where, y, x)
-    want = subsets._move(kept, SEGMENTS, where, weighted, y, x)
+    want = subsets.move(kept, SEGMENTS, where, weighted, y, x)
     np.testing.assert_allclose(added, want, rtol=1e-6, atol=1e-6)
 
 

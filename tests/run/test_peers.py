@@ -243,3 +243,31 @@ def test_the_first_value_that_differs_is_named():
 def test_processes_that_end_at_different_times_are_not_missed():
     found = three("peers.compare({'a': None}); print('same')", after='me')
     assert found == [(0, 'same\n')] * 3
+
+
+def test_what_process_0_says_is_the_same_in_all_however_late():
+    say = "me == 0 and time.sleep(0.3); found = peers.from_main('{}' * 9 if me == 0 else None)"
+    found = three(
+        f"peers.compare({{'a': 1}}); {say}; peers.compare({{'b': 1}}); print(found)", after='me'
+    )
+    assert found == [(0, '{}' * 9 + '\n')] * 3
+
+
+@pytest.mark.parametrize('text', ['', '{"a": "pallas"}', 'schön'])
+def test_without_links_a_text_goes_through_the_devices(monkeypatch, text):
+    sent = []
+    monkeypatch.setattr(launch.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(
+        launch.multihost_utils, 'broadcast_one_to_all', lambda x: sent.append(x) or x
+    )
+    assert launch.main_sends(text) == text
+    monkeypatch.setattr(launch, 'is_main', lambda: False)
+    replay = iter(sent)
+
+    def received(x):
+        value = next(replay)
+        assert x.dtype == value.dtype and (x.shape == value.shape or not x.shape)
+        return value
+
+    monkeypatch.setattr(launch.multihost_utils, 'broadcast_one_to_all', received)
+    assert launch.main_sends('of another process') == text

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ssl_jax.kernels.segments import Segment, tokens_per_row
-from ssl_jax.kernels.tpu.rows import BLOCK, LANES, MAX_BLOCK, SUBLANES, enabled, metadata, padded
+from ssl_jax.kernels.tpu.rows import BLOCK, LANES, MAX_BLOCK, SUBLANES, metadata, padded
 
 # Tokens per image. The logits of a step lie in vector memory: for images of up to SHORT tokens
 # those of all queries, for longer images, which must be padded, those of 128 queries at a time.
@@ -42,7 +42,7 @@ def fits(qkv: jax.Array, num_heads: int, segments: Sequence[Segment]) -> bool:
     sizes = [s.length for s in segments]
     small = max(_least_bytes(qkv, num_heads, size) for size in sizes) <= MAX_BLOCK
     longest = LONG if padded(segments) else SHORT
-    return enabled() and tiled and small and max(sizes) <= longest
+    return tiled and small and max(sizes) <= longest
 
 
 def takes(qkv: jax.Array, num_heads: int, segments: Sequence[Segment]) -> bool:

@@ -4,11 +4,8 @@
 Gains, as the compiler schedules them, are in `experiments/tpu`. Attention is in `tpu/attention.py`.
 """
 
-import contextlib
-import contextvars
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +17,6 @@ from ssl_jax.kernels.segments import Segment, tokens_per_row
 LANES, SUBLANES = 128, 8  # of a vector register
 BLOCK = 2**19  # target bytes of a block; blocks of whole images reach about twice that
 MAX_BLOCK = 17 * 2**16  # limit in bytes: 12 blocks fit into the 16 MiB a kernel may use
-_left_to_xla = contextvars.ContextVar('left_to_xla', default=False)
-
-
-def enabled() -> bool:
-    """Whether kernels are used; SSL_JAX_TPU_KERNELS=0 in the environment leaves all to XLA."""
-    return not _left_to_xla.get() and os.environ.get('SSL_JAX_TPU_KERNELS', '1') != '0'
-
-
-@contextlib.contextmanager
-def left_to_xla() -> Iterator[None]:
-    """No kernel in what is traced within: for programs that are kept, or of unknown shapes."""
-    token = _left_to_xla.set(True)
-    try:
-        yield
-    finally:
-        _left_to_xla.reset(token)
 
 
 def padded(segments: Sequence[Segment]) -> bool:
@@ -58,7 +39,7 @@ def images_fit(x: jax.Array, segments: Sequence[Segment]) -> bool:
     """Whether `move_images` supports x (R, D): padded images, blocks that fit vector memory."""
     length = max(s.length for s in segments)
     small = length * LANES * x.dtype.itemsize <= MAX_BLOCK
-    return enabled() and padded(segments) and x.shape[1] % LANES == 0 and small
+    return padded(segments) and x.shape[1] % LANES == 0 and small
 
 
 def move_images(src, dst, weights, ids, x, *other, interpret: bool = False) -> jax.Array:
@@ -145,7 +126,7 @@ def _move(src, dst, k, weight, ids, x, other, into, interpret):
 def rows_fit(shape: tuple[int, ...]) -> bool:
     """Whether the kernels below support an array (R, M): full registers, and M not too wide."""
     aligned = len(shape) == 2 and shape[0] % SUBLANES == 0 and shape[1] % LANES == 0
-    return enabled() and aligned and shape[1] <= BLOCK // 4 // SUBLANES
+    return aligned and shape[1] <= BLOCK // 4 // SUBLANES
 
 
 def _block_of_rows(rows, columns):
