@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ssl_jax.run import errors
 
@@ -71,7 +72,7 @@ class _Peers:
     def __init__(self, index, links):
         self.index = index
         self.links = links  # process: _Link; process 0 has all, another has process 0
-        self.inbox = queue.Queue()  # (process, values) of `compare`
+        self.inbox = queue.Queue()  # (process, values) of `consult`
         self.ended = threading.Lock()  # taken, for good, by the first failure
         self.failed = False  # whether that is one of this process
         self.threads = [
@@ -181,6 +182,33 @@ def announced() -> Iterator[None]:
         raise
 
 
+def consult(values: Any, judge: Callable[[list], Any]) -> Any:
+    """What process 0 makes of the values of all, in all processes; all call it.
+
+    Args:
+      values: JSON value of this process.
+      judge: ([values of process 0, of process 1, ...]) -> JSON value; process 0 calls it.
+    """
+    if _peers is None:
+        return judge([values])
+    if _peers.index:
+        _peers.links[0].send(values=values)
+        return _peers.inbox.get()[1]
+    found = {0: json.loads(json.dumps(values, default=str))}
+    for _ in _peers.links:
+        process, theirs = _peers.inbox.get()
+        found[process] = theirs
+    answer = judge([found[process] for process in sorted(found)])
+    for link in _peers.links.values():
+        link.send(values=answer)
+    return answer
+
+
+def are_linked() -> bool:
+    """Whether `consult` reaches the other processes."""
+    return _peers is not None
+
+
 def compare(values: dict) -> None:
     """Compares what must be equal in all processes; all call it, process 0 decides.
 
@@ -190,29 +218,22 @@ def compare(values: dict) -> None:
     Raises:
       UserError: in process 0, naming a process and the first value that differs.
     """
-    if _peers is None:
-        return
     before = _phase
     at('comparing configs')
-    if _peers.index:
-        _peers.links[0].send(values=values)
-        _peers.inbox.get()
-        at(before)
-        return
-    values = json.loads(json.dumps(values, default=str))
-    for _ in _peers.links:
-        process, theirs = _peers.inbox.get()
-        names = [k for k in {**values, **theirs} if values.get(k) != theirs.get(k)]
+    consult(values, _require_equal)
+    at(before)
+
+
+def _require_equal(found):
+    for process, theirs in enumerate(found):
+        names = [k for k in {**found[0], **theirs} if found[0].get(k) != theirs.get(k)]
         if names:
             k, more = names[0], f' ({len(names)} values differ)' if len(names) > 1 else ''
             raise errors.UserError(
                 f'process {process} has {k}={theirs.get(k)!r} and process 0 has '
-                f'{values.get(k)!r}{more}: start all processes with the same command, versions '
+                f'{found[0].get(k)!r}{more}: start all processes with the same command, versions '
                 f'and data.'
             )
-    for link in _peers.links.values():
-        link.send(values=True)
-    at(before)
 
 
 def leave() -> None:
