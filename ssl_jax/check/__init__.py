@@ -112,7 +112,7 @@ def _tell(found: list[Row]) -> list[str]:
         return [row.what for row in merged if row.verdict == 'bad']
 
     values = [name, [dataclasses.asdict(row) for row in found]]
-    if jax.process_count() == 1 or peers.are_linked():
+    if jax.process_count() == 1 or peers.joined():
         return peers.consult(values, judge)
     return judge(_gather(values))  # each for itself: they all see the same
 

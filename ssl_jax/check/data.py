@@ -4,7 +4,6 @@
 import contextlib
 import io
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +100,7 @@ def step(found: list[Row], trial: Trial, loaded: float, is_wanted: bool) -> None
             return
     if trial.config.compile_cache:
         launch.enable_compile_cache()
-    seconds = _step_seconds(program)
+    seconds = step_seconds(program)
     rate, unit = size / seconds, f'images/s, {spell(seconds)} s for {size}'
     if peak := launch.peak_flops(jax.devices()[0].device_kind):
         unit += f', MFU {flops / seconds / jax.device_count() / peak:.0%}'
@@ -129,8 +128,8 @@ def against(loaded: float, needed: float, num_threads: int | None) -> Row:
     )
 
 
-def _step_seconds(program: Any) -> float:
-    """Seconds of a step on noise, of STEPS after one that warms up."""
+def step_seconds(program: step_lib.Program, steps: int = STEPS) -> float:
+    """Seconds of a step on noise, the mean of `steps` after one that warms up."""
 
     def noise():
         keys = jax.random.split(jax.random.key(0), len(program.batch))
@@ -147,7 +146,7 @@ def _step_seconds(program: Any) -> float:
         state, metrics = program.step(program.init(), batch)
         jax.block_until_ready(metrics)
         begin = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(steps):
             state, metrics = program.step(state, batch)
         jax.block_until_ready((state, metrics))
-        return (time.perf_counter() - begin) / STEPS
+        return (time.perf_counter() - begin) / steps

@@ -2,9 +2,11 @@
 """Rates of the devices: products, memory, transfers, sums over all of them, kernels."""
 
 import functools
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +142,33 @@ def all_reduce(devices: Sequence[jax.Device]) -> float:
 
 
 def kernels(found: list[Row], seconds: float = 40.0) -> None:
-    """Appends the verdict on each kernel."""
-    del seconds
-    platform = jax.default_backend()
-    if platform != 'tpu':
-        found.append(Row('kernels', f'none for {platform}', same=True))
+    """Appends the verdict on each hand-written form of an operation.
+
+    Args:
+      seconds: no further operation is measured after this time.
+    """
+    try:
+        choice = importlib.import_module('ssl_jax.kernels.choice')
+    except ImportError:
+        found.append(Row('kernels', 'not measured: this version has no kernels/choice.py'))
+        return
+    calls, end, device = choice.typical(), time.monotonic() + seconds, jax.local_devices()[0]
+    while calls and time.monotonic() < end:
+        call = calls.pop(0)
+        for verdict in choice.measure([call], device=device, log=lambda line: None):
+            found.append(of_verdict(f'{choice.words(call)}: {verdict.form}', verdict))
+    if calls:
+        found.append(Row('kernels', f'{len(calls)} operations not measured, for want of time'))
+    elif not found:
+        found.append(Row('kernels', f'none for {device.platform}', same=True))
+
+
+def of_verdict(what: str, verdict: Any) -> Row:
+    """The row of a `choice.Verdict`; a form that is wrong or fails is left out of runs."""
+    reason = 'used' if verdict.used else verdict.reason
+    if verdict.seconds is None:
+        fails = not reason.startswith('does not fit')
+        fix = "runs take XLA's form; report it with this line" if fails else ''
+        return Row(what, reason, verdict='warn' if fails else 'ok', next=fix)
+    times = f"ms, XLA's {spell(1e3 * verdict.reference_seconds)}; {reason}"
+    return Row(what, 1e3 * verdict.seconds, times, less_is_better=True)

@@ -72,7 +72,7 @@ class _Peers:
     def __init__(self, index, links):
         self.index = index
         self.links = links  # process: _Link; process 0 has all, another has process 0
-        self.inbox = queue.Queue()  # (process, values) of `consult`
+        self.inbox = queue.Queue()  # (process, values) of `compare`
         self.ended = threading.Lock()  # taken, for good, by the first failure
         self.failed = False  # whether that is one of this process
         self.threads = [
@@ -194,19 +194,11 @@ def consult(values: Any, judge: Callable[[list], Any]) -> Any:
     if _peers.index:
         _peers.links[0].send(values=values)
         return _peers.inbox.get()[1]
-    found = {0: json.loads(json.dumps(values, default=str))}
-    for _ in _peers.links:
-        process, theirs = _peers.inbox.get()
-        found[process] = theirs
-    answer = judge([found[process] for process in sorted(found)])
+    found = dict(_peers.inbox.get() for _ in _peers.links)
+    answer = judge([values, *(found[process] for process in sorted(found))])
     for link in _peers.links.values():
         link.send(values=answer)
     return answer
-
-
-def are_linked() -> bool:
-    """Whether `consult` reaches the other processes."""
-    return _peers is not None
 
 
 def compare(values: dict) -> None:
@@ -218,22 +210,34 @@ def compare(values: dict) -> None:
     Raises:
       UserError: in process 0, naming a process and the first value that differs.
     """
+    if _peers is None:
+        return
     before = _phase
     at('comparing configs')
-    consult(values, _require_equal)
-    at(before)
-
-
-def _require_equal(found):
-    for process, theirs in enumerate(found):
-        names = [k for k in {**found[0], **theirs} if found[0].get(k) != theirs.get(k)]
+    if _peers.index:
+        _peers.links[0].send(values=values)
+        _peers.inbox.get()
+        at(before)
+        return
+    values = json.loads(json.dumps(values, default=str))
+    for _ in _peers.links:
+        process, theirs = _peers.inbox.get()
+        names = [k for k in {**values, **theirs} if values.get(k) != theirs.get(k)]
         if names:
             k, more = names[0], f' ({len(names)} values differ)' if len(names) > 1 else ''
             raise errors.UserError(
                 f'process {process} has {k}={theirs.get(k)!r} and process 0 has '
-                f'{found[0].get(k)!r}{more}: start all processes with the same command, versions '
+                f'{values.get(k)!r}{more}: start all processes with the same command, versions '
                 f'and data.'
             )
+    for link in _peers.links.values():
+        link.send(values=True)
+    at(before)
+
+
+def joined() -> bool:
+    """Whether this process has links to others."""
+    return _peers is not None
 
 
 def leave() -> None:

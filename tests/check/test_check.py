@@ -3,6 +3,7 @@
 
 import errno
 import os
+import sys
 import types
 from importlib import metadata
 from unittest import mock
@@ -210,6 +211,51 @@ def test_an_error_of_a_device_is_a_row_and_the_others_follow(monkeypatch):
     assert found['memory bandwidth'].verdict == 'ok'
 
 
+class Choice(types.ModuleType):
+    """A stand-in of `kernels.choice`: one verdict for each call."""
+
+    def __init__(self, *verdicts):
+        super().__init__('choice')
+        self.verdicts = dict(enumerate(verdicts))
+        self.typical, self.words = lambda: [*self.verdicts], 'attention {}'.format
+
+    def measure(self, calls, **_):
+        names = ('form', 'used', 'reason', 'seconds', 'reference_seconds')
+        return [types.SimpleNamespace(**dict(zip(names, self.verdicts[c], strict=True)))
+                for c in calls]  # fmt: skip
+
+
+def kernel_rows(monkeypatch, *verdicts, seconds=10.0):
+    name = 'ssl_jax.kernels.choice'
+    monkeypatch.setitem(sys.modules, name, Choice(*verdicts))
+    found = []
+    speed.kernels(found, seconds)
+    return [(row.what, row.text(), row.verdict) for row in found]
+
+
+def test_each_kernel_has_its_verdict_and_a_failing_one_is_a_warning(monkeypatch):
+    found = kernel_rows(
+        monkeypatch,
+        ('flash', True, 'faster', 1e-3, 2e-3),
+        ('flash', False, 'not faster', 3e-3, 2e-3),
+        ('flash', False, 'does not fit', None, None),
+        ('flash', False, 'wrong', None, None),
+        ('flash', False, 'JaxRuntimeError: no', None, None),
+    )
+    assert found == [
+        ('attention 0: flash', "1 ms, XLA's 2; used", 'ok'),
+        ('attention 1: flash', "3 ms, XLA's 2; not faster", 'ok'),
+        ('attention 2: flash', 'does not fit', 'ok'),
+        ('attention 3: flash', 'wrong', 'warn'),
+        ('attention 4: flash', 'JaxRuntimeError: no', 'warn'),
+    ]
+
+
+def test_kernels_that_there_is_no_time_for_are_counted(monkeypatch):
+    found = kernel_rows(monkeypatch, *[('flash', True, 'faster', 1.0, 2.0)] * 3, seconds=0.0)
+    assert [text for _, text, _ in found] == ['3 operations not measured, for want of time']
+
+
 # The workdir.
 
 
@@ -414,7 +460,7 @@ def twice(tmp_path, act='pass', then='pass'):
 
 def test_two_processes_print_one_table_that_names_the_slow_one(tmp_path):
     # Once more without links, as where only jax knows the other processes.
-    found = twice(tmp_path, then='peers.are_linked = lambda: False; check.run()')
+    found = twice(tmp_path, then='peers.joined = lambda: False; check.run()')
     assert [code for code, _ in found] == [0, 0], found
     linked, _, alone = found[0][1].partition('SOUND True')
     for out in (linked, alone):

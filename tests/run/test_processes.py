@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only real processes show: signals, two hosts over loopback, the compilation cache."""
 
+import os
+import pathlib
 import re
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 
 import tiny
-from processes import finish, start, started, twice
 from ssl_jax import train
 from ssl_jax.run import metrics
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+TESTS = os.pathsep.join(str(REPO / 'tests' / d) for d in ('', 'methods'))
+
+
+started = []
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +29,32 @@ def no_process_outlives_its_test():
     yield
     while started:
         started.pop().kill()
+
+
+def start(code, devices=1, **env):
+    """A Python process running `code` with the repository and tests/ on its path."""
+    env = {
+        **os.environ,
+        'PYTHONPATH': f'{REPO}{os.pathsep}{TESTS}',
+        'PYTHONUNBUFFERED': '1',
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': re.sub(r'(device_count=)\d+', rf'\g<1>{devices}', os.environ['XLA_FLAGS']),
+        **{k: str(v) for k, v in env.items()},
+    }
+    process = subprocess.Popen(
+        [sys.executable, '-c', textwrap.dedent(code)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    started.append(process)
+    return process
+
+
+def finish(process, timeout=600):
+    out, _ = process.communicate(timeout=timeout)
+    return process.returncode, out
 
 
 RUN = """
@@ -154,6 +191,15 @@ TWO = """
 def two_processes(workdir, fields='total_steps=6', *, each):
     """Starts a run on 2 processes x `each` devices over loopback."""
     return twice(TWO.format(workdir=str(workdir), fields=fields), each)
+
+
+def twice(code, each):
+    """Starts 2 processes x `each` devices over loopback that run the same code."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}', JAX_NUM_PROCESSES=2)
+    return [start(code, each, JAX_PROCESS_ID=i, **env) for i in range(2)]
 
 
 def test_two_processes_train_as_one_does_and_exchange_checkpoints(tmp_path):
