@@ -17,7 +17,7 @@ LARGE = 2**26  # bytes of the file that is timed
 SMALL, COUNT = 4096, 10  # bytes and number of small ones, as metrics and metadata are
 GIB = 2**30
 FIX = 'make it writable by this user, or give another --workdir'
-FIX_REMOTE = 'give the machine an account that may write the bucket (docs/pods.md), or another one'
+FIX_REMOTE = 'give this machine an account that may write the bucket (docs/pods.md)'
 
 
 def rows(
@@ -37,12 +37,13 @@ def rows(
     """
     workdir = epath.Path(workdir)
     remote = storage.is_remote(workdir)
+    fix = FIX_REMOTE if remote else FIX
     name = f'.check-{jax.process_index()}-{os.getpid()}'
     made = []
     if not remote:
         made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     try:
-        with caught(found, 'workdir', FIX_REMOTE if remote else FIX):
+        with caught(found, 'workdir', fix):
             (workdir / name).mkdir(parents=True, exist_ok=True)
             _files(found, workdir / name)
             if launch.is_main() and (workdir / workdir_lib.LOCK).exists():
@@ -52,7 +53,7 @@ def rows(
             with caught(found, 'free space'):
                 _space(found, workdir, saved, keep)
         if lock:
-            _lock(found, workdir / name)
+            _lock(found, workdir / name, fix)
     finally:
         with caught(found, 'delete'):
             if (workdir / name).exists():
@@ -102,12 +103,12 @@ def _space(found, workdir, saved, keep):
     found.append(row)
 
 
-def _lock(found, folder):
+def _lock(found, folder, fix):
     """Locks the folder; all processes call it, and process 0 does it."""
     try:
         with workdir_lib.lock(folder):
             row = Row('lock', 'kept and given back')
     except Exception as error:
-        row = Row('lock', sentence(error), verdict='bad', next=FIX)
+        row = Row('lock', sentence(error), verdict='bad', next=fix)
     if launch.is_main():
         found.append(row)
