@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ssl_jax.data import files, fingerprint
+from ssl_jax.data import files, fingerprint, shards
 from ssl_jax.run import errors, launch, storage
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
@@ -55,7 +55,7 @@ class Parquet:
         cache_dir: str | None = None,
         purpose: str = 'train',
     ):
-        choices = files.expand(path, split, '.parquet', purpose)
+        choices = shards.expand(path, split, '.parquet', purpose)
         for choice in (*choices, choices[0]):  # the first if none has labels
             self.files = shards = choice[0]
             metadata = [_metadata(f) for f in shards]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgpack
 import numpy as np
 
-from ssl_jax.data import files, fingerprint
+from ssl_jax.data import files, fingerprint, shards
 from ssl_jax.run import errors, hashing
 
 
@@ -35,7 +35,7 @@ class ArrayRecord:
         import grain  # slow: it imports jax
 
         errors.extra('array_record', 'arrayrecord')
-        self.files, self.notes = files.expand(path, split, '.array_record', purpose)[0]
+        self.files, self.notes = shards.expand(path, split, '.array_record', purpose)[0]
         folder = os.path.dirname(self.files[0])
         if os.path.exists(os.path.join(folder, 'features.json')):
             raise errors.UserError(
