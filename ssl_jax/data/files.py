@@ -3,7 +3,6 @@
 
 import bisect
 import contextlib
-import contextvars
 import errno
 import functools
 import importlib.util
@@ -224,7 +223,11 @@ def children(folder: str, root: str) -> tuple[list[str], list[str]]:
     if not storage.is_remote(folder):
         with os.scandir(folder) as entries:
             for entry in entries:
-                (folders if entry.is_dir() else found).append(entry.name)
+                with contextlib.suppress(OSError):  # a link in a circle
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.is_file():
+                        found.append(entry.name)
     else:
         names = sorted(listed(root))
         prefix = f'{folder}/'[len(root) + 1 :]
@@ -232,28 +235,31 @@ def children(folder: str, root: str) -> tuple[list[str], list[str]]:
         while i < len(names) and names[i].startswith(prefix):
             name, slash, _ = names[i][len(prefix) :].partition('/')
             (folders if slash else found).append(name)
-            i = bisect.bisect_left(names, f'{prefix}{name}0', i) if slash else i + 1  # '0' after '/'
+            i = (
+                bisect.bisect_left(names, f'{prefix}{name}0', i) if slash else i + 1
+            )  # '0' after '/'
     return tuple(sorted(n for n in x if n and not is_system(n)) for x in (found, folders))
 
 
-_listings = contextvars.ContextVar('listings', default=None)
+_listings = None  # {folder: what `listed` has found}, in `one_listing`; seen by all threads
 
 
 @contextlib.contextmanager
 def one_listing() -> Iterator[None]:
     """A block, or a function as its decorator, that lists a folder in a bucket only once."""
-    kept = _listings.get()
-    token = _listings.set({} if kept is None else kept)
+    global _listings
+    outermost = _listings is None
+    _listings = {} if outermost else _listings
     try:
         yield
     finally:
-        _listings.reset(token)
+        _listings = None if outermost else _listings
 
 
 def listed(root: str) -> dict[str, bucket.Object]:
     """{name: object} of all objects below `root`, a folder in a bucket; {} if there is none."""
-    root, kept = root.rstrip('/'), _listings.get()
-    for known, found in (kept or {}).items():
+    root, kept = root.rstrip('/'), _listings
+    for known, found in list((kept or {}).items()):
         if root == known:
             return found
         if root.startswith(f'{known}/') and found:
@@ -280,7 +286,7 @@ def size_and_stamp(path: str) -> tuple[int, int | str]:
             if stat.S_ISREG(found.st_mode):
                 return found.st_size, found.st_mtime_ns
         return -1, -1
-    for root, objects in (_listings.get() or {}).items():
+    for root, objects in list((_listings or {}).items()):
         if found := path.startswith(f'{root}/') and objects.get(path[len(root) + 1 :]):
             return found.size, found.stamp
     found = bucket.stat(path)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints of data sets: strings that differ where the images do."""
 
-import concurrent.futures
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ssl_jax.data import files, host
-from ssl_jax.run import hashing
+from ssl_jax.run import hashing, threads
 
 SAMPLE, BEGINNING = 64, 2**16  # files, and bytes of each, that are read
 
@@ -26,8 +25,7 @@ def of_files(kind: str, paths: Sequence[str], *more: Any) -> str:
     """
     sizes, times = zip(*map(files.size_and_stamp, paths), strict=True)
     sample = spread(len(paths), SAMPLE)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket answers late
-        beginnings = list(pool.map(_beginning, *zip(*((paths[i], sizes[i]) for i in sample))))
+    beginnings = threads.at_once(lambda i: _beginning(paths[i], sizes[i]), sample, 16)
     return f'{hashing.digest(kind, *more, *sizes, *beginnings)}+{hashing.digest(*times)}'
 
 

@@ -16,7 +16,6 @@ A source is anything with
 that can be pickled and read from several threads.
 """
 
-import concurrent.futures
 import contextlib
 import glob
 import inspect
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.data import files, fingerprint, folder, host, parquet, records, scenes
-from ssl_jax.run import errors, hashing
+from ssl_jax.run import errors, hashing, threads
 
 
 class Arrays:
@@ -136,7 +135,7 @@ def _kind(path):
 
 def _kind_of_folder(path):
     """The kind of the topmost files of a data set in a folder: no class folders are looked into."""
-    path = path.rstrip('/')
+    path = path.rstrip('/') or path
     level, parquet_without = [path], False
     for _ in range(5):  # archive/data/default/train/0000.parquet
         below = []
@@ -220,8 +219,7 @@ def typical_size(source: Any) -> tuple[int, int]:
             return str(e).rstrip('.')
 
     sample = fingerprint.spread(len(source), fingerprint.SAMPLE)
-    with concurrent.futures.ThreadPoolExecutor(16 if getattr(source, 'remote', False) else 1) as p:
-        found = list(p.map(size, sample))
+    found = list(threads.at_once(size, sample, 16 if getattr(source, 'remote', False) else 1))
     sides = [x for x in found if not isinstance(x, str)]
     if not sides:
         raise errors.UserError(

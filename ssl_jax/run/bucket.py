@@ -17,6 +17,7 @@ import fsspec
 
 from ssl_jax.run import errors
 
+PAGE = 5000  # objects asked for in one request of a listing; the service may give fewer
 EXTRAS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # scheme: (module, extra of ssl_jax)
 
 for _name in ('gs', 'gcs'):  # imported at the first use
@@ -169,7 +170,7 @@ def walk(root: str | os.PathLike) -> Iterator[Object]:
 def _gs_items(root):
     """gcsfs keeps all fields of all objects, 3 kB of memory each; this has one page at a time."""
     system, (name, _, key) = file_system(root), root.partition('://')[2].partition('/')
-    more = {'prefix': f'{key}/' if key else None, 'maxResults': 5000}
+    more = {'prefix': f'{key}/' if key else None, 'maxResults': PAGE}
     more['fields'] = 'nextPageToken,items(name,size,generation)'
     while True:
         page = system.call('GET', 'b/{}/o', name, json_out=True, **more)

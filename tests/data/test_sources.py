@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax import config, methods
-from ssl_jax.data import files, host, parquet, sources
+from ssl_jax.data import host, parquet, sources
 from ssl_jax.evals import accuracy, report
 
 
@@ -105,17 +105,6 @@ def test_the_fingerprint_follows_the_list_of_images(tmp_path):
     assert sources.open_source(str(tmp_path)).fingerprint == before
     write(tmp_path / 'b.png')
     assert sources.open_source(str(tmp_path)).fingerprint != before
-
-
-def test_remote_folders_are_listed_like_local_ones(tmp_path):
-    for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
-        write(tmp_path / name)
-    (tmp_path / '.hidden').mkdir()
-    write(tmp_path / '.hidden/3.png')
-    names, left = files.walk_remote(str(tmp_path), files.is_image)
-    assert names == ['0.png', 'a/x/1.jpg', 'b/2.png']
-    assert names == files.walk(str(tmp_path), files.is_image)[0]
-    assert files.left_out(left) == ['left out: 1 in .hidden, 1 of extension .txt']
 
 
 def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
@@ -422,32 +411,6 @@ def test_array_records_hold_raw_images_or_maps_with_labels(tmp_path):
     (tmp_path / 'classes.txt').write_text('owl\nyak\n')
     source = pickle.loads(pickle.dumps(sources.open_source(maps)))
     assert source.classes == ('owl', 'yak') and source[0] == dict(image=png(5), label=1)
-
-
-@pytest.fixture(scope='module')
-def tfds_dir(tmp_path_factory):
-    """A data_dir with the data set tiny_plates."""
-    path = str(tmp_path_factory.mktemp('tfds'))
-    tfds = pytest.importorskip('tensorflow_datasets')
-
-    class TinyPlates(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version('1.0.0')
-        url_infos = {}  # There is nothing to download.
-
-        def _info(self):
-            names = tfds.features.ClassLabel(names=['owl', 'yak'])
-            features = tfds.features.FeaturesDict(dict(image=tfds.features.Image(), label=names))
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, manager):
-            return {'train': self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(6):
-                yield i, dict(image=io.BytesIO(png(i)), label=i % 2)
-
-    TinyPlates(data_dir=path, file_format='array_record').download_and_prepare()
-    return path
 
 
 def test_a_tfds_data_set_is_read_without_tensorflow(tfds_dir):
