@@ -14,7 +14,9 @@ gcsfs itself (2026.10):
 import asyncio
 import os
 import random
+import re
 import time
+import urllib.parse
 
 # Read when gcsfs is imported: its gRPC client, for zonal buckets, first asks what a bucket is.
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
@@ -24,15 +26,12 @@ import gcsfs.core  # noqa: E402
 import gcsfs.retry  # noqa: E402
 import google.auth.exceptions  # noqa: E402
 
-from ssl_jax.run import errors, launch, patience  # noqa: E402
+from ssl_jax.run import launch, patience  # noqa: E402
+from ssl_jax.run.patience import Unavailable  # noqa: E402
 
 # Without an answer for this long a request is sent anew; uploads have at most 50 MB.
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
 LOGIN = 'log in (gcloud auth application-default login) or give this machine a service account'
-
-
-class Unavailable(errors.UserError):
-    """A bucket did not answer, or refused, for longer than the patience."""
 
 
 class GCSFileSystem(gcsfs.core.GCSFileSystem):
@@ -52,7 +51,7 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 seconds, reason = _tries(error)
                 if not seconds:
                     raise
-                where = '/'.join(['gs:/', *map(str, args)]) if args else path.partition('?')[0]
+                where = _place(path, args)
                 passed = time.monotonic() - start
                 if passed >= seconds:
                     raise Unavailable(f'{where}: {reason}.') from error
@@ -67,6 +66,13 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 if said:
                     launch.say(f'The bucket answers again, after {time.monotonic() - start:.0f} s.')
                 return found
+
+
+def _place(path, args):
+    """The gs:// path of a request."""
+    if found := re.search(r'/b/([^/?]+)/o(?:/([^?]+)|.*[?&]name=([^&]+))?', path):  # a URL
+        args = [found[1], urllib.parse.unquote(found[2] or found[3] or '')]
+    return '/'.join(['gs:/', *map(str, args)]).rstrip('/') if args else path.partition('?')[0]
 
 
 def _tries(error):

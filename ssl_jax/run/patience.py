@@ -7,6 +7,7 @@ says nothing about the data: it is waited for, and then ends the run.
 """
 
 import errno
+import http
 import os
 import re
 import time
@@ -28,8 +29,8 @@ PASSING = r'^(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED
 DENIED = r'^(PERMISSION_DENIED|UNAUTHENTICATED)\b'
 
 
-class Unreadable(errors.UserError):
-    """Something could not be read for longer than the patience, which proves no damage."""
+class Unavailable(errors.UserError):
+    """A disk or a bucket did not answer, or refused, for longer than the patience."""
 
 
 def seconds() -> float:
@@ -46,7 +47,7 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
       then: the end of the message.
 
     Raises:
-      Unreadable: the storage did not answer for as long as `seconds` says.
+      Unavailable: the storage did not answer for as long as `seconds` says.
     """
     start, wait, said = time.monotonic(), min(WAIT[0], seconds() / 20), False
     while True:
@@ -54,14 +55,14 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
             return call()
         except Exception as error:
             for link in _chain(error):
-                if isinstance(link, errors.UserError):  # as of a bucket, which has waited already
+                if isinstance(link, errors.UserError) and not isinstance(link, Unavailable):
                     raise link from None
-            limit = _seconds_for(error)
-            if not limit:
+            limit, waited = _seconds_for(error), _has_waited(error)
+            if not limit and not waited:
                 raise
             passed = time.monotonic() - start
-            if passed >= limit:
-                raise Unreadable(f'{what} cannot be read: {reason(error)}; {then}.') from error
+            if waited or passed >= limit:
+                raise Unavailable(f'{what} cannot be read: {reason(error)}; {then}.') from error
             if passed >= min(SAID, limit / 2) and not said:
                 said = True
                 launch.say(f'{what}: {reason(error)}; trying again for {limit:.0f} s.')
@@ -71,7 +72,12 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
 
 def passes(error: BaseException) -> bool:
     """Whether the storage did not answer or refused, rather than show that something is wrong."""
-    return any(isinstance(e, errors.UserError) for e in _chain(error)) or _seconds_for(error) > 0
+    return _has_waited(error) or _seconds_for(error) > 0
+
+
+def _has_waited(error):
+    """Whether the file system behind ``gs://`` has tried for long enough already."""
+    return any(isinstance(link, Unavailable) for link in _chain(error))
 
 
 def reason(error: BaseException) -> str:
@@ -83,6 +89,10 @@ def reason(error: BaseException) -> str:
         if code := _errno(link):
             where = f' at {link.filename}' if getattr(link, 'filename', None) else ''
             return f'{os.strerror(code)} (errno {code}, {errno.errorcode.get(code, "?")}){where}'
+        if found := re.search(r"http_response_code='(\d+)'", str(link)):
+            return f'the bucket answers {found[1]} ({http.HTTPStatus(int(found[1])).phrase})'
+        if found := re.search(r'CURL error ([^\[]*?) *\[', str(link)):
+            return f'the bucket does not answer ({found[1]})'
     deepest = error
     while deepest.__cause__ is not None:
         deepest = deepest.__cause__
@@ -94,13 +104,13 @@ def _seconds_for(error):
     for link in _chain(error):
         if isinstance(link, RuntimeError):  # of XLA, whose codes have the same names
             continue
-        text, code, http = str(link), _errno(link), None
+        text, code, status = str(link), _errno(link), None
         if found := re.search(r"http_response_code='(\d+)'", text):
-            http = int(found[1])
-        if http in (401, 403) or code in NO_PERMISSION or (not code and re.search(DENIED, text)):
+            status = int(found[1])
+        if status in (401, 403) or code in NO_PERMISSION or (not code and re.search(DENIED, text)):
             return min(REFUSED, seconds())
-        if http or code:
-            passing = http not in ABSENT_HTTP if http else code not in ABSENT
+        if status or code:
+            passing = status not in ABSENT_HTTP if status else code not in ABSENT
         else:
             absent = isinstance(link, FileNotFoundError | NotADirectoryError | IsADirectoryError)
             passing = (isinstance(link, OSError) and not absent) or re.search(PASSING, text)

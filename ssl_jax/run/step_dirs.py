@@ -26,7 +26,7 @@ def names(folder: epath.PathLike) -> list[str]:
     """Names in a folder, sorted; [] if there is none.
 
     Raises:
-      Unreadable: it cannot be listed, which says nothing about what it holds.
+      Unavailable: it cannot be listed, which says nothing about what it holds.
     """
     if storage.is_remote(folder):
         return bucket.names(folder)
