@@ -56,8 +56,7 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 if passed >= seconds:
                     raise Unavailable(f'{where}: {reason}.') from error
                 if passed >= min(patience.SAID, seconds / 2) and not said:
-                    said = True
-                    launch.say(f'{where}: {reason}; trying again for {seconds:.0f} s.')
+                    said = patience.say(f'{where}: {reason}; trying again for {seconds:.0f} s.')
                 await asyncio.sleep(
                     min(wait * (0.5 + random.random()), start + seconds - time.monotonic() + 0.01)
                 )

@@ -8,8 +8,10 @@ says nothing about the data: it is waited for, and then ends the run.
 
 import errno
 import http
+import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +22,7 @@ SECONDS = 600.0  # of tries during an outage; SSL_JAX_BUCKET_PATIENCE in the env
 REFUSED = 60.0  # of tries without permission, which new rights and credentials take to end
 WAIT = 1.0, 30.0  # seconds between tries, doubled from the first to the last
 SAID = 5.0  # seconds of an outage before a line
+QUIET = 60.0  # seconds until another line
 # Answers that prove something: there is no such file or object, or less of it than there was.
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 ABSENT_HTTP = {404, 416}
@@ -27,6 +30,9 @@ NO_PERMISSION = {errno.EACCES, errno.EPERM}
 # Of TensorStore, where it names no code: https://abseil.io/docs/cpp/guides/status-codes.
 PASSING = r'^(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED)\b|curl_code='
 DENIED = r'^(PERMISSION_DENIED|UNAUTHENTICATED)\b'
+
+
+_lock, _last = threading.Lock(), -math.inf
 
 
 class Unavailable(errors.UserError):
@@ -64,10 +70,23 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
             if waited or passed >= limit:
                 raise Unavailable(f'{what} cannot be read: {reason(error)}; {then}.') from error
             if passed >= min(SAID, limit / 2) and not said:
-                said = True
-                launch.say(f'{what}: {reason(error)}; trying again for {limit:.0f} s.')
+                said = say(f'{what}: {reason(error)}; trying again for {limit:.0f} s.')
             time.sleep(min(wait, start + limit - time.monotonic() + 0.01))
             wait = min(2 * wait, WAIT[1])
+
+
+def say(line: str) -> bool:
+    """Says it unless something was said less than `QUIET` ago; whether it did.
+
+    One outage meets all threads that read.
+    """
+    global _last
+    with _lock:
+        if time.monotonic() - _last < QUIET:
+            return False
+        _last = time.monotonic()
+    launch.say(line)
+    return True
 
 
 def passes(error: BaseException) -> bool:
