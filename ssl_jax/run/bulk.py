@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole objects of a bucket for many threads: TensorStore's client, which works outside the GIL.
 
-All requests of gcsfs share one Python thread, which has to wait for its turn among the threads that
-decode: with 64 of these it reads half as many images (`experiments/bench/bucket.py`).
+All requests of gcsfs share one Python thread, which waits for its turn among the threads that
+decode. TensorStore takes half of the CPU time per object (`experiments/bench/bucket_read.py`).
 """
 
 import functools

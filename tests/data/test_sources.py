@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax import config, methods
-from ssl_jax.data import host, parquet, sources
+from ssl_jax.data import files, host, parquet, sources, stream
 from ssl_jax.evals import accuracy, report
 
 
@@ -411,6 +411,42 @@ def test_array_records_hold_raw_images_or_maps_with_labels(tmp_path):
     (tmp_path / 'classes.txt').write_text('owl\nyak\n')
     source = pickle.loads(pickle.dumps(sources.open_source(maps)))
     assert source.classes == ('owl', 'yak') and source[0] == dict(image=png(5), label=1)
+
+
+@pytest.mark.parametrize('damage', [lambda x: x[:-1000], lambda x: b'', lambda x: b'x' * len(x)])
+def test_a_damaged_shard_of_records_is_named_and_not_taken_for_empty(damage, tmp_path):
+    from array_record.python import array_record_module
+
+    for k in range(2):
+        writer = array_record_module.ArrayRecordWriter(
+            str(tmp_path / f'{k}.array_record'), 'group_size:1'
+        )
+        writer.write(png(k))
+        writer.close()
+    assert len(sources.open_source(str(tmp_path))) == 2
+    second = tmp_path / '1.array_record'
+    second.write_bytes(damage(second.read_bytes()))
+    assert '1.array_record is no readable' in sentence(ValueError, str(tmp_path))
+
+
+def test_a_damaged_record_is_a_bad_image(tmp_path):
+    from array_record.python import array_record_module
+
+    file = tmp_path / 'a.array_record'
+    writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
+    records = [png(k, 64) for k in range(8)]
+    for record in records:
+        writer.write(record)
+    writer.close()
+    data = file.read_bytes()
+    at = data.index(records[3]) + 50
+    file.write_bytes(data[:at] + b'damage' + data[at + 6 :])
+    source = sources.open_source(str(file))
+    with pytest.raises(host.DecodeError, match='Corrupted'):
+        source[3]
+    with stream.train_stream(source, [host.View('image', 8)], batch_size=8, seed=0) as batches:
+        bad = next(batches)['bad']
+    assert set(bad[bad >= 0].tolist()) == {3}
 
 
 def test_a_tfds_data_set_is_read_without_tensorflow(tfds_dir):
