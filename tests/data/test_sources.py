@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax import config, methods
-from ssl_jax.data import files, host, parquet, sources, stream
+from ssl_jax.data import host, parquet, sources, stream
 from ssl_jax.evals import accuracy, report
 
 
