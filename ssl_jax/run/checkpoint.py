@@ -135,10 +135,11 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._saver is not None:
-                self._saver.close()
+            saver, self._saver = self._saver, None
+            if saver is not None:
+                with contextlib.suppress(Exception):  # `wait` has raised it
+                    saver.close()
                 self._pool.shutdown()
-                self._saver = None
 
     def steps(self) -> list[int]:
         """Committed steps that are not known to be damaged, ascending."""
@@ -253,7 +254,11 @@ def _make_saver():
     options = ocp.options.AsyncOptions(
         timeout_secs=SAVE_SECONDS, create_directories_asynchronously=False
     )
-    handler = ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=options),
+        meta=ocp.JsonCheckpointHandler(),
+        **trees,
+    )
     return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
