@@ -12,6 +12,7 @@ gcsfs itself (2026.10):
 """
 
 import asyncio
+import logging
 import os
 import random
 import time
@@ -37,6 +38,10 @@ LOGIN = 'log in (gcloud auth application-default login) or give this machine a s
 
 class Unavailable(errors.UserError):
     """A bucket did not answer, or refused, for longer than `PATIENCE`."""
+
+
+if not os.environ.get('GCSFS_DEBUG'):  # it logs tracebacks of what is said here in a sentence
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
 
 
 def patience() -> float:
