@@ -90,7 +90,18 @@ def read(path: str | os.PathLike, size: int | None = None) -> bytes:
 def write(path: str | os.PathLike, data: bytes) -> None:
     """Writes an object; readers see the old one or the new one."""
     path = os.fspath(path)
-    file_system(path).pipe_file(path, data)
+    if scheme(path) == 'gs' and len(data) < CHUNK:
+        _post(path, data)
+    else:
+        file_system(path).pipe_file(path, data)
+
+
+def _post(path, data, **conditions):
+    """One upload, with the name of the object in its address; what the service says of it."""
+    system, name, key = _parts(path)
+    url = f'{system._location}/upload/storage/v1/b/{name}/o'
+    more = dict(name=key, uploadType='media', json_out=True, **conditions)
+    return system.call('POST', url, data=data, **more)
 
 
 def create(path: str | os.PathLike, data: bytes) -> bool:
@@ -111,13 +122,13 @@ def look(path: str | os.PathLike) -> Seen | None:
             now = _seconds(info['ResponseMetadata']['HTTPHeaders']['date'])
             data = system.call_s3('get_object', Bucket=name, Key=key, IfMatch=info['ETag'])
             data = fsspec.asyn.sync(system.loop, data['Body'].read)
-            return Seen(data, info['ETag'], now - info['LastModified'].timestamp())
+            return Seen(data, info['ETag'], max(now - info['LastModified'].timestamp(), 0.0))
         headers, text = system.call('GET', 'b/{}/o/{}', name, key)
         info = json.loads(text)
         now, written = _seconds(headers['Date']), datetime.datetime.fromisoformat(info['updated'])
         more = dict(alt='media', generation=info['generation'])
         data = system.call('GET', 'b/{}/o/{}', name, key, **more)[1]
-        return Seen(data, info['generation'], now - written.timestamp())
+        return Seen(data, info['generation'], max(now - written.timestamp(), 0.0))
     except FileNotFoundError:
         return None
 
@@ -150,9 +161,7 @@ def swap(path: str | os.PathLike, data: bytes, stamp: str) -> str:
         if scheme(path) == 's3':
             match = {'IfMatch': stamp} if stamp else {'IfNoneMatch': '*'}
             return system.call_s3('put_object', Bucket=name, Key=key, Body=data, **match)['ETag']
-        url, more = f'{system._location}/upload/storage/v1/b/{name}/o', dict(uploadType='media')
-        more |= dict(name=key, ifGenerationMatch=stamp or '0')
-        return system.call('POST', url, data=data, json_out=True, **more)['generation']
+        return _post(path, data, ifGenerationMatch=stamp or '0')['generation']
     except OSError as error:
         if not _is_refused(error):
             raise

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import time
 
 # Read when gcsfs is imported: its gRPC client, for zonal buckets, first asks what a bucket is.
@@ -66,7 +67,7 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 seconds, reason = _tries(error)
                 if not seconds:
                     raise
-                where = '/'.join(['gs:/', *map(str, args)]) if args else path.partition('?')[0]
+                where = _where(path, args, kwargs)
                 passed = time.monotonic() - start
                 if passed >= seconds:
                     raise Unavailable(f'{where}: {reason}.') from error
@@ -81,6 +82,14 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 if said:
                     launch.say(f'The bucket answers again, after {time.monotonic() - start:.0f} s.')
                 return found
+
+
+def _where(path, args, kwargs):
+    """What a request is for, as a path."""
+    if args:
+        return '/'.join(['gs:/', *map(str, args)])
+    found = re.search(r'/b/([^/]+)/o', path)  # of an upload
+    return '/'.join(filter(None, ['gs:/', found[1], kwargs.get('name')])) if found else path
 
 
 def _tries(error):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ssl_jax.run import launch, storage
+from ssl_jax.run import errors, launch, storage
 
 SECONDS = 60.0  # between two writes of what changes all the time, and between tries
 FLUSH_SECONDS = 5.0  # that `flush` waits in the middle of a run ...
@@ -23,11 +23,10 @@ class _Queue:
 
     def __init__(self):
         self.changed = threading.Condition()
-        self.waiting = {}  # path: see `put`
-        self.writing = False
+        self.waiting = {}  # path: see `put`; until it is written
         self.urgent = False
         self.late = False  # the last try failed, or was waited for in vain
-        self.failed = False
+        self.failures = 0
         self.forbidden = set()
         self.thread = None
 
@@ -43,48 +42,53 @@ class _Queue:
             self.changed.notify_all()
 
     def run(self):
-        due = time.monotonic() + SECONDS
+        due, failing = time.monotonic() + SECONDS, False
         while True:
             with self.changed:
                 while not self.waiting or not (self.urgent or time.monotonic() >= due):
-                    left = due - time.monotonic() if self.waiting else None
-                    self.changed.wait(left if left is None else max(left, 0.0))
-                batch, self.waiting = self.waiting, {}
-                self.urgent, self.writing = False, True
-            error = None
-            while batch:
-                path, data = next(iter(batch.items()))
-                try:
-                    if not self._is_forbidden(path):
-                        _write(path, data)
-                except Exception as e:  # whatever it is, training matters more
-                    error = e
-                    break
-                del batch[path]
-            with self.changed:
-                if error is not None:
-                    old = {k: v for k, v in batch.items() if k not in self.waiting}
-                    self.waiting = {**old, **self.waiting}
-                self.writing, self.late, failed = False, error is not None, self.failed
-                self.failed = error is not None
-                self.changed.notify_all()
+                    left = max(due - time.monotonic(), 0.0) if self.waiting else None
+                    self.changed.wait(left)
+                self.urgent, batch = False, dict(self.waiting)
+            error = self._write_all(batch)
             due = time.monotonic() + SECONDS
-            if error is not None and not failed:
-                launch.say(
-                    f'{path} could not be written ({type(error).__name__}: {error}); the run goes '
-                    f'on, and it is tried again every {SECONDS:.0f} s.'
-                )
-            elif failed and error is None:
+            if error is not None and not failing:
+                launch.say(f'{error}; the run goes on, it is tried again every {SECONDS:.0f} s.')
+            elif failing and error is None:
                 launch.say('What could not be written to the bucket is there now.')
+            failing = error is not None
+            with self.changed:
+                self.late, self.failures = failing, self.failures + failing
+                self.changed.notify_all()
+
+    def _write_all(self, batch):
+        """Writes in order; part of a sentence on the first failure, else None."""
+        for path, data in batch.items():
+            with self.changed:
+                if self._is_forbidden(path):
+                    self.waiting.pop(path, None)
+                if path not in self.waiting or self.waiting[path] is not data:  # a newer one waits
+                    continue
+            try:
+                _write(path, data)
+            except errors.UserError as error:
+                return str(error).rstrip('.')
+            except Exception as error:  # whatever it is, training matters more
+                return f'{path} could not be written ({type(error).__name__}: {error})'
+            with self.changed:
+                if path in self.waiting and self.waiting[path] is data:
+                    del self.waiting[path]
+        return None
 
     def flush(self, seconds):
         with self.changed:
-            self.urgent = bool(self.waiting)
+            self.urgent, failures = bool(self.waiting), self.failures
             self.changed.notify_all()
             seconds = 0.0 if self.late and seconds <= FLUSH_SECONDS else seconds
-            done = self.changed.wait_for(lambda: not self.waiting and not self.writing, seconds)
-            self.late = not done
-            return done
+            self.changed.wait_for(
+                lambda: not self.waiting or self.failures > failures, max(seconds, 0.0)
+            )
+            self.late = bool(self.waiting)
+            return not self.waiting
 
     def _is_forbidden(self, path):
         return any(path.startswith(prefix) for prefix in self.forbidden)
@@ -113,12 +117,12 @@ def put(path: str | os.PathLike, data: bytes | Callable[[], bytes] | None) -> No
     _queue.put(path, data) if storage.is_remote(path) else _write(path, data)
 
 
-def flush(seconds: float = FLUSH_SECONDS) -> bool:
-    """Waits until everything is written, `seconds` at most; whether it is.
+def flush(seconds: float | None = None) -> bool:
+    """Waits until everything is written, `seconds` (`FLUSH_SECONDS`) at most; whether it is.
 
     During an outage only the first call waits, and those for longer than `FLUSH_SECONDS`.
     """
-    return _queue.flush(seconds)
+    return _queue.flush(FLUSH_SECONDS if seconds is None else seconds)
 
 
 def close() -> None:
@@ -126,8 +130,8 @@ def close() -> None:
     if not flush(CLOSE_SECONDS):
         with _queue.changed:
             names, _queue.waiting = list(_queue.waiting), {}
-        shown = f'{names[0]} and {len(names) - 1} more' if len(names) > 1 else ''.join(names)
-        launch.say(f'The bucket does not answer: {shown or "the last rows"} could not be written.')
+        more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+        launch.say(f'{names[0]}{more} could not be written in {CLOSE_SECONDS:.0f} s.')
 
 
 def forbid(folder: str | os.PathLike) -> None:

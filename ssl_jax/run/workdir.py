@@ -153,7 +153,7 @@ class _Lease:
                 if ended is False:
                     raise _locked(self._path, holder)
                 if first is None and not ended and seen.age < GONE_SECONDS:
-                    wait = max(STALE_SECONDS - max(seen.age, 0.0), WATCH_SECONDS)
+                    wait = max(STALE_SECONDS - seen.age, WATCH_SECONDS)
                     launch.show(
                         f'{self._path} is held by {_spell(holder)}, renewed {seen.age:.0f} s ago: '
                         f'this run starts in {wait:.0f} s, or is refused as soon as that one '
@@ -232,7 +232,7 @@ def _look(path):
     if storage.is_remote(path):
         return bucket.look(path)
     try:
-        data, age = storage.read(path), time.time() - os.stat(path).st_mtime
+        data, age = storage.read(path), max(time.time() - os.stat(path).st_mtime, 0.0)
     except FileNotFoundError:
         return None
     return bucket.Seen(data, hashing.digest(data), age)
