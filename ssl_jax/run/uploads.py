@@ -49,35 +49,44 @@ class _Queue:
                     left = max(due - time.monotonic(), 0.0) if self.waiting else None
                     self.changed.wait(left)
                 self.urgent, batch = False, dict(self.waiting)
-            error = self._write_all(batch)
+            failed = False
+            for path, data in batch.items():
+                problem = '' if failed and data is None else self._write(path, data)
+                if problem and not failed and not failing:
+                    again = f'the run goes on, it is tried again every {SECONDS:.0f} s'
+                    launch.say(f'{problem}; {again}.')
+                failed = failed or bool(problem)
             due = time.monotonic() + SECONDS
-            if error is not None and not failing:
-                launch.say(f'{error}; the run goes on, it is tried again every {SECONDS:.0f} s.')
-            elif failing and error is None:
+            if failing and not failed:
                 launch.say('What could not be written to the bucket is there now.')
-            failing = error is not None
+            failing = failed
             with self.changed:
-                self.late, self.failures = failing, self.failures + failing
+                self.late, self.failures = failed, self.failures + failed
                 self.changed.notify_all()
 
-    def _write_all(self, batch):
-        """Writes in order; part of a sentence on the first failure, else None."""
-        for path, data in batch.items():
-            with self.changed:
-                if self._is_forbidden(path):
-                    self.waiting.pop(path, None)
-                if path not in self.waiting or self.waiting[path] is not data:  # a newer one waits
-                    continue
+    def _write(self, path, data):
+        """Writes one file; '' or a part of a sentence on what failed."""
+        with self.changed:
+            if self._is_forbidden(path):
+                self.waiting.pop(path, None)
+            if path not in self.waiting or self.waiting[path] is not data:  # a newer one waits
+                return ''
+        problem = ''
+        try:
+            content = data() if callable(data) else data
+        except OSError as error:  # a temporary file is gone: nobody can write this any more
+            launch.say(f'{path} is not written ({error}).')
+        else:
             try:
-                _write(path, data)
+                _write(path, content)
             except errors.UserError as error:
-                return str(error).rstrip('.')
+                problem = str(error).rstrip('.')
             except Exception as error:  # whatever it is, training matters more
-                return f'{path} could not be written ({type(error).__name__}: {error})'
-            with self.changed:
-                if path in self.waiting and self.waiting[path] is data:
-                    del self.waiting[path]
-        return None
+                problem = f'{path} could not be written ({type(error).__name__}: {error})'
+        with self.changed:
+            if not problem and path in self.waiting and self.waiting[path] is data:
+                del self.waiting[path]
+        return problem
 
     def flush(self, seconds):
         with self.changed:
@@ -98,7 +107,7 @@ def _write(path, data):
     if data is None:
         storage.remove(path)
     else:
-        storage.atomic_write(path, data() if callable(data) else data)
+        storage.atomic_write(path, data)
 
 
 _queue = _Queue()
@@ -107,14 +116,17 @@ _queue = _Queue()
 def put(path: str | os.PathLike, data: bytes | Callable[[], bytes] | None) -> None:
     """Writes a file: at once on a disk, soon in a bucket.
 
-    Files are written in the order in which they were put.
+    Files are written in the order in which they were put; nothing is deleted after a failure.
 
     Args:
       path: of the file.
       data: its content, or a function that reads it when it is written; None deletes the file.
     """
     path = os.fspath(path)
-    _queue.put(path, data) if storage.is_remote(path) else _write(path, data)
+    if storage.is_remote(path):
+        _queue.put(path, data)
+    else:
+        _write(path, data() if callable(data) else data)
 
 
 def flush(seconds: float | None = None) -> bool:

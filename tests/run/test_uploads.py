@@ -68,6 +68,23 @@ def test_an_outage_costs_the_run_one_short_wait(bucket, rules, monkeypatch):
     assert storage.read(f'{bucket.root}/f') == b'99'
 
 
+def test_one_file_that_cannot_be_written_holds_up_no_other(bucket, monkeypatch):
+    monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '0.1')
+    bucket.fault(status=403, match='/kept')
+    uploads.put(f'{bucket.root}/kept', b'1')
+    uploads.put(f'{bucket.root}/f', b'2')
+    assert not uploads.flush(20)
+    assert storage.names(bucket.root) == ['f']
+
+
+def test_a_file_whose_content_is_gone_holds_up_no_other(bucket, tmp_path, capfd):
+    uploads.put(f'{bucket.root}/f', (tmp_path / 'absent').read_bytes)
+    uploads.put(f'{bucket.root}/g', b'2')
+    assert uploads.flush(20)
+    assert storage.names(bucket.root) == ['g']
+    assert f'{bucket.root}/f is not written' in capfd.readouterr().err
+
+
 def test_an_outage_and_its_end_are_said_once(bucket, capfd, monkeypatch):
     monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '0.1')
     bucket.fault(status=503)
