@@ -157,11 +157,12 @@ def _parser():
 
 def _ask_buckets(args):
     """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
-    paths = [getattr(args, name, None) for name in ('workdir', 'out', 'model', 'path', 'config')]
-    if any(path and ':' in path for path in paths):
+    names = ('workdir', 'out', 'model', 'path', 'data', 'test')
+    paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
+    if paths:
         from ssl_jax.run import storage
 
-        storage.require(*(path for path in paths[:-1] if path))
+        storage.require(*paths)
 
 
 class _Once(argparse.Action):
