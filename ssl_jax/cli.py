@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown or (more and not getattr(args, 'data', None)):
         parser.error(f'unrecognized arguments: {" ".join(more)}')
     with errors.in_a_sentence(f'ssl_jax {args.command}'):
+        if args.run in (export, import_, plan):
+            _on_cpu()
+        _ask_buckets(args)
         if paths and getattr(args, 'data', None):
             raise errors.UserError(
                 f"'{paths[0]}' has no '=': write NAME=VALUE, such as batch_size=64; if it is a "
@@ -173,6 +176,16 @@ def _parser():
     return parser
 
 
+def _ask_buckets(args):
+    """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
+    names = ('workdir', 'out', 'model', 'path', 'data', 'test')
+    paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
+    if paths:
+        from ssl_jax.run import storage
+
+        storage.require(*paths)
+
+
 class _Once(argparse.Action):
     """An option that is no list: the second of two would replace the first."""
 
@@ -296,26 +309,22 @@ def features(args):
 
 def export(args):
     """`ssl_jax export`."""
-    _on_cpu()
-    from etils import epath
-
     from ssl_jax.evals import report
     from ssl_jax.interop import export as export_lib
-    from ssl_jax.run import weights
+    from ssl_jax.run import storage, weights
 
     opened = weights.open_run(args.workdir, args.step)
-    rows, table = epath.Path(args.workdir) / f'eval_{opened.step}.json', []
-    if rows.exists():
-        table = report.table(json.loads(rows.read_text())).splitlines()
+    rows, table = f'{args.workdir}/eval_{opened.step}.json', []
+    if storage.exists(rows):
+        table = report.table(json.loads(storage.read(rows))).splitlines()
     out = export_lib.export(
         opened, args.to, args.out, what=args.what, dtype=args.dtype, evaluation=table
     )
-    print(f'written to {out}: {", ".join(sorted(p.name for p in out.iterdir()))}')
+    print(f'written to {out}: {", ".join(storage.names(out))}')
 
 
 def import_(args):
     """`ssl_jax import`."""
-    _on_cpu()
     from ssl_jax.run import weights
 
     weights.import_weights(args.path, args.workdir, **hints.of_words(args.hints))

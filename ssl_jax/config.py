@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ from ssl_jax.fields import Range
 from ssl_jax.methods import base
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import clock as clock_lib
-from ssl_jax.run import errors, launch
+from ssl_jax.run import errors, launch, storage
 
 # Groups with free keys: those of a source or of an evaluation, and flags of XLA for the step.
 OPEN = ('data.train', 'data.eval_train', 'data.eval_test', 'eval.tasks', 'xla')
@@ -178,7 +179,8 @@ def load(name: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The config of a run.
 
     Args:
-      name: 'path.py', 'path.py:arg', or a name of `recipes()` with or without ':arg'.
+      name: 'path.py', 'path.py:arg' (also in a bucket), or a name of `recipes()` with or without
+        ':arg'.
       overrides: strings 'a.b=value', applied in order. A value is read by the type of the field;
         setting one unit of a duration clears its siblings, setting `method.size` the widths.
 
@@ -188,7 +190,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: unknown recipe, field or value, in one sentence.
     """
-    path, _, arg = str(name).partition(':')
+    path, arg = _split(str(name))
     config, overrides = recipe(path, arg), tuple(overrides)
     for override in overrides:
         set_value(config, override)
@@ -200,8 +202,19 @@ def load(name: str, overrides: Iterable[str] = ()) -> ConfigDict:
     return lock(config)
 
 
+def _split(name):
+    """(path, arg) of 'path.py:arg'; the path may be in a bucket."""
+    scheme, slashes, rest = name.partition('://')
+    if not slashes or '.py' in scheme or ':' in scheme:
+        scheme, slashes, rest = '', '', name
+    path, _, arg = rest.partition(':')
+    return f'{scheme}{slashes}{path}', arg
+
+
 def recipe(name: str, arg: str = '') -> ConfigDict:
     """Unlocked config of a recipe, by name or path; also for recipes that vary another."""
+    if storage.is_remote(name):
+        return _remote(name).get_config(arg)
     path = pathlib.Path(name)
     if path.suffix != '.py':
         path = folder() / f'{name}.py'
@@ -213,6 +226,18 @@ def recipe(name: str, arg: str = '') -> ConfigDict:
             f"There is no recipe file '{path}': give a path or one of {recipes()}."
         )
     return _module(path).get_config(arg)
+
+
+def _remote(path):
+    """The module of a recipe in a bucket."""
+    try:
+        text = storage.read(path)
+    except FileNotFoundError as error:
+        raise errors.UserError(f"There is no recipe file '{path}': check its name.") from error
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, path.rpartition('/')[2])
+        file.write_bytes(text)
+        return _module(file)
 
 
 def shared(name: str):

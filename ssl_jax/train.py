@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,17 @@ from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.evals import features, pictures
 from ssl_jax.kernels import forms, verdicts
-from ssl_jax.run import checkpoint, compiled, errors, launch, metrics, peers, preempt, start
+from ssl_jax.run import (
+    checkpoint,
+    compiled,
+    errors,
+    launch,
+    metrics,
+    peers,
+    preempt,
+    start,
+    storage,
+)
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 from ssl_jax.run.launch import log
@@ -40,6 +51,7 @@ class Run:
     source: Any  # training images
     method: Any
     program: step_lib.Program
+    held: Callable  # see `workdir.lock`
     saved: checkpoint.Checkpointer
     stop: preempt.Preemption
     tasks: dict  # evaluations, see `evals.base`
@@ -61,9 +73,10 @@ def train(config, workdir, programs=None) -> dict:
       run early (after saving).
     """
     workdir, started = epath.Path(workdir), time.monotonic()
+    storage.require(workdir)
     if config.compile_cache:
         launch.enable_compile_cache()
-    with peers.announced(), workdir_lib.lock(workdir), preempt.Preemption() as stop:
+    with peers.announced(), workdir_lib.lock(workdir) as held, preempt.Preemption() as stop:
         is_new = start.stored(workdir) is None
         if config.infer or methods.get(config.method.name).follows:  # fields are left to decide
             config = start.continued(config, workdir)
@@ -105,7 +118,9 @@ def train(config, workdir, programs=None) -> dict:
                 return {'preempted': True, 'step': saved.latest() or 0}
             log(f'start: {origin}, {clock.total} steps in all')
             kept = kept.beside(kernels=forms.words(*chosen))
-            run = Run(config, workdir, source, method, program, saved, stop, tasks, look, kept)
+            run = Run(
+                config, workdir, source, method, program, held, saved, stop, tasks, look, kept
+            )
             with forms.using(*chosen):
                 return loop(run, state, started)
 
@@ -177,6 +192,7 @@ def loop(run: Run, state, started: float) -> dict:
             inputs = sharding.to_global(inputs, mesh, rows, size)
             state, step_metrics = step_fn(state, inputs)
             run.saved.check()
+            run.held()
             budget.push(step_metrics)
 
             done = step + 1
@@ -221,6 +237,7 @@ def save(run: Run, state) -> None:
     """Starts to save the state, after its metrics are on disk."""
     peers.at(f'saving step {int(state.step)}')
     with run.writer.timers('save'):
+        run.held(sure=True)
         run.writer.flush()
         meta = dict(
             config=run.config.to_dict(), data=run.source.fingerprint, images=len(run.source)
@@ -236,7 +253,7 @@ def evaluate(run: Run, state, step: int) -> None:
             rows = evals.run(run.tasks, run.look, state, step)
         run.writer.eval(step, rows)
         if 'pictures' in run.tasks:
-            pictures.curves(run.workdir)
+            pictures.curves(run.writer.path, run.workdir)
 
 
 def _farewell(run, result, bad):
@@ -268,6 +285,7 @@ def main(argv=None):
 def command(recipe, overrides, workdir, programs=None):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
     with errors.in_a_sentence('ssl_jax'), peers.announced():
+        storage.require(workdir)
         config = start.continued(config_lib.load(recipe, overrides), workdir)
         result = train(config, workdir, programs)
     if result['preempted']:

@@ -25,7 +25,7 @@ from etils import epath
 
 from ssl_jax.data import host, loader
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.run import errors, hashing, launch, storage
+from ssl_jax.run import errors, hashing, launch, storage, uploads
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
 MAPS = {'segmentation': np.uint8, 'depth': np.float32}  # per pixel, cut as the image
@@ -148,7 +148,8 @@ class BadImages:
         self._source = source
         self._path = epath.Path(path)
         self._allowed = max(1, int(budget * len(source)))
-        self._seen = {self._known(line) for line in storage.read_lines(self._path)} - {None}
+        self._lines = storage.read_lines(self._path)
+        self._seen = {self._known(line) for line in self._lines} - {None}
 
     @property
     def count(self) -> int:
@@ -170,6 +171,7 @@ class BadImages:
             self._write(json.dumps(entry, ensure_ascii=False) + '\n')
             logging.warning('Skipped %s: %s', entry['path'], entry['reason'])
         if self.count > self._allowed:
+            uploads.flush()
             raise TooManyBadImages(
                 f'{self.count} of {len(self._source)} images cannot be decoded, more than the '
                 f'{self._allowed} allowed, listed in {self._path}: repair them, or raise '
@@ -188,9 +190,9 @@ class BadImages:
         return i if same else None
 
     def _write(self, line):
-        if storage.is_remote(self._path):  # object stores cannot append; the list is short
-            old = ''.join(f'{line}\n' for line in storage.read_lines(self._path))
-            self._path.write_text(old + line)
+        if storage.is_remote(self._path):  # objects cannot be appended to; the list is short
+            self._lines.append(line.rstrip('\n'))
+            uploads.put(self._path, ''.join(f'{x}\n' for x in self._lines).encode())
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, 'a+b') as f:

@@ -2,9 +2,9 @@
 """Features of a data set in a Parquet file: `ssl_jax features`."""
 
 import contextlib
+import io
 import json
-import pathlib
-import shutil
+import re
 import time
 from collections.abc import Callable
 
@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
 from ssl_jax import encoder, sharding
 from ssl_jax.data import files, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import features as features_lib
-from ssl_jax.run import checksums, errors, hashing, metrics, storage
+from ssl_jax.run import checksums, errors, hashing, metrics, storage, uploads
 from ssl_jax.run import workdir as workdir_lib
 
 COLUMNS = ('cls', 'patch')  # the features that are written, see `encoder.make_forward`
@@ -45,7 +46,7 @@ def extract(
     Args:
       model: `encoder.Model`, or the path of one.
       data: a source, or a path or spec of `sources.open_source`.
-      out: the file, on a local disk.
+      out: the file, local or in a bucket.
       size: pixels; default `model.size`.
       batch_size: images, rounded up to a multiple of the devices.
       log: called with each line of progress; None for silence.
@@ -57,9 +58,7 @@ def extract(
       ValueError: an input is wrong, or `out` or its parts are of another model, data or size.
     """
     log = log or (lambda line: None)
-    if storage.is_remote(out):
-        raise errors.UserError(f'{out} is remote: write the features to a disk and copy them.')
-    out = pathlib.Path(out)
+    out = epath.Path(out)
     if out.is_dir():
         raise errors.UserError(f'{out} is a folder: give a file, such as {out}/features.parquet.')
     model = model if isinstance(model, encoder.Model) else encoder.load_model(model)
@@ -69,19 +68,17 @@ def extract(
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
     batch_size = features_lib.round_up(min(batch_size, len(source)), mesh)
     about = _about(model, source, transform, batch_size)
-    if out.exists():
-        _compare(about, _stored(out), out)
-        rows = pq.ParquetFile(out).metadata.num_rows
+    if storage.exists(out):
+        stored, rows = _stored(out)
+        _compare(about, stored, out)
         log(f'{out} is complete: {rows:,} rows')
         return rows
-    parts = pathlib.Path(f'{out}.parts')
-    bad = pathlib.Path(f'{out}.bad.jsonl')
-    parts.mkdir(parents=True, exist_ok=True)
-    with workdir_lib.lock(parts):
-        if (parts / 'about.json').exists():
-            about = _compare(about, json.loads((parts / 'about.json').read_text()), parts)
+    parts, bad = epath.Path(f'{out}.parts'), f'{out}.bad.jsonl'
+    with workdir_lib.lock(parts) as held:
+        if storage.exists(parts / 'about.json'):
+            about = _compare(about, json.loads(storage.read(parts / 'about.json')), parts)
         else:
-            bad.unlink(missing_ok=True)  # of an earlier file
+            storage.remove(bad)  # of an earlier file
             storage.atomic_write(parts / 'about.json', json.dumps(about, indent=1) + '\n')
         view = transform_lib.describe(transform)
         log(f'{model.source}: {len(source):,} images, {view}, batches of {batch_size}')
@@ -92,10 +89,11 @@ def extract(
         start = _done(parts, len(source))
         options = dict(transform=transform, batch_size=batch_size, mesh=mesh, start=start)
         with contextlib.closing(features_lib.batches(forward, source, **options)) as batches:
-            _fill(parts, bad, batches, source, start, log)
+            _fill(parts, bad, batches, source, start, held, log)
         rows = _join(parts, out, about)
-        shutil.rmtree(parts)
-    listed = len(bad.read_text().splitlines()) if bad.exists() else 0
+        storage.remove_folder(parts)
+    uploads.close()
+    listed = len(storage.read_lines(bad))
     log(f'{out}: {rows:,} rows' + (f'; {listed} images do not decode, see {bad}' if listed else ''))
     return rows
 
@@ -136,18 +134,21 @@ def _compare(about, stored, path):
 
 
 def _stored(path):
-    """`_about` of a finished file; {} of any other file."""
+    """(`_about`, rows) of a finished file; ({}, 0) of any other file."""
     try:
-        return json.loads((pq.read_schema(path).metadata or {})[b'ssl_jax'])
+        with path.open('rb') as file:
+            found = pq.ParquetFile(file)
+            metadata = found.schema_arrow.metadata or {}
+            return json.loads(metadata[b'ssl_jax']), found.metadata.num_rows
     except (pa.ArrowInvalid, KeyError, ValueError):
-        return {}
+        return {}, 0
 
 
 def _done(parts, total):
     """Index of the first image that no part covers."""
     start = 0
-    for path in _part_files(parts):
-        first, stop = map(int, path.stem.split('-'))
+    for name in _part_names(parts):
+        first, stop = map(int, name.removesuffix('.parquet').split('-'))
         if first != start or stop > total:
             raise errors.UserError(
                 f'{parts} lacks the images {start} to {first}: delete the folder.'
@@ -156,11 +157,11 @@ def _done(parts, total):
     return start
 
 
-def _part_files(parts):
-    return sorted(parts.glob('*-*.parquet'))
+def _part_names(parts):
+    return [name for name in storage.names(parts) if re.fullmatch(r'\d+-\d+\.parquet', name)]
 
 
-def _fill(parts, bad, batches, source, start, log):
+def _fill(parts, bad, batches, source, start, held, log):
     """Writes parts until the source is done, after the list of images that do not decode."""
     total, first, done = len(source), start, start
     if start:
@@ -178,6 +179,8 @@ def _fill(parts, bad, batches, source, start, log):
         done += len(positions)
         now = time.monotonic()
         if done == total or done - first >= PART_IMAGES or now - flushed >= PART_SECONDS:
+            held(sure=True)
+            uploads.flush()
             _write(pa.concat_tables(collected), parts / f'{first:012d}-{done:012d}.parquet')
             collected, first, flushed = [], done, now
         if started is None:
@@ -220,24 +223,21 @@ def _write(table, path):
 
 def _join(parts, out, about):
     """Joins the parts, in row groups that do not depend on the parts; returns the rows."""
-    paths = _part_files(parts)
-    if not sum(pq.ParquetFile(p).metadata.num_rows for p in paths):
-        raise errors.UserError(
-            f'None of the {about["images"]} images decodes, see {out}.bad.jsonl.'
-        )
-    schema = pq.read_schema(paths[0]).with_metadata({'ssl_jax': json.dumps(about)})
-    rows = 0
-    with (
-        storage.atomic_file(out) as temporary,
-        pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer,
-    ):
-        waiting = schema.empty_table()
-        for i, file in enumerate(paths):
-            table = pq.read_table(file).replace_schema_metadata(schema.metadata)
-            waiting = pa.concat_tables([waiting, table])
-            last = i == len(paths) - 1
-            while len(waiting) >= ROW_GROUP or (last and len(waiting)):
+    names, rows, waiting = _part_names(parts), 0, None
+    with storage.atomic_file(out) as temporary, contextlib.ExitStack() as stack:
+        for name in names:
+            table = pq.read_table(io.BytesIO(storage.read(parts / name)))
+            table = table.replace_schema_metadata({'ssl_jax': json.dumps(about)})
+            if waiting is None:
+                writer = pq.ParquetWriter(temporary, table.schema, use_dictionary=False)
+                stack.enter_context(writer)
+            waiting = table if waiting is None else pa.concat_tables([waiting, table])
+            while len(waiting) >= ROW_GROUP or (name == names[-1] and len(waiting)):
                 writer.write_table(waiting.slice(0, ROW_GROUP).combine_chunks())
                 rows += min(ROW_GROUP, len(waiting))
                 waiting = waiting.slice(ROW_GROUP)
+        if not rows:
+            raise errors.UserError(
+                f'None of the {about["images"]} images decodes, see {out}.bad.jsonl.'
+            )
     return rows

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import io
 from typing import Annotated
 
 import jax
@@ -12,7 +13,7 @@ from ssl_jax import sharding
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features
 from ssl_jax.fields import Range
-from ssl_jax.run import errors, launch
+from ssl_jax.run import errors, launch, uploads
 from ssl_jax.viz import draw
 
 
@@ -31,14 +32,21 @@ def run(options, look, state, step) -> dict[str, float]:
     keys = jax.random.split(jax.random.key(look.config.seed), options.num_images)[: len(images)]
     drawn = _reconstruct(look.method, look.mesh, state.params, state.extra, images, keys)
     if drawn and launch.is_main():
-        draw.reconstruction_grid(drawn, folder / f'reconstruction_{step:07d}.png')
+        _put(draw.reconstruction_grid, drawn, folder / f'reconstruction_{step:07d}.png')
     return {}
 
 
-def curves(workdir) -> None:
-    """Redraws pictures/curves.png from metrics.jsonl."""
+def curves(metrics_path, workdir) -> None:
+    """Redraws pictures/curves.png in `workdir` from a `metrics.jsonl`, in process 0."""
     if launch.is_main():
-        draw.curves(workdir / 'metrics.jsonl', workdir / 'pictures' / 'curves.png')
+        _put(draw.curves, metrics_path, workdir / 'pictures' / 'curves.png')
+
+
+def _put(draw_it, what, path):
+    """Draws without waiting for a bucket."""
+    data = io.BytesIO()
+    draw_it(what, data)
+    uploads.put(path, data.getvalue())
 
 
 def _reconstruct(method, mesh, *args):

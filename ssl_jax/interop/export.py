@@ -9,7 +9,8 @@ JAX, are run once for a comparison with the encoder.
 import dataclasses
 import importlib.metadata
 import json
-import pathlib
+
+from etils import epath
 
 from ssl_jax.interop import card, files, layouts, onnx, processors, program
 from ssl_jax.run import checkpoint, errors, hashing, storage, trees
@@ -34,7 +35,7 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
     Args:
       opened: `run.weights.Opened` of a run or of imported weights.
       to: 'official', 'hf', 'timm', 'onnx' or 'jax'.
-      out: a local folder, new, empty or an earlier export.
+      out: a folder, local or in a bucket: new, empty or an earlier export.
       what: 'backbone', or 'full' with the decoder of a MAE or Pixio, with the projection heads
         of DINOv2 (official names; the teacher, of a distillation the student's average), or with
         BEiT's layer to visual words (the tokenizer that names them stays behind), or with the
@@ -43,7 +44,7 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
       evaluation: lines of a table for the model card.
 
     Returns:
-      pathlib.Path of the folder.
+      The path of the folder.
 
     Raises:
       UserError: one sentence; then `out` is as it was.
@@ -58,9 +59,7 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
             raise errors.UserError(
                 f'{name}={value} is unknown; did you mean {near}? There are {", ".join(known)}.'
             )
-    if storage.is_remote(out):
-        raise errors.UserError(f'{out} is not local; export to a local folder and copy that.')
-    out = pathlib.Path(out)
+    out = epath.Path(out)
     _check_replaceable(out)
     if to == 'onnx':
         if dtype != 'float32':
@@ -124,13 +123,13 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
 
 def _check_replaceable(out):
     """Only a new place, an empty folder or an earlier export may be replaced."""
-    if not out.exists():
+    if not storage.exists(out):
         return
     if not out.is_dir():
         raise errors.UserError(f'{out} is a file; give a folder with --out.')
-    if any(out.iterdir()):
+    if storage.names(out):
         try:
-            export = json.loads((out / card.PROVENANCE).read_text())['format'] == FORMAT
+            export = json.loads(storage.read(out / card.PROVENANCE))['format'] == FORMAT
         except (OSError, ValueError, KeyError, TypeError):
             export = False
         if not export:

@@ -16,6 +16,8 @@ import json
 import math
 import os
 import pathlib
+import tempfile
+import weakref
 
 import numpy as np
 import safetensors
@@ -91,7 +93,8 @@ def read(path, part: str = '') -> File:
 
     Args:
       path: .safetensors, .pth, .pt, .bin or .npz; or a folder with one of them, or with shards and
-        their index. A file `model.safetensors` is read with the config.json beside it.
+        their index. A file `model.safetensors` is read with the config.json beside it. What is in a
+        bucket is copied to a temporary folder, for as long as its tensors are in use.
       part: of a training checkpoint, by the name that it has there, such as 'state_dict_ema';
         default the first of WRAPPERS that is there.
 
@@ -99,7 +102,7 @@ def read(path, part: str = '') -> File:
       ValueError: one sentence; no code of the file is ever run.
     """
     if storage.is_remote(path):
-        raise errors.UserError(f'{path} is not local; copy it to a disk first.')
+        return _read_remote(str(path).rstrip('/'), part)
     path = pathlib.Path(path)
     if not path.exists():
         names = (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ()
@@ -129,6 +132,34 @@ def read(path, part: str = '') -> File:
         paths=paths,
         others=others,
     )
+
+
+def _read_remote(path, part):
+    """`read` of what is in a bucket; copies JSON and those files of weights that are chosen."""
+    copy, folder = tempfile.TemporaryDirectory(prefix='ssl_jax_'), path
+    here = local = pathlib.Path(copy.name)
+    storage.mirror(folder, here)
+    if not any(here.iterdir()):
+        folder, _, name = path.rpartition('/')
+        local = here / name
+        storage.mirror(folder, here, lambda x: x == name or (name == WEIGHTS and _is_beside(x)))
+    try:
+        for p in here.iterdir():
+            if _is_beside(p.name) and (p.suffix != '.json' or p.stat().st_size <= JSON_BYTES):
+                storage.fetch(folder, p)
+        if local.exists():
+            for p in _files(local) if local.is_dir() else (local,):
+                storage.fetch(folder, p)
+        found = read(local, part)
+    except ValueError as error:
+        raise errors.UserError(str(error).replace(str(here), folder)) from error
+    weakref.finalize(found.tensors, copy.cleanup)
+    return dataclasses.replace(found, source=path)
+
+
+def _is_beside(name):
+    """Whether a file is read besides the weights."""
+    return name.endswith('.json') or name == EXTRA
 
 
 def write(

@@ -7,7 +7,6 @@ libtpu compiles the step of the loop on a machine without TPUs. `hlo` reads the 
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,7 +19,7 @@ from ssl_jax.plan import chips, report
 from ssl_jax.plan import compile as compile_lib
 from ssl_jax.plan import search as search_lib
 from ssl_jax.run import clock as clock_lib
-from ssl_jax.run import compiled, errors, start
+from ssl_jax.run import compiled, errors, start, storage
 
 # The devices of this machine, as a topology.
 LOCAL = 'local'
@@ -48,12 +47,13 @@ def run(
       fields: overrides 'a.b=value'.
       slices: number of slices of this topology.
       mesh: 'data=4,fsdp=64' instead of the recipe's; other axes are 1.
-      out: folder for plan.txt, plan.json, plan.png; None writes nothing.
+      out: local or remote folder for plan.txt, plan.json, plan.png; None writes nothing.
       search: whether to plan the alternatives too, one compilation each.
       save: folder for the compiled programs, see `run.compiled`; None keeps none.
       images: number of training images, for durations in epochs.
       xla_alone: whether to plan the same step without the kernels of `kernels/tpu` too.
     """
+    storage.require(out)
     loaded = config_lib.load(config, [*_mesh_fields(mesh), *fields])
     if loaded.infer:
         raise errors.UserError(
@@ -148,12 +148,11 @@ def _finish(plan, text, out, log):
     """Shows and writes a plan."""
     log(text)
     if out:
-        folder = pathlib.Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'plan.txt').write_text(text)
-        (folder / 'plan.json').write_text(json.dumps(plan, indent=1) + '\n')
+        storage.atomic_write(f'{out}/plan.txt', text)
+        storage.atomic_write(f'{out}/plan.json', json.dumps(plan, indent=1) + '\n')
         if 'cycles' in plan:
-            report.picture(plan, folder / 'plan.png')
+            with storage.atomic_file(f'{out}/plan.png') as file:
+                report.picture(plan, file)
     return plan
 
 

@@ -174,4 +174,4 @@ def picture(plan: dict, path) -> None:
         f'MFU {plan["mfu"]:.2f}', fontsize=11,
     )  # fmt: skip
     fig.tight_layout()
-    fig.savefig(path, dpi=90)
+    fig.savefig(path, dpi=90, format='png')

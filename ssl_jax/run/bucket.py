@@ -7,7 +7,10 @@ after ten minutes. ``s3://`` is s3fs, whose botocore tries again by itself.
 
 import concurrent.futures
 import contextlib
+import datetime
+import email.utils
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ import fsspec
 from ssl_jax.run import errors
 
 PAGE = 5000  # objects asked for in one request of a listing; the service may give fewer
+CHUNK = 64 << 20  # bytes of a large object that are read at once
 EXTRAS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # scheme: (module, extra of ssl_jax)
 
 for _name in ('gs', 'gcs'):  # imported at the first use
@@ -30,6 +34,14 @@ class Object(NamedTuple):
     name: str  # relative to the root of the listing
     size: int
     stamp: str  # changes when the object is written anew
+
+
+class Seen(NamedTuple):
+    """An object as it was at one moment."""
+
+    data: bytes
+    stamp: str  # for `swap`
+    age: float  # seconds since it was written, by the clock of the service
 
 
 def scheme(path: str | os.PathLike) -> str:
@@ -115,7 +127,18 @@ class Ranges(io.RawIOBase):
 def write(path: str | os.PathLike, data: bytes) -> None:
     """Writes an object; readers see the old one or the new one."""
     path = os.fspath(path)
-    file_system(path).pipe_file(path, data)
+    if scheme(path) == 'gs' and len(data) < CHUNK:
+        _post(path, data)
+    else:
+        file_system(path).pipe_file(path, data)
+
+
+def _post(path, data, **conditions):
+    """One upload, with the name of the object in its address; what the service says of it."""
+    system, name, key = _parts(path)
+    url = f'{system._location}/upload/storage/v1/b/{name}/o'
+    more = dict(name=key, uploadType='media', json_out=True, **conditions)
+    return system.call('POST', url, data=data, **more)
 
 
 def create(path: str | os.PathLike, data: bytes) -> bool:
@@ -123,19 +146,97 @@ def create(path: str | os.PathLike, data: bytes) -> bool:
 
     `data` must differ between writers.
     """
+    return bool(swap(path, data, ''))
+
+
+def look(path: str | os.PathLike) -> Seen | None:
+    """The object at `path`, None if it is absent."""
     path = os.fspath(path)
+    system, name, key = _parts(path)
     try:
-        file_system(path).pipe_file(path, data, mode='create')
-    except FileExistsError:  # or this is a second try and the answer to the first was lost
-        return read(path) == data
-    return True
+        if scheme(path) == 's3':
+            info = system.call_s3('head_object', Bucket=name, Key=key)
+            now = _seconds(info['ResponseMetadata']['HTTPHeaders']['date'])
+            data = system.call_s3('get_object', Bucket=name, Key=key, IfMatch=info['ETag'])
+            data = fsspec.asyn.sync(system.loop, data['Body'].read)
+            return Seen(data, info['ETag'], max(now - info['LastModified'].timestamp(), 0.0))
+        headers, text = system.call('GET', 'b/{}/o/{}', name, key)
+        info = json.loads(text)
+        now, written = _seconds(headers['Date']), datetime.datetime.fromisoformat(info['updated'])
+        more = dict(alt='media', generation=info['generation'])
+        data = system.call('GET', 'b/{}/o/{}', name, key, **more)[1]
+        return Seen(data, info['generation'], max(now - written.timestamp(), 0.0))
+    except FileNotFoundError:
+        return None
 
 
-def remove(path: str | os.PathLike) -> None:
-    """Deletes an object; nothing if it is absent."""
+def _parts(path):
+    """(file system, bucket, name of the object)."""
+    name, _, key = path.partition('://')[2].partition('/')
+    return file_system(path), name, key
+
+
+def _seconds(text):
+    """Seconds since the epoch of a date in a header."""
+    return email.utils.parsedate_to_datetime(text).timestamp()
+
+
+def swap(path: str | os.PathLike, data: bytes, stamp: str) -> str:
+    """Writes an object if it still has `stamp`, which the service decides.
+
+    Args:
+      path: of the object.
+      data: must differ between writers, and from what is there.
+      stamp: of `look` or of an earlier `swap`; '' if the object must be absent.
+
+    Returns:
+      The new stamp; '' if nothing was written.
+    """
     path = os.fspath(path)
-    with contextlib.suppress(FileNotFoundError):
-        file_system(path).rm_file(path)
+    system, name, key = _parts(path)
+    try:
+        if scheme(path) == 's3':
+            match = {'IfMatch': stamp} if stamp else {'IfNoneMatch': '*'}
+            return system.call_s3('put_object', Bucket=name, Key=key, Body=data, **match)['ETag']
+        return _post(path, data, ifGenerationMatch=stamp or '0')['generation']
+    except OSError as error:
+        if not _is_refused(error):
+            raise
+    seen = look(path)  # maybe this was a second try, and the answer to the first was lost
+    return seen.stamp if seen and seen.data == data else ''
+
+
+def _is_refused(error):
+    """Whether a condition did not hold."""
+    code = getattr(error.__cause__, 'response', {}).get('Error', {}).get('Code')  # of botocore
+    gone = ('PreconditionFailed', 'ConditionalRequestConflict', 'NoSuchKey', '412', '409')
+    return isinstance(error, FileExistsError) or code in gone
+
+
+def remove(path: str | os.PathLike, stamp: str = '') -> None:
+    """Deletes an object; nothing if it is absent, or has another stamp than the given one."""
+    path = os.fspath(path)
+    system, name, key = _parts(path)
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+        if stamp and scheme(path) == 'gs':
+            system.call('DELETE', 'b/{}/o/{}', name, key, ifGenerationMatch=stamp)
+        elif not stamp or (seen := look(path)) and seen.stamp == stamp:
+            system.rm_file(path)
+
+
+def upload(file: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Writes the content of a local file to an object, in parts if it is large."""
+    path = os.fspath(path)
+    file_system(path).put_file(os.fspath(file), path)
+
+
+def download(path: str | os.PathLike, size: int, file: str | os.PathLike) -> None:
+    """Writes an object of `size` bytes to a local file, in parts: each is tried again alone."""
+    path = os.fspath(path)
+    system = file_system(path)
+    with open(file, 'wb') as out:
+        for start in range(0, size, CHUNK):
+            out.write(system.cat_file(path, start=start, end=min(start + CHUNK, size)))
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -191,16 +292,28 @@ def _object(name, info):
     return Object(name, int(info.get('size') or 0), str(stamp))
 
 
+def files(folder: str | os.PathLike) -> list[Object]:
+    """`walk` of the objects directly in a folder."""
+    base = os.fspath(folder).rstrip('/').partition('://')[2] + '/'
+    found = {info['name']: info for info in _listed(folder) if info.get('type') == 'file'}
+    keys = (key for key in sorted(found) if key.startswith(base) and not key.endswith('/'))
+    return [_object(key[len(base) :], found[key]) for key in keys]
+
+
 def names(folder: str | os.PathLike) -> list[str]:
     """Names directly below a folder, sorted: of its objects and of its folders; [] if absent."""
+    base = os.fspath(folder).rstrip('/').partition('://')[2] + '/'
+    keys = {info['name'].rstrip('/') for info in _listed(folder)}
+    return sorted(key[len(base) :] for key in keys if key.startswith(base))
+
+
+def _listed(folder):
+    """What fsspec knows of what is directly in a folder."""
     folder = os.fspath(folder).rstrip('/')
     try:
-        found = file_system(folder).ls(folder, detail=False)
+        return file_system(folder).ls(folder, detail=True)
     except FileNotFoundError:
         return []
-    base = folder.partition('://')[2]
-    keys = {key.rstrip('/') for key in found}
-    return sorted({key[len(base) + 1 :] for key in keys if key.startswith(base + '/')})
 
 
 def copy(folder: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -228,13 +341,21 @@ def _each(call, items):
 def require(path: str | os.PathLike) -> None:
     """Raises a UserError if the bucket of `path` does not exist or may not be listed."""
     path = os.fspath(path)
-    system, name = file_system(path), path.partition('://')[2].partition('/')[0]
+    system, name, _ = _parts(path)
     try:
         if scheme(path) == 'gs':
             system.call('GET', 'b/{}/o', name, maxResults=1, json_out=True)
         else:
-            system.ls(name)
+            system.call_s3('list_objects_v2', Bucket=name, MaxKeys=1)
     except FileNotFoundError as error:
         raise errors.UserError(
             f'{path}: there is no bucket {name!r}; create it or check its name.'
+        ) from error
+    except errors.UserError:
+        raise
+    except Exception as error:  # of botocore, which has dozens
+        lines = ' '.join(str(error).split())[:300]
+        raise errors.UserError(
+            f'{path} cannot be listed ({type(error).__name__}: {lines}); check its name and the '
+            f'credentials of this machine.'
         ) from error

@@ -13,6 +13,7 @@ gcsfs itself (2026.10):
 
 import asyncio
 import errno
+import logging
 import os
 import random
 import re
@@ -33,6 +34,10 @@ from ssl_jax.run.patience import Unavailable  # noqa: E402
 # Without an answer for this long a request is sent anew; uploads have at most 50 MB.
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
 LOGIN = 'log in (gcloud auth application-default login) or give this machine a service account'
+
+
+if not os.environ.get('GCSFS_DEBUG'):  # it logs tracebacks of what is said here in a sentence
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
 
 
 class GCSFileSystem(gcsfs.core.GCSFileSystem):

@@ -8,7 +8,6 @@ non-finite numbers are the strings ``"nan"``, ``"inf"``, ``"-inf"``, which `read
 
 import collections
 import contextlib
-import json
 import math
 import sys
 import time
@@ -20,9 +19,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from ssl_jax.run import errors, launch, storage
-
-REMOTE_SECONDS = 60  # objects in a bucket cannot be appended to: they are rewritten this often
+from ssl_jax.run import errors, launch, uploads
+from ssl_jax.run import rows as rows_lib
+from ssl_jax.run.rows import read as read
 
 
 class NonFiniteError(errors.UserError):
@@ -133,10 +132,10 @@ class Writer:
         self._seconds_per_step = None
         self._sinks = {}  # name: (add, close)
         if is_main:
-            self._rows = _Rows(epath.Path(workdir) / 'metrics.jsonl', start_step, clock)
+            self._rows = rows_lib.Rows(workdir, start_step)
             if tensorboard:
                 with self._may_fail('TensorBoard'):
-                    self._sinks['TensorBoard'] = _tensorboard(workdir, start_step)
+                    self._sinks['TensorBoard'] = rows_lib.events(workdir, start_step)
             if wandb:
                 with self._may_fail('Weights & Biases'):
                     self._sinks['Weights & Biases'] = _wandb(workdir)
@@ -153,12 +152,24 @@ class Writer:
           metrics: dict name -> scalar, on device or host.
         """
         timing = self._measure(step)
-        self.flush()
+        self._write_held()
         self._held = (step, metrics, timing)
 
     def flush(self) -> None:
-        """Writes what is held; waits for the device. Call it before a checkpoint is saved, or a
-        kill before the next log would lose the row."""
+        """Writes what is held; waits for the device, and a little for a bucket.
+
+        Call it before a checkpoint is saved, or a kill before the next log would lose the row.
+        """
+        self._write_held()
+        if self._is_main:
+            uploads.flush()
+
+    @property
+    def path(self) -> epath.PathLike | None:
+        """The local file with all rows, of process 0."""
+        return self._rows.path if self._is_main else None
+
+    def _write_held(self):
         if self._held is not None:
             (step, metrics, timing), self._held = self._held, None
             self._show(self._line(step, self._write(step, metrics, timing), timing))
@@ -170,15 +181,16 @@ class Writer:
 
     def eval(self, step: int, metrics: dict) -> None:
         """Writes the results of an evaluation at once, as a row of their own."""
-        self.flush()
+        self._write_held()
         values = self._write(step, metrics, {'elapsed': round(self._clock() - self._start, 3)})
         if values:
             shown = '  '.join(f'{k} {_number(v)}' for k, v in values.items())
             self._show(f'step {step:,}  {shown}', keep=True)
+        self.flush()
 
     def close(self) -> dict[str, float]:
         """Writes what is held and closes the files; returns `last`."""
-        self.flush()
+        self._write_held()
         if self._is_main:
             if self._stream.isatty():
                 launch.show('', stream=self._stream)
@@ -186,6 +198,7 @@ class Writer:
             for name, (_, close) in list(self._sinks.items()):
                 with self._may_fail(name):
                     close()
+        uploads.close()
         return self.last
 
     def _measure(self, step):
@@ -263,20 +276,9 @@ class Writer:
             launch.show(line, stream=self._stream)
 
 
-def read(path: epath.PathLike) -> list[dict]:
-    """The rows of a ``metrics.jsonl``, or of the one in a workdir, with floats where they were.
-
-    Lines that are no rows, as a kill or a bad disk may leave them, are left out.
-    """
-    path = epath.Path(path)
-    path = path / 'metrics.jsonl' if path.is_dir() else path
-    return [row for row, _ in _parse(path)]
-
-
 def has_evaluation(workdir: epath.PathLike, step: int) -> bool:
     """Whether ``metrics.jsonl`` in `workdir` has the row that `Writer.eval` wrote for `step`."""
-    path = epath.Path(workdir) / 'metrics.jsonl'
-    return path.exists() and any(row['step'] == step and 'loss' not in row for row in read(path))
+    return any(row['step'] == step and 'loss' not in row for row in read(workdir))
 
 
 def duration(seconds: float) -> str:
@@ -286,47 +288,6 @@ def duration(seconds: float) -> str:
     if hours >= 24:
         return f'{hours // 24}d {hours % 24}h'
     return f'{hours}:{minutes:02}:{seconds % 60:02}' if hours else f'{minutes}:{seconds % 60:02}'
-
-
-class _Rows:
-    """metrics.jsonl: appended to on a disk; in a bucket, rewritten now and then."""
-
-    def __init__(self, path, start_step, clock):
-        self._path, self._clock = path, clock
-        self._text = ''.join(f'{line}\n' for row, line in _parse(path) if row['step'] <= start_step)
-        storage.atomic_write(path, self._text)
-        self._written = clock()
-
-    def add(self, row):
-        line = json.dumps(row, allow_nan=False) + '\n'
-        if not storage.is_remote(self._path):
-            with self._path.open('a') as file:
-                file.write(line)
-            return
-        self._text += line
-        if self._clock() - self._written > REMOTE_SECONDS:
-            self.close()
-
-    def close(self):
-        if storage.is_remote(self._path):
-            self._path.write_text(self._text)
-            self._written = self._clock()
-
-
-def _tensorboard(workdir, start_step):
-    """(add, close) of an event file in the workdir; events after `start_step` are hidden."""
-    import tensorboardX
-
-    folder = str(epath.Path(workdir) / 'tensorboard')
-    writer = tensorboardX.SummaryWriter(folder, purge_step=start_step + 1)
-
-    def add(step, values):
-        for name, value in values.items():
-            if math.isfinite(value):  # else a gap; tensorboardX prints a warning for each
-                writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return add, writer.close
 
 
 def _wandb(workdir):
@@ -341,20 +302,6 @@ def _wandb(workdir):
         resume='allow',
     )
     return lambda step, values: run.log(values, step=step), run.finish
-
-
-def _parse(path):
-    """[(row, line)] of the complete rows."""
-    rows = []
-    for line in storage.read_lines(path):
-        try:
-            row = json.loads(line)
-            row['step'] + 0
-        except (ValueError, TypeError, KeyError):
-            continue
-        row = {k: float(v) if v in ('nan', 'inf', '-inf') else v for k, v in row.items()}
-        rows.append((row, line))
-    return rows
 
 
 def _scalar(x):

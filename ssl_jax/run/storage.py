@@ -10,7 +10,8 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -24,6 +25,18 @@ def is_remote(path: epath.PathLike) -> bool:
       UserError: it has a scheme that is misspelled or unknown.
     """
     return bool(bucket.scheme(path))
+
+
+def require(*paths: epath.PathLike | None) -> None:
+    """Asks for the buckets of remote paths, before anything costs time; local paths pass.
+
+    Raises:
+      UserError: a bucket does not exist, does not answer or may not be read, an extra is missing,
+        or a scheme is misspelled.
+    """
+    for path in filter(None, paths):
+        if is_remote(path):
+            bucket.require(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -59,9 +72,41 @@ def read_lines(path: epath.PathLike) -> list[str]:
         return []
 
 
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is a file or a folder; an outage of a bucket is an error."""
+    return bucket.exists(path) if is_remote(path) else os.path.exists(path)
+
+
+def names(folder: epath.PathLike) -> list[str]:
+    """Names directly below a folder, sorted; [] if it is absent."""
+    if is_remote(folder):
+        return bucket.names(folder)
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def remove(path: epath.PathLike) -> None:
+    """Deletes a file; nothing if it is absent."""
+    if is_remote(path):
+        return bucket.remove(path)
+    pathlib.Path(path).unlink(missing_ok=True)
+
+
+def remove_folder(folder: epath.PathLike) -> None:
+    """Deletes a folder with all that is in it."""
+    if not is_remote(folder):
+        return shutil.rmtree(folder)
+    for found in list(bucket.walk(folder)):
+        bucket.remove(f'{os.fspath(folder).rstrip("/")}/{found.name}')
+
+
 @contextlib.contextmanager
 def atomic_file(path: epath.PathLike) -> Iterator[str]:
-    """``with atomic_file(PATH) as temporary:`` write to `temporary`; it becomes the local PATH."""
+    """``with atomic_file(PATH) as temporary:`` write to the local `temporary`; it becomes PATH."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix='ssl_jax_') as folder:
+            yield f'{folder}/file'
+            bucket.upload(f'{folder}/file', path)
+        return
     temporary = f'{path}.{secrets.token_hex(4)}.tmp'  # hosts that share a disk may share pids
     try:
         yield temporary
@@ -74,11 +119,17 @@ def atomic_file(path: epath.PathLike) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """``with atomic_folder(DIR) as folder:`` fill `folder`; at the end it becomes DIR.
+def atomic_folder(target: epath.PathLike) -> Iterator[pathlib.Path]:
+    """``with atomic_folder(DIR) as folder:`` fill the local `folder`; at the end it becomes DIR.
 
-    A folder at DIR is replaced; it stays as it was if the block or the move fails.
+    A folder at DIR is replaced; it stays as it was if the block or the move fails. In a bucket its
+    objects are replaced one by one.
     """
+    if is_remote(target):
+        with tempfile.TemporaryDirectory(prefix='ssl_jax_') as folder:
+            yield pathlib.Path(folder)
+            _upload(pathlib.Path(folder), os.fspath(target).rstrip('/'))
+        return
     target = pathlib.Path(os.path.abspath(target))
     partial = target.parent / f'.{target.name}.{os.getpid()}.partial'
     old = target.parent / f'.{target.name}.{os.getpid()}.old'
@@ -96,3 +147,35 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _upload(folder, target):
+    """Makes `target` in a bucket equal to a local folder."""
+    before = {found.name for found in bucket.walk(target)}
+    files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
+    names = [p.relative_to(folder).as_posix() for p in files]
+    for path, name in zip(files, names, strict=True):
+        bucket.upload(path, f'{target}/{name}')
+    for name in sorted(before - {*names}):
+        bucket.remove(f'{target}/{name}')
+
+
+def mirror(folder: epath.PathLike, local: pathlib.Path, keep: Callable = lambda name: True) -> None:
+    """Files in `local` for those directly in a folder of a bucket: empty ones of the same sizes.
+
+    So that code for disks chooses among them; the content of a chosen one comes with `fetch`.
+
+    Args:
+      folder: in a bucket.
+      local: an empty folder.
+      keep: of a name, whether to make a file for it.
+    """
+    for found in bucket.files(folder):
+        if keep(found.name):
+            with open(local / found.name, 'wb') as file:
+                file.truncate(found.size)  # takes no space
+
+
+def fetch(folder: epath.PathLike, path: pathlib.Path) -> None:
+    """Fills a file that `mirror` made."""
+    bucket.download(f'{os.fspath(folder).rstrip("/")}/{path.name}', path.stat().st_size, path)

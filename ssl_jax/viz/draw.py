@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures: reconstructions, contact sheets, attention, PCA of patch tokens, training curves.
 
-Every function writes one PNG to `path`, makes its folder and imports matplotlib when called. Sheets
-are laid out in whole pixels. Tiny images are repeated, not interpolated: they show the pixels that
-the model saw.
+Every function writes one PNG to `path`, also an open file, makes its folder and imports matplotlib
+when called. Sheets are laid out in whole pixels. Tiny images are repeated, not interpolated: they
+show the pixels that the model saw.
 """
 
 import io
 import math
 
 import numpy as np
-from etils import epath
 
-from ssl_jax.run import metrics
+from ssl_jax.run import metrics, storage
 
 MIN_TILE = 128  # pixels; smaller images are enlarged by a whole factor
 GAP, MARGIN, HEADER = 6, 16, 26  # pixels
@@ -273,10 +272,7 @@ def _figure(width, height):
 
 
 def _save(figure, path):
-    data = io.BytesIO()
+    data = path if hasattr(path, 'write') else io.BytesIO()
     figure.savefig(data, format='png', dpi=100)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f'{path.name}.partial'  # a viewer never finds half a picture
-    partial.write_bytes(data.getvalue())
-    partial.replace(path)
+    if data is not path:
+        storage.atomic_write(path, data.getvalue())  # a viewer never finds half a picture

@@ -9,7 +9,7 @@ from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features, pictures
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import errors, launch, weights
+from ssl_jax.run import errors, launch, storage, weights
 from ssl_jax.viz import draw
 
 
@@ -31,7 +31,6 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
     launch.log(*getattr(source, 'notes', ()))
     num = min(num, len(source))
     workdir, out = epath.Path(workdir), epath.Path(out or epath.Path(workdir) / 'pictures')
-    out.mkdir(parents=True, exist_ok=True)
     vit, params = run.networks()['encoder']
     transform = run.transform
     features.check_size(transform['size'], vit.patch_size, 'size')
@@ -42,7 +41,7 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
             transform = {**transform, 'size': run.method.img_size}
             images = pictures.spread_images(source, transform, num)
         paths += _training(run, source, images, num, out)
-    if (workdir / 'metrics.jsonl').exists():
+    if storage.exists(workdir / 'metrics.jsonl') or storage.names(workdir / 'metrics'):
         paths.append(out / 'curves.png')
         draw.curves(workdir / 'metrics.jsonl', paths[-1])
     return paths

@@ -337,11 +337,6 @@ def test_a_missing_path_names_its_neighbour(tmp_path):
         files.read(tmp_path / 'mode.safetensors')
 
 
-def test_a_remote_file_is_to_be_copied_first():
-    with pytest.raises(ValueError, match='gs://bucket/a.pth is not local; copy it'):
-        files.read('gs://bucket/a.pth')
-
-
 @pytest.mark.parametrize('names', [(), ('a.pth', 'b.pth'), ('notes.txt',)], ids=str)
 def test_a_folder_without_one_clear_file_is_refused(tmp_path, names):
     for name in names:

@@ -198,16 +198,8 @@ def test_only_the_main_process_writes_and_all_know_the_values(tmp_path):
     assert not (tmp_path / 'w').exists()
 
 
-def test_a_failing_tensorboard_is_printed_once_and_stops_nothing(tmp_path, monkeypatch, capsys):
-    class Broken:
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def add_scalar(self, *args):
-            raise OSError('quota exceeded')
-
-    monkeypatch.setitem(sys.modules, 'tensorboardX', type(sys)('tensorboardX'))
-    monkeypatch.setattr(sys.modules['tensorboardX'], 'SummaryWriter', Broken, raising=False)
+def test_a_missing_tensorboard_is_printed_once_and_stops_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'tensorboardX', None)
     run(tmp_path, 0, 40, tensorboard=True).close()
     assert capsys.readouterr().err.count('TensorBoard is off') == 1
     assert len(metrics.read(tmp_path)) == 6
