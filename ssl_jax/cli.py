@@ -9,6 +9,7 @@
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
+    ssl_jax check --workdir W --data DIR                     # this machine or pod, in two minutes
     ssl_jax demo                                             # a few minutes on rendered scenes
 
 Each command imports its modules when it runs, so that `ssl_jax --help` is quick.
@@ -154,6 +155,16 @@ def _parser():
     p.add_argument(
         '--images', type=_positive, help='training images, for --save and durations in epochs'
     )
+    p.add_argument(
+        '--xla-alone', action='store_true', help='plan the step without our TPU kernels too'
+    )
+    fields(p)
+
+    p = command(check, help='what machine, workdir and data can do; on all hosts of a pod')
+    p.add_argument('--workdir', help='can it be written, how fast; is there space')
+    data(p, 'images per second that can be loaded')
+    p.add_argument('--method', help='of the crops and the step, as of pretrain')
+    p.add_argument('--config', help='a recipe instead; its step is measured')
     fields(p)
 
     p = command(demo, help='train on rendered scenes for a few minutes, then evaluate')
@@ -184,6 +195,21 @@ def _data_fields(args):
     return fields + ([f'data.train.split={args.split}'] if args.split else [])
 
 
+def _recipe(args):
+    """The recipe of --config or --method."""
+    from ssl_jax import config
+
+    if args.config and args.method:
+        raise errors.UserError(
+            f'--config {args.config} and --method {args.method} both name a recipe: give one.'
+        )
+    recipe = args.config or f'images_{args.method or "mae"}'
+    if recipe.startswith('images_') and recipe not in config.recipes():
+        known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
+        raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
+    return recipe
+
+
 def _positive(text):
     """An argument that counts, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -193,22 +219,14 @@ def _positive(text):
 
 def pretrain(args):
     """`ssl_jax pretrain`."""
-    from ssl_jax import config, train
+    from ssl_jax import train
     from ssl_jax.run import launch
 
-    fields = _data_fields(args)
     if not args.config and not args.data:
         raise errors.UserError(
             'give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).'
         )
-    if args.config and args.method:
-        raise errors.UserError(
-            f'--config {args.config} and --method {args.method} both name a recipe: give one.'
-        )
-    recipe = args.config or f'images_{args.method or "mae"}'
-    if recipe.startswith('images_') and recipe not in config.recipes():
-        known = [r.removeprefix('images_') for r in config.recipes() if r.startswith('images_')]
-        raise errors.UserError(f'--method {args.method} is unknown; use one of {", ".join(known)}.')
+    recipe, fields = _recipe(args), _data_fields(args)
     launch.initialize_distributed()
     train.command(recipe, hints.behind(fields + args.fields), args.workdir, args.compiled)
 
@@ -319,7 +337,22 @@ def plan(args):
         search=args.search,
         save=args.save,
         images=args.images,
+        xla_alone=args.xla_alone,
     )
+
+
+def check(args):
+    """`ssl_jax check`; exit code 1 if something is bad."""
+    from ssl_jax import check as check_lib
+    from ssl_jax.run import launch
+
+    recipe = _recipe(args) if args.config or args.data else None
+    if not recipe and (args.method or args.fields):
+        raise errors.UserError('--method and fields are of --data or --config: give one of them.')
+    fields = hints.behind(_data_fields(args) + args.fields)
+    launch.initialize_distributed()
+    is_wanted = bool(args.config or args.method)
+    sys.exit(not check_lib.run(args.workdir, recipe, fields, step=is_wanted))
 
 
 def demo(args):

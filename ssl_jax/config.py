@@ -27,8 +27,8 @@ from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import errors, launch
 
-# Groups with free keys: those of a source or of an evaluation.
-OPEN = ('data.train', 'data.eval_train', 'data.eval_test', 'eval.tasks')
+# Groups with free keys: those of a source or of an evaluation, and flags of XLA for the step.
+OPEN = ('data.train', 'data.eval_train', 'data.eval_test', 'eval.tasks', 'xla')
 # FLOP/s of one CPU core in training small models (measured: 77e9 on two cores); seconds of an
 # inferred run on a CPU.
 CPU_FLOPS, CPU_SECONDS = 30e9, 240
@@ -144,6 +144,7 @@ def default(method: str = 'mae') -> ConfigDict:
     c.data.eval_train = None  # labelled images that evaluations learn from
     c.data.eval_test = None  # labelled images that they are scored on
     c.eval.tasks = ConfigDict(dict(monitors={}, knn={}, accuracy={}, pictures={}))
+    c.xla = ConfigDict()  # {flag: value}, over those of `sharding.FLAGS`; None: XLA's own default
     c.method = ConfigDict(dict(name=method))
     c.method.update(fields.group(methods.get(method)))
     return c
@@ -230,11 +231,18 @@ def lock(config: ConfigDict) -> ConfigDict:
     """Locks all but the groups in `OPEN`; returns `config`."""
     config.lock()
     for name in OPEN:
-        group, key = name.split('.')
-        part = config[group][key]
-        if isinstance(part, ConfigDict):
-            part.unlock()
+        group, part = _parent(config, name)
+        if isinstance(group[part], ConfigDict):
+            group[part].unlock()
     return config
+
+
+def _parent(tree, name):
+    """'a.b' -> (the group a of a config or nested dict, 'b'); a name alone is at the top."""
+    *groups, part = name.split('.')
+    for group in groups:
+        tree = tree.get(group, {})
+    return tree, part
 
 
 def fill_size(m: ConfigDict) -> None:
@@ -264,6 +272,9 @@ def set_value(config: ConfigDict, override: str) -> None:
         raise errors.UserError(f"Override '{override}' has no '=': write a.b=value.")
     keys = name.split('.')
     with config.unlocked():
+        if keys[0] == 'xla':
+            _set_flag(config, keys, text)
+            return
         if '.'.join(keys[:2]) in OPEN:
             _set_open(config, keys, text)
             return
@@ -303,6 +314,19 @@ def _set_open(config, keys, text):
             parent = parent[key]
         value = {'none': None}.get(text.strip().lower(), fields.literal(text))
         parent[keys[-1]] = fields.tuples(value)
+
+
+def _set_flag(config, keys, text):
+    """Applies an override of a flag of XLA: xla.xla_tpu_scoped_vmem_limit_kib=65536."""
+    if len(keys) != 2 or not keys[1]:
+        raise errors.UserError(
+            f"'{'.'.join(keys)}' is no flag of XLA: write xla.FLAG=value, such as "
+            f'xla.xla_tpu_scoped_vmem_limit_kib=65536.'
+        )
+    words = {'true': True, 'false': False, 'none': None}
+    with config.ignore_type():
+        value = words.get(text.strip().lower(), fields.literal(text))
+        config.xla[keys[1]] = fields.tuples(value)
 
 
 def lay_over(stored: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -369,10 +393,10 @@ def from_dict(stored: dict) -> tuple[ConfigDict, list[str]]:
     known, found = set(flatten(config)), flatten(stored)
     with config.ignore_type():
         for key in OPEN:
-            group, part = key.split('.')
-            if part in stored.get(group, {}):
-                value = stored[group].pop(part)
-                config[group][part] = ConfigDict(value) if isinstance(value, dict) else value
+            (was, part), (group, _) = _parent(stored, key), _parent(config, key)
+            if part in was:
+                value = was.pop(part)
+                group[part] = ConfigDict(value) if isinstance(value, dict) else value
     for key, value in flatten(stored).items():
         if key in removed:
             if removed[key] not in (value, ...):
@@ -543,6 +567,9 @@ def _problems(c) -> Iterator[str]:
     yield from fields.problems(Run, c)
     for name, cls in GROUPS.items():
         yield from fields.problems(cls, c[name], f'{name}.')
+    for flag, value in c.xla.items():
+        if not isinstance(value, bool | int | float | str | None):
+            yield f'xla.{flag}={value!r} must be a number, True, False, a word or None.'
     if c.dtype is None:
         yield "dtype is None: set dtype='float32'."
     if c.init_from and c.resume_from:

@@ -6,13 +6,13 @@ Programs are written for the global batch; XLA inserts the collectives from thes
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from ssl_jax.run import errors, trees
@@ -29,6 +29,25 @@ TENSOR_RULES = (
 MAX_FSDP = 16  # with 128, shards of 1,280 channels have 10 rows, and XLA gathers by all-reduce
 # Paths whose leading axis is the scan over blocks; splitting it would gather every iteration.
 STACKED = re.compile(r'(^|/)\w*blocks/')
+# Flags of libtpu for a step: {kind of device: {flag: (value, reason)}}. 'TPU' is for every kind,
+# the row of a kind goes over it, 'fsdp' is for meshes with that axis. The numbers behind are in
+# experiments/tpu.
+FLAGS = {
+    'TPU': {
+        'xla_tpu_scoped_vmem_limit_kib': (
+            24 * 1024,
+            'a product may use 24 MiB of vector memory instead of 16, for larger windows',
+        ),
+    },
+    'fsdp': {
+        'xla_jf_spmd_threshold_for_windowed_einsum_mib': (
+            1_000_000,  # never
+            'XLA would overlap the gathers of fsdp by cutting each product into parts and passing '
+            'the weights around (1,362 collective-permutes in a step of MAE-L on four v5e chips): '
+            'by its own estimate slower than no fsdp at all, and plain gathers are faster',
+        ),
+    },
+}
 
 
 def make_mesh(
@@ -200,20 +219,44 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def compiler_options(mesh: Mesh) -> dict | None:
+def compiler_options(mesh: Mesh, flags: Mapping[str, Any] | None = None) -> dict | None:
     """Options of XLA for a step on `mesh`, for `jax.jit`; None for its defaults.
 
-    On TPU a product may use 24 MiB of vector memory instead of 16, for larger windows. XLA would
-    overlap the gathers of fsdp by cutting each product into parts and passing the weights around
-    (1,362 collective-permutes in a step of MAE-L on four v5e chips). By its own estimate this is
-    slower than no fsdp at all, and plain gathers are faster (experiments/tpu).
+    Args:
+      mesh: of the step; its devices need not be there.
+      flags: a user's {flag: value}, over those of `FLAGS`; None leaves a flag to XLA.
+
+    Raises:
+      UserError: XLA of this platform refuses one of `flags`.
     """
-    if mesh.devices.flat[0].platform != 'tpu':
-        return None
-    options = {'xla_tpu_scoped_vmem_limit_kib': 24 * 1024}
-    if mesh.shape['fsdp'] > 1:
-        options['xla_jf_spmd_threshold_for_windowed_einsum_mib'] = 1_000_000  # never
-    return options
+    device, options = mesh.devices.flat[0], {}
+    if device.platform == 'tpu':
+        options = {name: value for name, (value, _) in FLAGS['TPU'].items()}
+        options |= {name: value for name, (value, _) in FLAGS.get(device.device_kind, {}).items()}
+        if mesh.shape['fsdp'] > 1:
+            options |= {name: value for name, (value, _) in FLAGS['fsdp'].items()}
+    options |= flags or {}
+    options = {name: value for name, value in options.items() if value is not None}
+    if flags:
+        _try(options, flags, mesh)
+    return options or None
+
+
+def _try(options, flags, mesh):
+    """Compiles next to nothing with `options`: XLA alone knows its flags."""
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    where = SingleDeviceSharding((mine or list(mesh.devices.flat))[0])
+    x = jax.ShapeDtypeStruct((), np.float32, sharding=where)
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = ' '.join(str(error).split()).removeprefix('INVALID_ARGUMENT: ').rstrip('. ')
+        named = [flag for flag in flags if flag in said] or list(flags)
+        shown = ', '.join(f'xla.{flag}={flags[flag]}' for flag in named)
+        raise errors.UserError(
+            f'XLA for {mesh.devices.flat[0].device_kind} refuses {shown}: {said}; correct the flag '
+            f'or leave it out.'
+        ) from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -172,7 +172,7 @@ def make_program(config, method, mesh=None) -> Program:
             donate_argnums=0,
             in_shardings=(shardings, rows),
             out_shardings=(shardings, sharding.replicated(mesh)),
-            compiler_options=sharding.compiler_options(mesh),
+            compiler_options=sharding.compiler_options(mesh, config.xla),
         ),
         groups=groups,
     )

@@ -133,4 +133,4 @@ def test_plan_takes_recipe_topology_and_fields_from_the_command_line(monkeypatch
     (config, topology, fields), options = run.call_args
     assert (config, topology, fields) == ('scenes_mae', 'v5e:2x2', ['batch_size=8'])
     none = dict(mesh=None, out=None, save=None, images=None)
-    assert options == dict(slices=2, search=False, **none)
+    assert options == dict(slices=2, search=False, xla_alone=False, **none)

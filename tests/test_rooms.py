@@ -19,7 +19,7 @@ ORDER = (
     ('config', 'step', 'interop'),
     ('run/weights', 'run/compiled'),
     ('run/start', 'encoder'),
-    ('evals', 'plan'),
+    ('evals', 'plan', 'check'),
     ('train', 'viz/show'),
     ('cli', '__init__'),
 )

@@ -41,8 +41,8 @@ def segments_of(name):
     return tuple(Segment(n, tokens, -tokens % multiple) for n, tokens in SHAPES[name][0])
 
 
-def lower(name, remat='dots', device=None):
-    """The gradient of a stack of blocks, lowered for `device`."""
+def lower(name, remat='dots', device=None, **options):
+    """The gradient of a stack of blocks, lowered for `device`; `options` are XLA's."""
     sizes, dim, heads = SHAPES[name]
     drop, dropped, segments = None, name in DROP_PATH, segments_of(name)
     if dropped:
@@ -69,7 +69,8 @@ def lower(name, remat='dots', device=None):
         return jnp.square(stack.apply(params, x, drop).astype(jnp.float32)).sum()
 
     put = SingleDeviceSharding(device)
-    options = sharding.compiler_options(sharding.make_mesh(1, 1, devices=[device]))
+    mesh = sharding.make_mesh(1, 1, devices=[device])
+    options = (sharding.compiler_options(mesh) or {}) | options
     args = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=put), (params, x, drop)
     )

@@ -37,6 +37,7 @@ def run(
     search: bool = False,
     save: str | None = None,
     images: int | None = None,
+    xla_alone: bool = False,
     log: Callable = print,
 ) -> dict:
     """Plans a recipe; returns the plan, see `compile.plan`.
@@ -51,6 +52,7 @@ def run(
       search: whether to plan the alternatives too, one compilation each.
       save: folder for the compiled programs, see `run.compiled`; None keeps none.
       images: number of training images, for durations in epochs.
+      xla_alone: whether to plan the same step without the kernels of `kernels/tpu` too.
     """
     loaded = config_lib.load(config, [*_mesh_fields(mesh), *fields])
     if loaded.infer:
@@ -90,6 +92,10 @@ def run(
     command += ['--mesh', mesh] if mesh else []
     plan.update(topology=topology, command=' '.join([*command, *fields]))
     plan['scale'] = compile_lib.matmul_scale(devices[0], chip)
+    if xla_alone:
+        other = compile_lib.by_xla_alone(loaded, devices, chip)
+        keys = ('fits', 'over_gib', 'hbm', 'cycles', 'step_seconds', 'images_per_second', 'mfu')
+        plan['xla_alone'] = {k: other[k] for k in keys if k in other}
     if search:
         log(report.text(plan))
         found = search_lib.search(loaded, devices, chip, log)

@@ -17,7 +17,7 @@ from ssl_jax.run import errors
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip."""
+    """A kind of chip; all numbers are of one device of JAX, which may be half a chip."""
 
     name: str
     hbm_gib: float  # usable by a program; the compiler keeps the rest of the nominal size
@@ -27,6 +27,7 @@ class Chip:
     ici: float  # bytes/s sent to neighbours, all links together
     dims: int  # of its torus
     cores: int = 1  # that share the steps of a kernel
+    devices: int = 1  # per chip
 
     @property
     def flops_per_cycle(self) -> float:
@@ -36,13 +37,18 @@ class Chip:
 # Peak, nominal HBM (32, 16, 95, 32 GB; 1.23, 0.82, 2.77, 1.64 TB/s) and interconnect (2400, 1600,
 # 4800, 3584 Gbit/s one way) are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. hbm_gib is what
 # libtpu reports when a program does not fit. The clock is peak / (2 x units x width^2): 8 units of
-# 128 x 128 in v4 and v5p, 4 in v5e, 4 of 256 x 256 in v6e.
+# 128 x 128 in v4 and v5p, 4 in v5e, 4 of 256 x 256 in v6e and in each device of tpu7x (Ironwood).
+# tpu7x has two devices per chip, each with half of its 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and
+# 1,200 GB/s both ways (docs.cloud.google.com/tpu/docs/tpu7x); what the two send each other does not
+# use these links.
 CHIPS = {
     'v4': Chip('v4', 30.5, 275e12, 1.05e9, 1.23e12, 300e9, 3, cores=2),
     'v5e': Chip('v5e', 15.75, 197e12, 1.5e9, 0.82e12, 200e9, 2),
     'v5p': Chip('v5p', 95.74, 459e12, 1.75e9, 2.77e12, 600e9, 3, cores=2),
     'v6e': Chip('v6e', 31.25, 918e12, 1.75e9, 1.64e12, 448e9, 2),
+    'tpu7x': Chip('tpu7x', 94.75, 1153.5e12, 2.2e9, 3.69e12, 300e9, 3, devices=2),
 }
+NICKNAMES = {'ironwood': 'tpu7x', 'trillium': 'v6e', 'v5lite': 'v5e', 'v5litepod': 'v5e'}
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 CUBES = (
     '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16',
@@ -68,17 +74,29 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def _nearest(name):
-    """The valid name with a similar chip and a similar number of chips."""
-    kind, _, shape = name.partition(':')
-    dims = len(re.findall(r'\d+', shape))
-    kinds = [c.name for c in CHIPS.values() if c.dims == dims] or list(CHIPS)
-    kind = kind if kind in CHIPS else errors.close(kind, kinds, cutoff=0.0)[0]
-    valid = [n for n in names() if n.startswith(f'{kind}:')]
+    """The valid name with a similar chip and a similar number of chips.
 
-    def count(name):
-        return math.prod(map(int, re.findall(r'\d+', name.partition(':')[2])))
+    'v5p-128' and 'tpu7x-128' count cores, as accelerator types do: they have 64 chips.
+    """
+    word, _, shape = name.lower().partition(':')
+    if cores := re.fullmatch(r'(.+)-(\d+)', word):
+        word, shape = cores.groups()
+    sizes = list(map(int, re.findall(r'\d+', shape)))
+    chip = CHIPS[_kind(word, len(sizes))]
+    count = math.prod(sizes) / (chip.cores * chip.devices if cores else 1)
+    valid = [n for n in names() if n.startswith(f'{chip.name}:')]
+    return min(valid, key=lambda n: abs(math.prod(parse(n)[1]) - count)) if sizes else valid[3]
 
-    return min(valid, key=lambda n: abs(count(n) - count(name))) if dims else valid[3]
+
+def _kind(word, dims):
+    """The name of a chip: of its nickname, else of its generation and dimensions, else similar."""
+    word = word.removeprefix('tpu-').removeprefix('tpu ')
+    if word in CHIPS or word in NICKNAMES:
+        return NICKNAMES.get(word, word)
+    digits = re.findall(r'\d', word)
+    found = [c for c in CHIPS.values() if digits and digits[0] in c.name] or list(CHIPS.values())
+    found = [c.name for c in found if c.dims == dims] or [c.name for c in found]
+    return errors.close(word, found, cutoff=0.0)[0]
 
 
 @functools.cache
@@ -140,7 +158,7 @@ def devices(name: str, slices: int = 1) -> list:
     from jax.experimental import topologies
 
     options = {'num_slices': slices} if slices > 1 else {}
-    if chip.name == 'v4':  # else the two cores of a chip are two devices
+    if chip.name == 'v4':  # else the two cores of a chip are two devices; tpu7x has only those
         options['chip_config_name'] = 'megacore'
     if math.prod(shape) == 1:
         options['chips_per_host_bounds'] = [1, 1, 1]

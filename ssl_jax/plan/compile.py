@@ -20,6 +20,7 @@ from ssl_jax import step as step_lib
 from ssl_jax.kernels import forms
 from ssl_jax.plan import chips, hlo
 from ssl_jax.run import clock as clock_lib
+from ssl_jax.run import errors
 
 GIB = 2**30
 # For durations in epochs: it changes constants of the schedule, no shape.
@@ -83,7 +84,9 @@ def plan(
         'mesh': dict(built.mesh.shape),
         'slices': sharding.num_slices(devices),
         'chip': chip.name,
-        'chips': len(devices),
+        'chips': len(devices) // chip.devices,
+        'devices': len(devices),
+        'kernels': kernels(config) == 'on',
         'flops': float(method.flops(config.batch_size)),
         'parameters': sum(x.size for x in jax.tree.leaves(built.abstract.params)),
         'warnings': list(method.warnings(config.batch_size // config.accum_steps, ways)),
@@ -98,6 +101,12 @@ def plan(
         compiled, bundles = chips.compile_program(lowered)
     except jax.errors.JaxRuntimeError as error:
         numbers = out_of_memory(str(error), out['hbm']['capacity'])
+        if numbers is None and config.xla:
+            flags = ', '.join(f'xla.{flag}={value}' for flag, value in config.xla.items())
+            raise errors.UserError(
+                f'the step does not compile with {flags}: {" ".join(str(error).split())[:300]}; '
+                f'plan it without to see whether they are the reason.'
+            ) from error
         if numbers is None:  # a bug, shown with its traceback
             raise
         return out | numbers
@@ -126,6 +135,14 @@ def plan(
         'link_seconds': sum(c['bytes'] for c in sent if not c['between_slices']) / chip.ici,
         'slice_bytes': sum(c['bytes'] for c in sent if c['between_slices']),
     }
+
+
+def by_xla_alone(config, devices: list, chip: chips.Chip) -> dict:
+    """`plan` of the same step without the kernels of `kernels/tpu`."""
+    jax.clear_caches()  # of what was traced with them
+    config = config.copy_and_resolve_references()
+    config.kernels = 'off'
+    return plan(config, devices, chip)
 
 
 def state_bytes(state: step_lib.TrainState) -> dict[str, int]:
@@ -157,7 +174,7 @@ def timing(module: hlo.Module, out: dict, chip: chips.Chip, bundles: dict | None
     """Cycles of a step as time, images per second and utilisation; the costliest operations.
 
     Args:
-      out: batch_size, chips and flops of a plan.
+      out: batch_size, chips, devices and flops of a plan.
       bundles: of `chips.compile_program`.
     """
     unknown = []
@@ -179,7 +196,7 @@ def timing(module: hlo.Module, out: dict, chip: chips.Chip, bundles: dict | None
         'step_seconds': seconds,
         'images_per_second': out['batch_size'] / seconds,
         'images_per_second_per_chip': out['batch_size'] / seconds / out['chips'],
-        'mfu': out['flops'] / out['chips'] / (cycles * chip.flops_per_cycle),
+        'mfu': out['flops'] / out['devices'] / (cycles * chip.flops_per_cycle),
         'parts': rows(parts.most_common(), 'part', 'direction'),
         'costliest': rows(costly.most_common(25), 'part', 'direction', 'scope', 'opcode'),
         'loops_counted_once': unknown,

@@ -17,7 +17,7 @@ def text(plan: dict) -> str:
         f'{plan["name"]} on {_where(plan)}',
         f'  {plan["command"]}',
         f'  {plan["parameters"] / 1e6:,.1f} M parameters, {plan["dtype"]}, remat {plan["remat"]}, '
-        f'batch {plan["batch_size"]:,} = {plan["batch_size"] / plan["chips"]:g} per chip'
+        f'batch {plan["batch_size"]:,} = {plan["batch_size"] / plan["devices"]:g} per {_unit(plan)}'
         + (f' in {plan["accum_steps"]} micro-batches' if plan['accum_steps'] > 1 else ''),
         f'  traced in {plan["seconds_to_trace"]:.0f} s, compiled in '
         f'{plan["seconds_to_compile"]:.0f} s',
@@ -53,7 +53,13 @@ def local(plan: dict) -> str:
 def _where(plan):
     mesh = ', '.join(f'{k} {v}' for k, v in plan['mesh'].items() if v > 1) or 'one device'
     slices = f' x {plan["slices"]} slices' if plan['slices'] > 1 else ''
-    return f'{plan["topology"]}{slices}: {plan["chips"]} chips, mesh {mesh}'
+    devices = f' of {plan["devices"] // plan["chips"]} devices' if _unit(plan) == 'device' else ''
+    return f'{plan["topology"]}{slices}: {plan["chips"]} chips{devices}, mesh {mesh}'
+
+
+def _unit(plan):
+    """What holds a part of the batch: a chip, or a device where a chip has several."""
+    return 'chip' if plan['devices'] == plan['chips'] else 'device'
 
 
 def _memory(plan):
@@ -61,7 +67,7 @@ def _memory(plan):
     total, capacity = hbm.get('total', plan.get('needed_gib', 0) * GIB), hbm['capacity']
     rows = [(k, v) for k, v in hbm.items() if k not in ('capacity', 'total')]
     return [
-        'HBM per chip, GiB',
+        f'HBM per {_unit(plan)}, GiB',
         *(f'  {name:<28}{size / GIB:9.2f}' for name, size in rows),
         f'  {"total, of the usable":<28}{total / GIB:9.2f} of {capacity / GIB:.2f}',
         f'  fits, {(capacity - total) / GIB:.2f} GiB are free'
@@ -77,6 +83,7 @@ def _time(plan):
         f'{plan["images_per_second"]:,.0f} images/s, '
         f'{plan["images_per_second_per_chip"]:,.1f} per chip',
         f'  {plan["flops"] / 1e12:,.1f} useful TFLOP: MFU {plan["mfu"]:.3f}',
+        *_alone(plan),
     ]
     if plan['loops_counted_once']:
         lines.append(f'  loops of unknown length, counted once: {plan["loops_counted_once"]}')
@@ -85,9 +92,23 @@ def _time(plan):
     return lines
 
 
+def _alone(plan):
+    """A line on the same step without kernels of ours, or on there being none."""
+    other = plan.get('xla_alone')
+    if not other:
+        return [] if plan['kernels'] else ['  by XLA alone, without the kernels of ssl_jax']
+    if not other['fits']:
+        return [f'  without our kernels it does not fit, by {other["over_gib"]:.2f} GiB']
+    return [
+        f'  without our kernels, by XLA alone: {other["cycles"] / 1e6:,.1f} M cycles, '
+        f'{other["images_per_second"]:,.0f} images/s, MFU {other["mfu"]:.3f}, '
+        f'{other["hbm"]["total"] / GIB:.2f} GiB'
+    ]
+
+
 def _communication(plan):
     if not plan['collectives']:
-        return ['no communication between chips']
+        return [f'no communication between {_unit(plan)}s']
     lines = ['communication per step              count   MiB sent per device   mesh axes']
     for c in plan['collectives']:
         far = ', between slices' if c['between_slices'] else ''
@@ -95,15 +116,16 @@ def _communication(plan):
             f'  {c["kind"]:<20}{c["dtype"]:<10}{c["count"]:9,}{c["bytes"] / 2**20:22,.2f}   '
             f'{" x ".join(c["axes"]) or "none"}{far}'
         )
+    share = 'its half of the links of a chip' if _unit(plan) == 'device' else 'all links of a chip'
     lines.append(
-        f'  within slices {plan["link_seconds"] * 1e3:,.1f} ms at the full rate of all links of a '
-        f'chip; the step above takes it to be hidden'
+        f'  within slices {plan["link_seconds"] * 1e3:,.1f} ms at the full rate of {share}; '
+        f'the step above takes it to be hidden'
     )
     if plan['slices'] > 1:
         gigabits = plan['slice_bytes'] * 8 / 1e9 / plan['step_seconds']
         lines.append(
-            f'  between slices {plan["slice_bytes"] / 2**20:,.1f} MiB per chip, hidden if the '
-            f'network takes {gigabits:,.2f} Gbit/s from each'
+            f'  between slices {plan["slice_bytes"] / 2**20:,.1f} MiB per {_unit(plan)}, hidden if '
+            f'the network takes {gigabits:,.2f} Gbit/s from each'
         )
     return lines
 

@@ -235,7 +235,7 @@ def make_key(
     settings = jax.config.values
     key |= {k: settings[k] for k in sorted(settings) if not any(x in k for x in HARMLESS)}
     key['mesh'] = dict(program.mesh.shape)
-    key['compiler options'] = sharding.compiler_options(program.mesh)
+    key['compiler options'] = sharding.compiler_options(program.mesh, config.xla)
     fields = config_lib.flatten(config)
     key |= {k: fields[k] for k in sorted(fields) if not k.startswith(OUTSIDE)}
     key |= {'total steps': clock.total, 'warm-up steps': clock.warmup}

@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ssl_jax.run import errors
 
@@ -181,6 +182,25 @@ def announced() -> Iterator[None]:
         raise
 
 
+def consult(values: Any, judge: Callable[[list], Any]) -> Any:
+    """What process 0 makes of the values of all, in all processes; all call it.
+
+    Args:
+      values: JSON value of this process.
+      judge: ([values of process 0, of process 1, ...]) -> JSON value; process 0 calls it.
+    """
+    if _peers is None:
+        return judge([values])
+    if _peers.index:
+        _peers.links[0].send(values=values)
+        return _peers.inbox.get()[1]
+    found = dict(_peers.inbox.get() for _ in _peers.links)
+    answer = judge([values, *(found[process] for process in sorted(found))])
+    for link in _peers.links.values():
+        link.send(values=answer)
+    return answer
+
+
 def compare(values: dict) -> None:
     """Compares what must be equal in all processes; all call it, process 0 decides.
 
@@ -218,17 +238,6 @@ def compare(values: dict) -> None:
 def joined() -> bool:
     """Whether this process has links to others."""
     return _peers is not None
-
-
-def from_main(value=None):
-    """The JSON value of process 0, in all processes; they wait for as long as it takes."""
-    if _peers is None:
-        return value
-    if _peers.index:
-        return _peers.inbox.get()[1]
-    for link in _peers.links.values():
-        link.send(values=value)
-    return value
 
 
 def leave() -> None:

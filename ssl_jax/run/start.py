@@ -130,6 +130,7 @@ def banner(config, source, method, program, workdir) -> None:
         f'process {jax.process_index() + 1} of {jax.process_count()}',
         *sources.lines(source),
         f'model     {count / 1e6:.1f} M parameters, {config.dtype}, remat {config.remat}',
+        *(f'xla       {flag}={value}' for flag, value in config.xla.items()),
         f'schedule  {clock.total:,} steps of {config.batch_size} ({epochs:.1f} epochs), '
         f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
         program.groups,

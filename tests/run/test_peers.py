@@ -246,7 +246,7 @@ def test_processes_that_end_at_different_times_are_not_missed():
 
 
 def test_what_process_0_says_is_the_same_in_all_however_late():
-    say = "me == 0 and time.sleep(0.3); found = peers.from_main('{}' * 9 if me == 0 else None)"
+    say = "me == 0 and time.sleep(0.3); found = peers.consult(None, lambda _: '{}' * 9)"
     found = three(
         f"peers.compare({{'a': 1}}); {say}; peers.compare({{'b': 1}}); print(found)", after='me'
     )
