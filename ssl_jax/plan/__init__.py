@@ -87,6 +87,8 @@ def run(
         keep, sealed = _keep(save, loaded, images, log), compiled.without_cache()
     with sealed:
         plan = compile_lib.plan(loaded, devices, chip, images or compile_lib.NUM_EXAMPLES, keep)
+    if save and not plan['fits']:
+        log(f'nothing is kept in {save}: the step does not fit')
     command = ['ssl_jax plan --config', config, '--topology', topology]
     command += ['--slices', str(slices)] if slices > 1 else []
     command += ['--mesh', mesh] if mesh else []

@@ -295,6 +295,18 @@ def test_what_goes_between_slices_is_counted_as_what_a_chip_hands_to_its_host():
     ]
 
 
+def test_what_does_not_fit_is_not_kept_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(chips, 'devices', lambda *_: [None])
+    monkeypatch.setattr(compile, 'plan', lambda *_: {'fits': False})
+    monkeypatch.setattr(compile, 'matmul_scale', lambda *_: {})
+    monkeypatch.setattr(search, 'advice', lambda *_: [])
+    monkeypatch.setattr(report, 'text', lambda _: '')
+    lines = []
+    fields = ['kernels=off']
+    plan.run('scenes_mae', 'v5e:1x1', fields, save=str(tmp_path / 'kept'), log=lines.append)
+    assert f'nothing is kept in {tmp_path}/kept: the step does not fit' in lines
+
+
 def test_several_slices_want_their_data_axis_between_them():
     class Device:
         def __init__(self, number):
