@@ -82,7 +82,7 @@ def train(config, workdir, programs=None) -> dict:
             config = start.continued(config, workdir)
         source = sources.open_source(config.data.train)
         config = start.complete(config, source, is_new)
-        start.compare(config, source, workdir)
+        start.compare(config, source, workdir, compiled=str(programs))
         tasks = evals.load(config.eval.tasks)
         clock = clock_lib.Clock.of(config, len(source))
         method = methods.make(config, clock)

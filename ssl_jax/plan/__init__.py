@@ -67,6 +67,12 @@ def run(
             f'--save {save}: {epochs[0]} is a number of steps for known images only, and the step '
             f'has that number in it: give --images N, the images that the run will count.'
         )
+    on_cpu = topology == LOCAL and jax.devices()[0].platform not in forms.PLATFORMS
+    if save and loaded.kernels == 'auto' and not on_cpu:
+        raise errors.UserError(
+            f'--save {save}: with kernels=auto a run chooses forms by measuring on its chips, so '
+            f'its step is not known before: add kernels=off or kernels=on, here and to the run.'
+        )
     if topology == LOCAL:
         if search or slices > 1:
             raise errors.UserError(
@@ -81,6 +87,8 @@ def run(
         keep, sealed = _keep(save, loaded, images, log), compiled.without_cache()
     with sealed:
         plan = compile_lib.plan(loaded, devices, chip, images or compile_lib.NUM_EXAMPLES, keep)
+    if save and not plan['fits']:
+        log(f'nothing is kept in {save}: the step does not fit')
     command = ['ssl_jax plan --config', config, '--topology', topology]
     command += ['--slices', str(slices)] if slices > 1 else []
     command += ['--mesh', mesh] if mesh else []
@@ -112,7 +120,7 @@ def local(
     clock = clock_lib.Clock.of(config, images or compile_lib.NUM_EXAMPLES)
     built = step_lib.make_program(config, methods.make(config, clock))
     platform = forms.PLATFORMS.get(jax.devices()[0].platform)
-    # Nothing is measured here, so 'auto' is XLA's forms.
+    # Nothing is measured here: 'auto' is XLA's forms, as it is on a CPU.
     chosen = ('on', platform) if platform and config.kernels == 'on' else ('off',)
     kept = compiled.Kept.of(save, config, built, images)
     with forms.using(*chosen):

@@ -32,8 +32,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ssl_jax import config as config_lib
 from ssl_jax import sharding
 from ssl_jax import step as step_lib
+from ssl_jax.run import bucket, errors, hashing, launch, storage, trees
 from ssl_jax.run import clock as clock_lib
-from ssl_jax.run import errors, hashing, launch, storage, trees
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('ssl_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
@@ -52,6 +52,7 @@ HARMLESS = (
     'pjrt_client', 'pprint', 'preemption', 'profil', 'proxy', 'recoverability', 'source',
     'thread_guard', 'timeout', 'traceback', 'transfer', 'visible_devices',
 )  # fmt: skip
+LONGEST_HEAD = 2**18  # bytes of a first line
 # Flags that change no program: `plan` dumps schedules, JAX adds a barrier on TPU VMs.
 QUIET_FLAGS = ('--xla_jf_dump', '--xla_dump', '--xla_tpu_use_enhanced_launch_barrier')
 
@@ -171,9 +172,10 @@ class Kept:
         """
         path = self._path(name)
         try:
-            if not path.exists():
-                raise errors.UserError(self._nearest(name))
-            head, _, payload = path.read_bytes().partition(b'\n')
+            try:
+                head, _, payload = storage.read(path).partition(b'\n')
+            except FileNotFoundError:
+                raise errors.UserError(self._nearest(name)) from None
             head = _head(head)
             if head.get('key') != self.key:
                 raise errors.UserError(f'{path} has another key in its first line')
@@ -203,9 +205,8 @@ class Kept:
     def _nearest(self, name):
         """A sentence on the kept program that is most like the one that is missing."""
         found = []
-        for path in self.folder.glob(f'{name}-*.compiled'):
-            with path.open('rb') as file:
-                other = _head(file.readline()).get('key', {})
+        for path in _files(self.folder, f'{name}-'):
+            other = _head(_first_line(path)).get('key', {})
             found.append([k for k in {**self.key, **other} if self.key.get(k) != other.get(k)])
             found[-1] = (len(found[-1]), *((k, other.get(k)) for k in found[-1][:1]))
         if not found:
@@ -256,7 +257,8 @@ def in_epochs(config: Any) -> list[str]:
 def unsafe(mesh: jax.sharding.Mesh) -> str:
     """Why no program may be loaded for these devices; '' if it may."""
     # See `launch.enable_compile_cache`.
-    if len(mesh.local_devices) > 1 and mesh.devices.flat[0].platform == 'cpu':
+    hosts = [d.process_index for d in mesh.devices.flat]
+    if len(hosts) > len(set(hosts)) and mesh.devices.flat[0].platform == 'cpu':
         return 'one for several CPU devices of a process may hang when it is read from a disk.'
     return ''
 
@@ -326,6 +328,22 @@ def _flags(name):
     """Flags of a variable of the environment, sorted."""
     flags = os.environ.get(name, '').split()
     return ' '.join(sorted(f for f in flags if not f.startswith(QUIET_FLAGS)))
+
+
+def _files(folder, prefix):
+    """Kept programs of a folder; none if it is absent."""
+    if storage.is_remote(folder):
+        names = bucket.names(folder)
+    else:
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [folder / n for n in names if n.startswith(prefix) and n.endswith('.compiled')]
+
+
+def _first_line(path):
+    if storage.is_remote(path):
+        return bucket.read(path, LONGEST_HEAD).partition(b'\n')[0]
+    with open(path, 'rb') as file:
+        return file.readline(LONGEST_HEAD)
 
 
 def _head(line):

@@ -97,13 +97,20 @@ def complete(config: ConfigDict, source: Any, is_new: bool = True) -> ConfigDict
     return config
 
 
-def compare(config: ConfigDict, source: Any, workdir: epath.Path) -> None:
-    """Checks that all processes run the same, before a collective waits for one that does not."""
+def compare(config: ConfigDict, source: Any, workdir: epath.Path, **more: str) -> None:
+    """Checks that all processes run the same, before a collective waits for one that does not.
+
+    Args:
+      config: complete.
+      source: training images.
+      workdir: of the run.
+      **more: other arguments that have to be equal.
+    """
     versions = {name: importlib.metadata.version(name) for name in ('ssl_jax', 'jax')}
     flat = config_lib.flatten(config)
     flat.pop('overrides')  # the same values may be written in two ways
     images = fingerprint.content(source.fingerprint)  # copies on two hosts have other times
-    peers.compare({**flat, 'workdir': str(workdir), 'images': images, **versions})
+    peers.compare({**flat, 'workdir': str(workdir), 'images': images, **versions, **more})
 
 
 def banner(config, source, method, program, workdir) -> None:

@@ -295,6 +295,18 @@ def test_what_goes_between_slices_is_counted_as_what_a_chip_hands_to_its_host():
     ]
 
 
+def test_what_does_not_fit_is_not_kept_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(chips, 'devices', lambda *_: [None])
+    monkeypatch.setattr(compile, 'plan', lambda *_: {'fits': False})
+    monkeypatch.setattr(compile, 'matmul_scale', lambda *_: {})
+    monkeypatch.setattr(search, 'advice', lambda *_: [])
+    monkeypatch.setattr(report, 'text', lambda _: '')
+    lines = []
+    fields = ['kernels=off']
+    plan.run('scenes_mae', 'v5e:1x1', fields, save=str(tmp_path / 'kept'), log=lines.append)
+    assert f'nothing is kept in {tmp_path}/kept: the step does not fit' in lines
+
+
 def test_several_slices_want_their_data_axis_between_them():
     class Device:
         def __init__(self, number):
@@ -401,13 +413,13 @@ SCALE = dict(side=1, cycles=1, ideal_cycles=1.0, mfu=1.0)
 @pytest.mark.slow
 def test_a_plan_keeps_its_programs_for_the_chips_that_it_was_made_for(tmp_path, monkeypatch):
     pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[plan]'")
-    monkeypatch.setattr(config_lib, 'recipe', lambda *_: tiny.config(method__drop_path=0.0))
+    monkeypatch.setattr(config_lib, 'recipe', lambda *_: tiny.config(kernels='off'))
     monkeypatch.setattr(compile, 'matmul_scale', lambda *_: SCALE)
     plan.run('tiny', 'v5e:1x1', save=str(tmp_path), log=lambda line: None)
     heads = {p.name.split('-')[0]: p.open('rb').readline() for p in tmp_path.iterdir()}
     assert sorted(heads) == ['init', 'step']
     key = json.loads(heads['step'])['key']
-    assert key == json.loads(heads['init'])['key']
+    assert key.pop('kernels') == 'off' and key == json.loads(heads['init'])['key']
     assert key['devices'] == '1 x TPU v5 lite' and 'TFRT TPU v5 lite' in key['compiler']
     assert key['LIBTPU_INIT_ARGS'] == '' and 'processor' not in key
     assert 'loss' in json.loads(heads['step'])['outputs']
