@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a workdir can be written, read, listed, locked and deleted, and how fast."""
 
+import contextlib
 import os
 import shutil
 import statistics
@@ -48,7 +49,7 @@ def rows(
             _files(found, workdir / name)
             if launch.is_main() and (workdir / workdir_lib.LOCK).exists():
                 text = f'{workdir / workdir_lib.LOCK} is there: a run uses it, or one was killed'
-                found.append(Row('workdir in use', text, verdict='warn', next='see who: start'))
+                found.append(Row('workdir in use', text, verdict='warn', next='start the run: it says who'))
         if not remote:
             with caught(found, 'free space'):
                 _space(found, workdir, saved, keep)
@@ -58,9 +59,9 @@ def rows(
         with caught(found, 'delete'):
             if (workdir / name).exists():
                 (workdir / name).rmtree()
+        with contextlib.suppress(OSError):  # the last process leaves an empty one
             for path in made:
-                if path.exists():
-                    path.rmdir()
+                os.rmdir(path)
 
 
 def _files(found, folder):

@@ -278,6 +278,18 @@ def test_a_sound_workdir_is_left_as_it_was(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob('*')) == ['mine', 'w']
 
 
+def test_a_new_workdir_that_another_process_still_checks_stays(tmp_path, monkeypatch):
+    real, other = storage.atomic_write, tmp_path / 'w' / '.check-1-1'
+
+    def write(path, data):
+        other.mkdir(exist_ok=True)
+        real(path, data)
+
+    monkeypatch.setattr(storage, 'atomic_write', write)
+    assert {row.verdict for row in disk_rows(tmp_path / 'w').values()} == {'ok'}
+    assert [*(tmp_path / 'w').iterdir()] == [other]
+
+
 @pytest.mark.parametrize('code', [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
 def test_a_workdir_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, code):
     def refused(path, data):
