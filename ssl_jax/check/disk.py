@@ -45,11 +45,15 @@ def rows(
         made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     try:
         with caught(found, 'workdir', fix):
-            (workdir / name).mkdir(parents=True, exist_ok=True)
+            storage.require(workdir)
+            if not remote:
+                (workdir / name).mkdir(parents=True, exist_ok=True)
             _files(found, workdir / name)
-            if launch.is_main() and (workdir / workdir_lib.LOCK).exists():
-                text = f'{workdir / workdir_lib.LOCK} is there: a run uses it, or one was killed'
-                found.append(Row('workdir in use', text, verdict='warn', next='start the run: it says who'))
+            if launch.is_main() and storage.exists(workdir / workdir_lib.LOCK):
+                text = 'run.lock is there: a run uses it, or one was killed'
+                found.append(
+                    Row('workdir in use', text, verdict='warn', next='start the run: it says who')
+                )
         if not remote:
             with caught(found, 'free space'):
                 _space(found, workdir, saved, keep)
@@ -57,8 +61,8 @@ def rows(
             _lock(found, workdir / name, fix)
     finally:
         with caught(found, 'delete'):
-            if (workdir / name).exists():
-                (workdir / name).rmtree()
+            if storage.exists(workdir / name):
+                storage.remove_folder(workdir / name)
         with contextlib.suppress(OSError):  # the last process leaves an empty one
             for path in made:
                 os.rmdir(path)
@@ -71,7 +75,7 @@ def _files(found, folder):
     storage.atomic_write(folder / 'large', data)
     found.append(Row('write 64 MB', LARGE / 1e6 / (time.perf_counter() - start), 'MB/s'))
     start = time.perf_counter()
-    same = (folder / 'large').read_bytes() == data
+    same = storage.read(folder / 'large') == data
     found.append(Row('read it back', LARGE / 1e6 / (time.perf_counter() - start), 'MB/s'))
     if not same:
         raise errors.UserError(f'{folder}: what is read is not what was written.')
@@ -83,7 +87,7 @@ def _files(found, folder):
     milliseconds = 1e3 * statistics.median(times)
     # Of a hundredth of a second nothing depends; a process is odd at twice the time.
     found.append(Row('write 4 kB', milliseconds, 'ms', less_is_better=True, odd=1.0))
-    missing = names - {path.name for path in folder.iterdir()}
+    missing = names - {*storage.names(folder)}
     if missing:
         raise errors.UserError(f'{folder}: {min(missing)} was written and is not listed.')
     found.append(Row('list', 'complete'))

@@ -330,6 +330,25 @@ def test_a_workdir_in_use_is_said(tmp_path):
     assert row.verdict == 'warn' and 'run.lock' in row.value
 
 
+def test_a_sound_bucket_is_left_as_it_was(bucket):
+    found = disk_rows(f'{bucket.root}/w')
+    assert {row.verdict for row in found.values()} == {'ok'}
+    assert {'write 64 MB', 'read it back', 'write 4 kB', 'list', 'lock'} == found.keys()
+    assert storage.names(bucket.root) == []
+
+
+def test_a_bucket_that_may_not_be_written_is_bad_with_what_to_do(bucket):
+    bucket.fault(status=403, methods='POST,PUT')
+    found = disk_rows(f'{bucket.root}/w')
+    assert found['workdir'].verdict == found['lock'].verdict == 'bad'
+    assert 'access is forbidden' in found['workdir'].value and 'account' in found['lock'].next
+
+
+def test_an_absent_bucket_is_named(bucket):
+    row = disk_rows('gs://no-such-bucket/w')['workdir']
+    assert row.verdict == 'bad' and 'no-such-bucket' in row.value and 'http' not in row.value
+
+
 @pytest.mark.parametrize('free, verdict', [(100, 'ok'), (25, 'warn'), (15, 'bad')])
 def test_space_is_measured_against_the_checkpoints(tmp_path, monkeypatch, free, verdict):
     usage = types.SimpleNamespace(free=free)
