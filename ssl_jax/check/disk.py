@@ -48,8 +48,10 @@ def rows(
             (workdir / name).mkdir(parents=True, exist_ok=True)
             _files(found, workdir / name)
             if launch.is_main() and (workdir / workdir_lib.LOCK).exists():
-                text = f'{workdir / workdir_lib.LOCK} is there: a run uses it, or one was killed'
-                found.append(Row('workdir in use', text, verdict='warn', next='start the run: it says who'))
+                text = 'run.lock is there: a run uses it, or one was killed'
+                found.append(
+                    Row('workdir in use', text, verdict='warn', next='start the run: it says who')
+                )
         if not remote:
             with caught(found, 'free space'):
                 _space(found, workdir, saved, keep)
