@@ -201,7 +201,7 @@ def main():
     how = report.run(command, report.left(), report.out / 'cifar10.txt')[1]
     rows = pathlib.Path(scratch, 'cifar10', 'metrics.jsonl')
     steps = [json.loads(x) for x in rows.read_text().splitlines()] if rows.exists() else []
-    rates = sorted(r['images_per_second'] for r in steps if 'images_per_second' in r)
+    rates = sorted(r['time']['images_per_second'] for r in steps if 'time' in r)
     last = {k: v for r in steps for k, v in r.items() if k in ('step', 'loss') or 'top1' in k}
     rate = rates[len(rates) // 2] if rates else None
     report.add(part='CIFAR-10', side='jax', images_per_second=rate, how=f'{last}; {how}')

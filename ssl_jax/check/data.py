@@ -20,6 +20,7 @@ from ssl_jax.run import launch, start
 
 BATCH = 32  # images at a time: the rate of decoding does not depend on it
 STEPS = 3
+ENOUGH = 1.0  # images that the loader makes for each that the step takes; half of it is too little
 CPU_SECONDS = 30  # a step is measured on a CPU if all of them take less
 
 
@@ -112,7 +113,7 @@ def step(found: list[Row], trial: Trial, loaded: float, is_wanted: bool) -> None
 def against(loaded: float, needed: float, num_threads: int | None) -> Row:
     """The row of the loader beside the step, in images/s of this process."""
     ratio = loaded / needed
-    verdict = 'ok' if ratio >= 1 else 'warn' if ratio >= 0.5 else 'bad'
+    verdict = 'ok' if ratio >= ENOUGH else 'warn' if ratio >= ENOUGH / 2 else 'bad'
     cores = launch.cores()
     fix = 'smaller files (JPEG, the short side little above the crop), or more CPU cores'
     if num_threads and num_threads < cores:
@@ -124,7 +125,7 @@ def against(loaded: float, needed: float, num_threads: int | None) -> Row:
         ratio,
         f'times the {spell(needed)} images/s that the step takes of this process',
         verdict=verdict,
-        next=fix if ratio < 1 else '',
+        next=fix if ratio < ENOUGH else '',
     )
 
 
