@@ -178,11 +178,13 @@ def _parser():
 
 def _ask_buckets(args):
     """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
-    names = ('workdir', 'out', 'model', 'path', 'data', 'test')
+    names = ('out', 'model', 'path', 'data', 'test')
     paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
-    if paths:
+    workdir = getattr(args, 'workdir', None) or ''
+    if paths or ':' in workdir:
         from ssl_jax.run import storage
 
+        storage.require_workdir(workdir)
         storage.require(*paths)
 
 

@@ -73,7 +73,7 @@ def train(config, workdir, programs=None) -> dict:
       run early (after saving).
     """
     workdir, started = epath.Path(workdir), time.monotonic()
-    storage.require(workdir)
+    storage.require_workdir(workdir)
     if config.compile_cache:
         launch.enable_compile_cache()
     with peers.announced(), workdir_lib.lock(workdir) as held, preempt.Preemption() as stop:
@@ -285,7 +285,7 @@ def main(argv=None):
 def command(recipe, overrides, workdir, programs=None):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
     with errors.in_a_sentence('ssl_jax'), peers.announced():
-        storage.require(workdir)
+        storage.require_workdir(workdir)
         config = start.continued(config_lib.load(recipe, overrides), workdir)
         result = train(config, workdir, programs)
     if result['preempted']:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from ssl_jax.run import bucket
+from ssl_jax.run import bucket, errors
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -37,6 +37,20 @@ def require(*paths: epath.PathLike | None) -> None:
     for path in filter(None, paths):
         if is_remote(path):
             bucket.require(path)
+
+
+def require_workdir(path: epath.PathLike) -> None:
+    """`require`, of a workdir.
+
+    Raises:
+      UserError: as there, or Orbax cannot save there: 0.12.8 takes s3:// for a local folder.
+    """
+    if bucket.scheme(path) == 's3':
+        raise errors.UserError(
+            f'{path} cannot be a workdir, as Orbax saves no checkpoints in s3://; give a local '
+            f'folder and copy it there, or one in gs://.'
+        )
+    require(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -25,7 +25,7 @@ from ssl_jax.methods import classifier
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import checkpoint, errors, launch, storage, trees
+from ssl_jax.run import bucket, checkpoint, errors, launch, storage, trees
 from ssl_jax.run import hints as hints_lib
 
 # Fields of a ViT that change the function it computes.
@@ -113,6 +113,8 @@ def _modules(w):
 
 def is_checkpoint(path) -> bool:
     """Whether `path` is a workdir, its checkpoints, or one step."""
+    if bucket.scheme(path) == 's3':  # see `storage.require_workdir`
+        return False
     path = epath.Path(path)
     if not path.is_dir():
         return False

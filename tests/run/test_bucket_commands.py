@@ -104,7 +104,13 @@ def test_every_command_names_a_misspelled_scheme(capfd, command, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('command', ['pretrain --config scenes_mae --workdir', 'eval --workdir'])
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.endswith('--workdir')])
+def test_no_checkpoint_is_to_be_saved_where_orbax_cannot(capfd, command):
+    line = fails(command, 's3://bucket/run', capfd)
+    assert 's3://bucket/run cannot be a workdir' in line and 'gs://' in line
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.endswith(('--out', '--model'))])
 def test_a_missing_extra_is_named(capfd, command, monkeypatch):
     monkeypatch.setitem(sys.modules, 's3fs', None)
     assert "s3fs is missing: pip install 'ssl_jax[s3]'." in fails(command, 's3://b/run', capfd)

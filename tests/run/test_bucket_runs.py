@@ -2,6 +2,11 @@
 """Runs with their workdir in a bucket."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from ssl_jax.run import checkpoint, errors, metrics, storage, uploads
 from ssl_jax.run import workdir as workdir_lib
 
 SLOW = pytest.mark.slow
+REPO = pathlib.Path(__file__).resolve().parents[2]
 OTHER = {'host': 'far-away', 'pid': 7, 'started': '2026-01-02 03:04:05 UTC'}
 
 
@@ -137,3 +143,38 @@ def test_bad_images_are_listed_in_the_bucket_without_waiting(bucket):
     with pytest.raises(stream.TooManyBadImages):
         again.update({'bad': np.arange(20)[:, None]})
     assert len(storage.read_lines(path)) == 20
+
+
+@pytest.mark.slow
+def test_a_killed_process_continues_at_once_with_all_rows_of_its_checkpoint(bucket):
+    """kill -9, three times in a row, on one machine; the file of metrics is that of a whole run."""
+    code = """
+        import os, sys, tiny
+        from ssl_jax import train
+        from ssl_jax.run import checkpoint, metrics
+        after, workdir = int(sys.argv[1]), sys.argv[2]
+        real = metrics.NonFinite.push
+        def push(self, row):
+            push.steps += 1
+            if push.steps == after:  # of this process, the last checkpoint is surely there
+                os.kill(os.getpid(), 9)
+            real(self, row)
+        push.steps = 0
+        metrics.NonFinite.push = push
+        wait = checkpoint.Checkpointer.save
+        def save(self, *args):
+            done = wait(self, *args)
+            self.wait()
+            return done
+        checkpoint.Checkpointer.save = save
+        print(train.train(tiny.config(total_steps=12, checkpoint__every_steps=2), workdir)['step'])
+    """
+    env = {**os.environ, **bucket.env, 'XLA_FLAGS': '', 'PYTHONPATH': f'{REPO}:{REPO}/tests'}
+    for after in (4, 4, 4, 100):
+        command = [sys.executable, '-c', textwrap.dedent(code), str(after), bucket.root]
+        done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+        assert done.returncode == (-9 if after < 100 else 0), done.stderr[-2000:]
+        assert 'is held by' not in done.stdout
+    train.train(tiny.config(total_steps=12), f'{bucket.root}/whole')
+    np.testing.assert_allclose(losses(bucket.root), losses(f'{bucket.root}/whole'), rtol=1e-4)
+    assert [r['step'] for r in metrics.read(bucket.root) if 'loss' in r] == list(range(1, 13))
