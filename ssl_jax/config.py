@@ -25,7 +25,7 @@ from ssl_jax.fields import Range
 from ssl_jax.methods import base
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import clock as clock_lib
-from ssl_jax.run import errors, launch
+from ssl_jax.run import errors, launch, profile
 
 # Groups with free keys: those of a source or of an evaluation.
 OPEN = ('data.train', 'data.eval_train', 'data.eval_test', 'eval.tasks')
@@ -99,6 +99,18 @@ class Log:
     every_steps: Annotated[int, Range(1, 10**9)] = 50
     tensorboard: bool = True
     wandb: bool = False
+    profile: str | None = None  # steps to trace: '100:105', see `run.profile`
+
+
+Minutes = Annotated[float | None, Range(0, 10**6)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watchdog:
+    """Stalls, see `run.watchdog`; minutes without progress, four times as many before step 1."""
+
+    dump_minutes: Minutes = 10.0  # until the stacks of all threads are written; 0 or None: never
+    exit_minutes: Minutes = 30.0  # until all processes end with code 1; 0 or None: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +140,7 @@ GROUPS = {
     'mesh': Mesh,
     'checkpoint': Checkpoint,
     'log': Log,
+    'watchdog': Watchdog,
     'eval': Eval,
     'nonfinite': Nonfinite,
 }
@@ -543,6 +556,13 @@ def _problems(c) -> Iterator[str]:
         yield from fields.problems(cls, c[name], f'{name}.')
     if c.dtype is None:
         yield "dtype is None: set dtype='float32'."
+    profile.parse(c.log.profile)
+    dump, end = c.watchdog.dump_minutes, c.watchdog.exit_minutes
+    if dump and end and dump > end:
+        yield (
+            f'watchdog.dump_minutes={dump} is after watchdog.exit_minutes={end}: lower it, or set '
+            f'it to None.'
+        )
     if c.init_from and c.resume_from:
         yield (
             'init_from (weights only) and resume_from (weights, moments and step) are both set: '

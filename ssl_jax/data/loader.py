@@ -22,6 +22,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from ssl_jax.run import peers
+
 READY = 2  # finished batches that wait for the trainer
 SIGNAL_SECONDS = 0.5  # at most until a signal is handled that came while waiting
 CLOSE_SECONDS = 2.0  # for threads to finish their images
@@ -75,7 +77,9 @@ class Stream(contextlib.AbstractContextManager, collections.abc.Iterator):
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterators:
             raise RuntimeError('The stream is closed.')
-        return next(self._iterators[0])
+        batch = next(self._iterators[0])
+        peers.progress()  # for `run.watchdog`
+        return batch
 
     def close(self) -> None:
         """Stops threads and worker processes; batches in work are abandoned."""
