@@ -9,6 +9,7 @@ TensorBoard read it. A failure costs the trace and a line.
 
 import contextlib
 import pathlib
+import shutil
 import tempfile
 import time
 from typing import Any
@@ -81,11 +82,10 @@ class Profile:
             first, stop = self._next
             with self._may_fail(), self._timers('profile'):
                 jax.block_until_ready(state)  # else the trace begins with steps before
-                remote = storage.is_remote(self._workdir)
-                folder = tempfile.mkdtemp() if remote else self._workdir / 'profile'
+                folder = tempfile.mkdtemp(prefix='ssl_jax.profile.')
                 options = jax.profiler.ProfileOptions()
                 options.session_id = f'{first}-{stop}'
-                jax.profiler.start_trace(str(folder), profiler_options=options)
+                jax.profiler.start_trace(folder, profiler_options=options)
                 self._folder = pathlib.Path(folder)
 
     def after(self, done: int, state: Any) -> None:
@@ -141,10 +141,12 @@ class Profile:
             finally:
                 jax.profiler.stop_trace()
             target = self._workdir / 'profile'
-            if storage.is_remote(self._workdir):
-                for path in folder.rglob('*.*'):
-                    if path.is_file():
-                        storage.atomic_write(target / path.relative_to(folder), path.read_bytes())
+            # Processes of one host have the same name.
+            prefix = f'{jax.process_index()}.' if jax.process_count() > 1 else ''
+            for path in (p for p in folder.rglob('*') if p.is_file()):
+                parent = target / path.parent.relative_to(folder)
+                storage.atomic_write(parent / f'{prefix}{path.name}', path.read_bytes())
+            shutil.rmtree(folder, ignore_errors=True)
             launch.log(f'profile   {target}; docs/machines.md says how to read it')
 
     @contextlib.contextmanager

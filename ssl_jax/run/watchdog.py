@@ -30,8 +30,8 @@ from ssl_jax.run import launch, peers, storage
 SLOW = ('starting', 'listing', 'comparing', 'restoring', 'compiling')
 SLOW_FACTOR = 4
 WAITING = 'waiting for the device'
-# What does not wait for other processes. In all else the cause may be another process, which is left
-# the first word.
+# What waits for no other process. In all else the cause may be another, which is left the first
+# word.
 OWN = ('waiting for the batch', 'step')
 TICK_SECONDS = 5.0  # at most between two looks
 END_SECONDS = 30.0  # for the sentence to get out, also to the other processes
@@ -54,6 +54,8 @@ def watch(
         yield
         return
     done = threading.Event()
+    if exit_seconds:  # here too: the thread may not get to it
+        _arm(_limit(exit_seconds, peers.now()), TICK_SECONDS)
     args = done, epath.Path(workdir), dump_seconds, exit_seconds
     thread = threading.Thread(target=_look, args=args, name='watchdog', daemon=True)
     thread.start()
@@ -76,25 +78,32 @@ def _look(done, workdir, dump_seconds, exit_seconds):
             if dumped:
                 _say(f'{_who()} goes on: {state.phase}.')
             seen, stalled, dumped = state, 0.0, False
-        factor = SLOW_FACTOR if state.phase.startswith(SLOW) else 1
         if exit_seconds:
-            limit = factor * exit_seconds
-            late = limit - stalled + END_SECONDS + 2 * tick
-            faulthandler.dump_traceback_later(late, exit=True, file=2)
-        if dump_seconds and not dumped and stalled > factor * dump_seconds:
+            wait = peers.others() and not state.phase.startswith(OWN)
+            patience = max(2 * tick, exit_seconds / 20) if wait else 0.0
+            left = _limit(exit_seconds, state) + patience - stalled
+            _arm(left, 2 * tick)
+        if dump_seconds and not dumped and stalled > _limit(dump_seconds, state):
             dumped = True
             where = _dump(workdir, state, stalled)
             _say(f'{_what(state, stalled)}; the stacks of all threads are in {where}')
-        if not exit_seconds:
-            continue
-        patience = max(2 * tick, exit_seconds / 20) if peers.others() else 0
-        if stalled > limit + (0 if state.phase.startswith(OWN) else patience):
+        if exit_seconds and left < 0:
             return _end(workdir, state, stalled, dumped)
+
+
+def _limit(seconds, state):
+    return seconds * (SLOW_FACTOR if state.phase.startswith(SLOW) else 1)
+
+
+def _arm(seconds, margin):
+    """Sets the timer of C, for the case that this thread cannot run then."""
+    late = max(0.0, seconds) + END_SECONDS + margin
+    faulthandler.dump_traceback_later(late, exit=True, file=2)
 
 
 def _end(workdir, state, stalled, dumped):
     """Ends the run; by the timer of C where Python cannot."""
-    faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=2)
+    _arm(0.0, 0.0)
     if not dumped:
         _dump(workdir, state, stalled)
     theirs = [f'process {i}: {phase}' for i, phase in sorted(peers.others().items())]
@@ -124,7 +133,7 @@ def _dump(workdir, state, stalled):
     title = f'{time.strftime("%Y-%m-%d %H:%M:%S %Z")}: {_what(state, stalled)}'
     text = f'{title}\n\n{stacks()}\n'
     name = f'stacks.{peers.index()}.txt'
-    local = os.path.join(tempfile.gettempdir(), f'ssl_jax.{os.getpid()}.{name}')
+    local = _local(name)
     try:
         with open(local, 'a') as file:
             file.write(text)
@@ -144,6 +153,10 @@ def _dump(workdir, state, stalled):
     thread.start()
     thread.join(TICK_SECONDS)
     return f'{local}, on this host' if thread.is_alive() else f'{workdir / name}, and {local}'
+
+
+def _local(name):
+    return os.path.join(tempfile.gettempdir(), f'ssl_jax.{os.getpid()}.{name}')
 
 
 def stacks() -> str:

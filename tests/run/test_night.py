@@ -2,9 +2,7 @@
 """Whatever happens to one of two processes at night: both end, in time, with a sentence, and the
 same command continues to the bits of an unbroken run."""
 
-import os
 import re
-import signal
 import time
 
 import jax

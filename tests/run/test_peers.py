@@ -163,6 +163,7 @@ PROCESS = """
     import os, signal, sys, time
     from ssl_jax.run import errors, peers
     me = int(sys.argv[2])
+    {before}
     with errors.in_a_sentence('ssl_jax'):
         peers.join(sys.argv[1], 3, me, 60)
         with peers.announced():
@@ -171,10 +172,10 @@ PROCESS = """
 """
 
 
-def three(code, after=60):
-    """[(exit code, output)] of three processes of a run."""
+def three(code, after=60, before='pass', stopped=()):
+    """[(exit code, output)] of three processes of a run, but of those that are stopped."""
     address = free_address()
-    code = textwrap.dedent(PROCESS).format(code=code, after=after)
+    code = textwrap.dedent(PROCESS).format(code=code, after=after, before=before)
     run = [
         subprocess.Popen(
             [sys.executable, '-c', code, address, str(i)],
@@ -186,10 +187,11 @@ def three(code, after=60):
         for i in range(3)
     ]
     try:
-        outs = [p.communicate(timeout=50)[0] for p in run]
+        outs = [p.communicate(timeout=50)[0] for i, p in enumerate(run) if i not in stopped]
     finally:
         for p in run:
             p.kill()
+    run = [p for i, p in enumerate(run) if i not in stopped]
     return [(p.returncode, out) for p, out in zip(run, outs, strict=True)]
 
 
@@ -212,6 +214,38 @@ def test_a_killed_process_ends_the_others_with_its_number_and_the_step(victim):
         words = rf'process {victim} is gone \(process [012]: (step 12|comparing configs)\)'
         assert re.search(words, out), out
         assert 'start all processes again with the same command' in out
+
+
+QUICK = 'peers.BEAT_SECONDS, peers.SILENT_SECONDS = 0.1, 2.0'
+
+
+@pytest.mark.parametrize('victim', [0, 2])
+def test_a_stopped_process_ends_the_others_with_its_last_phase(victim):
+    """It closes no connection; jax would abort after 100 s."""
+    stop = f'me == {victim} and os.kill(os.getpid(), signal.SIGSTOP)'
+    code = f"peers.at('step 12'); peers.compare({{}}); time.sleep(1); {stop}; time.sleep(60)"
+    found = three(code, before=QUICK, stopped=[victim])
+    assert [code for code, _ in found] == [1, 1], found
+    words = rf'process {victim} has been silent for [23] s \(the last that it said: step 12\)'
+    assert all(re.search(words, out) for _, out in found), found
+
+
+def test_who_is_stopped_for_a_while_accuses_nobody():
+    """As after Ctrl-Z and fg, within the time."""
+    stop = (
+        'real, jump = time.monotonic, [0]; time.monotonic = lambda: real() + jump[0]; '
+        'time.sleep(0.5); jump[0] = 50 * (me == 1)'
+    )
+    found = three(f"{stop}; time.sleep(1); print('fine')", after='me', before=QUICK)
+    assert found == [(0, 'fine\n')] * 3
+
+
+def test_a_call_that_keeps_pythons_lock_is_found_by_the_others():
+    held = 'import ctypes; me == 1 and ctypes.PyDLL(None).sleep(40)'
+    code = f"peers.at('step 4'); time.sleep(1); {held}; time.sleep(60)"
+    found = three(code, before=QUICK, stopped=[1])
+    assert [code for code, _ in found] == [1, 1], found
+    assert all('process 1 has been silent' in out and 'step 4' in out for _, out in found), found
 
 
 def test_what_one_process_raises_ends_all():
