@@ -229,6 +229,7 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
                 saves.reset()
             if done == total or (eval_every and done % eval_every == 0):
                 evaluate(run, state, done)
+        peers.at(f'ending at step {done}')
     except preempt.Stopped:
         if int(state.step) > first:  # else nothing is new
             save(run, state)
@@ -245,7 +246,6 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
             save(run, state)
         raise
     finally:
-        peers.at(f'ending at step {done}')
         stream.close()
         trace.close()
         if first < total:

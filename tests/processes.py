@@ -62,7 +62,7 @@ def twice(code, each):
 
 # Two processes as the command runs them; at batch AT, process WHO does ACT.
 COMMAND = """
-    import os, signal, time
+    import os, resource, signal, time
     import tiny
     from ssl_jax import config, train
     from ssl_jax.data import stream

@@ -148,7 +148,8 @@ class _Peers:
             if self.index == 0 and thread is not threading.current_thread():
                 thread.join(left)
             elif self.index == 0:
-                link.read(left)  # nothing comes but the end
+                while link.read(left) and left > 0.1:  # a beat may come before the end
+                    left = max(0.1, deadline - time.monotonic())
         if sentence:
             _print(sentence)
         sys.stdout.flush()

@@ -157,6 +157,8 @@ def test_on_a_tpu_the_links_are_made_where_jax_finds_the_coordinator(monkeypatch
     assert joined == [('10.0.0.1:8476', 4, 3, 300), ('10.0.0.1:8476', 4, 3)]
 
 
+QUICK = 'peers.BEAT_SECONDS, peers.SILENT_SECONDS = 0.1, 2.0'
+
 # After that, with processes: no jax.distributed, whose ends tests/run/test_processes.py shows
 
 PROCESS = """
@@ -198,7 +200,7 @@ def three(code, after=60, before='pass', stopped=()):
 def test_process_0_stays_until_a_failed_process_has_cleaned_up():
     ends = 'lambda code, end=os._exit: (print(time.monotonic(), flush=True), end(code))'
     slow = 'me == 1 and atexit.register(time.sleep, 0.5)'
-    found = three(f'import atexit; os._exit = {ends}; {slow}; me == 1 and [][1]')
+    found = three(f'import atexit; os._exit = {ends}; {slow}; me == 1 and [][1]', before=QUICK)
     assert [code for code, _ in found] == [1, 1, 1], found
     times = [float(out.split()[-1]) for _, out in found]
     assert max(times) == times[0], times
@@ -214,9 +216,6 @@ def test_a_killed_process_ends_the_others_with_its_number_and_the_step(victim):
         words = rf'process {victim} is gone \(process [012]: (step 12|comparing configs)\)'
         assert re.search(words, out), out
         assert 'start all processes again with the same command' in out
-
-
-QUICK = 'peers.BEAT_SECONDS, peers.SILENT_SECONDS = 0.1, 2.0'
 
 
 @pytest.mark.parametrize('victim', [0, 2])
