@@ -26,7 +26,7 @@ from ssl_jax.fields import Range
 from ssl_jax.methods import base
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import clock as clock_lib
-from ssl_jax.run import errors, launch, storage
+from ssl_jax.run import errors, launch, profile, storage
 
 # Groups with free keys: those of a source or of an evaluation, and flags of XLA for the step.
 OPEN = ('data.train', 'data.eval_train', 'data.eval_test', 'eval.tasks', 'xla')
@@ -102,6 +102,18 @@ class Log:
     every_steps: Annotated[int, Range(1, 10**9)] = 50
     tensorboard: bool = True
     wandb: bool = False
+    profile: str | None = None  # steps to trace: '100:105', see `run.profile`
+
+
+Minutes = Annotated[float | None, Range(0, 10**6)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watchdog:
+    """Stalls, see `run.watchdog`; minutes without progress, four times as many before step 1."""
+
+    dump_minutes: Minutes = 10.0  # until the stacks of all threads are written; 0 or None: never
+    exit_minutes: Minutes = 30.0  # until all processes end with code 1; 0 or None: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +143,7 @@ GROUPS = {
     'mesh': Mesh,
     'checkpoint': Checkpoint,
     'log': Log,
+    'watchdog': Watchdog,
     'eval': Eval,
     'nonfinite': Nonfinite,
 }
@@ -597,6 +610,13 @@ def _problems(c) -> Iterator[str]:
             yield f'xla.{flag}={value!r} must be a number, True, False, a word or None.'
     if c.dtype is None:
         yield "dtype is None: set dtype='float32'."
+    profile.parse(c.log.profile)
+    dump, end = c.watchdog.dump_minutes, c.watchdog.exit_minutes
+    if dump and end and dump > end:
+        yield (
+            f'watchdog.dump_minutes={dump} is after watchdog.exit_minutes={end}: lower it, or set '
+            f'it to None.'
+        )
     if c.init_from and c.resume_from:
         yield (
             'init_from (weights only) and resume_from (weights, moments and step) are both set: '

@@ -31,11 +31,14 @@ from ssl_jax.run import (
     compiled,
     errors,
     launch,
+    ledger,
     metrics,
     peers,
     preempt,
+    profile,
     start,
     storage,
+    watchdog,
 )
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
@@ -57,32 +60,48 @@ class Run:
     tasks: dict  # evaluations, see `evals.base`
     look: evals.Look
     kept: compiled.Kept  # compiled programs
+    timers: metrics.Timers = dataclasses.field(default_factory=metrics.Timers)  # of the loop
     writer: metrics.Writer | None = None
 
 
-def train(config, workdir, programs=None) -> dict:
+def train(config, workdir, programs=None, before: dict | None = None) -> dict:
     """Trains `config` in `workdir`, or continues the run there.
 
     Args:
       config: see `ssl_jax.config`.
       workdir: local folder or gs:// path; checkpoints/, metrics.jsonl, pictures/, config.json.
       programs: folder of compiled programs, see `run.compiled`; None keeps none.
+      before: seconds that the start of this process took so far, by name.
 
     Returns:
       dict of the last metrics and evaluations, 'step', and 'preempted': whether a signal ended the
       run early (after saving).
     """
-    workdir, started = epath.Path(workdir), time.monotonic()
+    workdir, starting = epath.Path(workdir), metrics.Timers()
+    began = time.monotonic()
     storage.require_workdir(workdir)
-    if config.compile_cache:
-        launch.enable_compile_cache()
-    with peers.announced(), workdir_lib.lock(workdir) as held, preempt.Preemption() as stop:
+    for name, seconds in (before or {}).items():
+        starting.add(name, seconds)
+        began -= seconds
+    peers.at('starting')
+    minutes = config.watchdog.dump_minutes, config.watchdog.exit_minutes
+    limits = [60 * x if x else None for x in minutes]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(peers.announced())
+        stack.enter_context(watchdog.watch(workdir, *limits))
+        if config.compile_cache:
+            launch.enable_compile_cache()
+        held = stack.enter_context(workdir_lib.lock(workdir))
+        stop = stack.enter_context(preempt.Preemption())
         is_new = start.stored(workdir) is None
         if config.infer or methods.get(config.method.name).follows:  # fields are left to decide
             config = start.continued(config, workdir)
-        source = sources.open_source(config.data.train)
+        peers.at('listing images')
+        with starting('listing'):
+            source = sources.open_source(config.data.train)
         config = start.complete(config, source, is_new)
-        start.compare(config, source, workdir, compiled=str(programs))
+        with starting('comparing'):
+            start.compare(config, source, workdir, compiled=str(programs))
         tasks = evals.load(config.eval.tasks)
         clock = clock_lib.Clock.of(config, len(source))
         method = methods.make(config, clock)
@@ -101,11 +120,13 @@ def train(config, workdir, programs=None) -> dict:
                 config, method, program.mesh, workdir, source, lambda: stop.requested
             )
             evals.check(tasks, look)
+            peers.at('restoring')
             try:
-                with stop.interrupts():
+                with starting('restoring'), stop.interrupts():
                     state, origin = start.first_state(config, method, program, saved, source)
                     # No earlier: a refused command changes nothing.
                     start.store_config(workdir, config)
+                with starting('kernels'), stop.interrupts():
                     chosen = verdicts.for_run(
                         config.kernels,
                         program.step,
@@ -122,20 +143,29 @@ def train(config, workdir, programs=None) -> dict:
                 config, workdir, source, method, program, held, saved, stop, tasks, look, kept
             )
             with forms.using(*chosen):
-                return loop(run, state, started)
+                return loop(run, state, starting, began)
 
 
-def loop(run: Run, state, started: float) -> dict:
+def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
     """Step, log, save, evaluate, in this order, until the end of the run or a signal.
 
     A save before the evaluation, so that a failing evaluation costs no steps. After a kill between
     the two, the restart begins with the evaluation.
+
+    Args:
+      starting: what the start of this process took so far.
+      began: when it began (`time.monotonic`).
     """
     config, method, mesh = run.config, run.method, run.program.mesh
     first, total, size = int(state.step), method.clock.total, config.batch_size
     eval_every = method.clock.steps('every', config.eval, default=0)
     if first >= total:
         log(f'this run is finished: step {first} of {total}; raise total_steps to go on.')
+    planned = profile.parse(config.log.profile)
+    trace = profile.Profile(run.workdir, planned, (first, total), run.timers)
+    book = ledger.Ledger(run.workdir, run.timers, began, first)
+    if book.sentence and first < total:
+        log(book.sentence)
     writer = metrics.Writer(
         run.workdir,
         total_steps=total,
@@ -145,6 +175,8 @@ def loop(run: Run, state, started: float) -> dict:
         wandb=config.log.wandb,
         start_step=first,
         is_main=launch.is_main(),
+        timers=run.timers,
+        also=book.row,
     )
     run = dataclasses.replace(run, writer=writer)
     # Each process lists the bad images of its rows in its own file.
@@ -169,36 +201,48 @@ def loop(run: Run, state, started: float) -> dict:
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
     )
-    result, suspected = {'preempted': False}, None
+    result, suspected, done = {'preempted': False}, None, first
     try:
         if first < total:
+            book.write(first)
             peers.at('compiling')
-            with writer.timers('compile'):
+            with run.timers('compile'):
                 step_fn = run.kept.get(
                     'step', lambda lowered: preempt.run_interruptible(lowered.compile, run.stop)
                 )
-            log(f'compiled; first step {time.monotonic() - started:.0f} s after the start')
         due = first == total or (eval_every and first and first % eval_every == 0)
-        if launch.main_says(due and not metrics.has_evaluation(run.workdir, first)):
+        with starting('other processes'):
+            due = launch.main_says(due and not metrics.has_evaluation(run.workdir, first))
+        if due:
             evaluate(run, state, first)
         for step in range(first, total):
-            peers.at(f'step {step}')
             if run.stop.agreed(step):
                 raise preempt.Stopped
-            with writer.timers('data'), run.stop.interrupts():
-                batch = next(stream)
-            bad.update(batch)
-            inputs = {name: batch[name] for name in run.program.batch}
-            inputs = sharding.to_global(inputs, mesh, rows, size)
-            state, step_metrics = step_fn(state, inputs)
+            trace.before(step, state)
+            with jax.profiler.StepTraceAnnotation('train', step_num=step):
+                peers.at(f'waiting for the batch of step {step}')
+                with run.timers('data'), run.stop.interrupts():
+                    batch = next(stream)
+                peers.at(f'step {step}')
+                if step == first:
+                    log(_start_line(starting.totals, run.timers.totals, book.first_step()))
+                bad.update(batch)
+                inputs = {name: batch[name] for name in run.program.batch}
+                inputs = sharding.to_global(inputs, mesh, rows, size)
+                state, step_metrics = step_fn(state, inputs)
             run.saved.check()
             run.held()
+            peers.at(f'{watchdog.WAITING}, step {step}')
             budget.push(step_metrics)
-
             done = step + 1
+            trace.after(done, state)
+
             at_log = done % config.log.every_steps == 0 or done == total
             if at_log:
+                peers.at(f'logging step {done}')
                 writer.log(done, step_metrics)
+                book.write(done, at_log=True)
+                trace.look(done)
                 sentence = method.suspect(writer.last, done)
                 if sentence and not suspected:  # once per collapse
                     log(f'step {done:,}: {sentence}')
@@ -210,10 +254,13 @@ def loop(run: Run, state, started: float) -> dict:
                 saves.reset()
             if done == total or (eval_every and done % eval_every == 0):
                 evaluate(run, state, done)
+        peers.at(f'ending at step {done}')
     except preempt.Stopped:
         if int(state.step) > first:  # else nothing is new
             save(run, state)
-            run.saved.wait()
+            peers.at(f'saving step {done}')
+            with run.timers('save'):
+                run.saved.wait()
         result['preempted'] = True
         log(f'stopped on request at step {int(state.step)}; the same command continues from there.')
     except metrics.NonFiniteError:
@@ -225,18 +272,34 @@ def loop(run: Run, state, started: float) -> dict:
         raise
     finally:
         stream.close()
+        trace.close()
+        if first < total:
+            book.write(done)
         result.update(writer.close())
     result['step'] = int(state.step)
-    run.saved.wait()
+    with run.timers('save'):
+        run.saved.wait()
     if not result['preempted']:
         _farewell(run, result, bad)
+    if first < total:
+        book.write(done, finished=done == total)
+        log(book.line())
     return result
+
+
+def _start_line(starting, timers, seconds):
+    """Seconds of the start of a process by phase, for the log."""
+    parts = {**starting, 'compiling': timers['compile'], 'first batch': timers['data']}
+    parts['evaluation'] = timers['eval']  # that a kill took away
+    parts['rest'] = seconds - sum(parts.values())
+    shown = (f'{name} {x:.{int(x < 10)}f}' for name, x in parts.items() if x >= 0.05)
+    return f'first step after {seconds:.0f} s: {", ".join(shown)}'
 
 
 def save(run: Run, state) -> None:
     """Starts to save the state, after its metrics are on disk."""
     peers.at(f'saving step {int(state.step)}')
-    with run.writer.timers('save'):
+    with run.timers('save'):
         run.held(sure=True)
         run.writer.flush()
         meta = dict(
@@ -248,11 +311,14 @@ def save(run: Run, state) -> None:
 def evaluate(run: Run, state, step: int) -> None:
     """Runs the evaluations; stopped in between, they leave no row and the restart repeats them."""
     peers.at(f'evaluating step {step}')
-    with run.writer.timers('eval'), contextlib.suppress(features.Stopped):
-        with run.stop.interrupts():
+    try:
+        with run.timers('eval'), run.stop.interrupts():
             rows = evals.run(run.tasks, run.look, state, step)
-        run.writer.eval(step, rows)
-        if 'pictures' in run.tasks:
+    except features.Stopped:
+        return
+    run.writer.eval(step, rows)
+    if 'pictures' in run.tasks:
+        with run.timers('eval'):
             pictures.curves(run.writer.path, run.workdir)
 
 
@@ -284,10 +350,12 @@ def main(argv=None):
 
 def command(recipe, overrides, workdir, programs=None):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
+    before = {'joining': launch.join_seconds}
+    before['imports'] = launch.process_seconds() - launch.join_seconds
     with errors.in_a_sentence('ssl_jax'), peers.announced():
         storage.require_workdir(workdir)
         config = start.continued(config_lib.load(recipe, overrides), workdir)
-        result = train(config, workdir, programs)
+        result = train(config, workdir, programs, before)
     if result['preempted']:
         launch.leave()
         preempt.exit_now(0)

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ssl_jax.run import threads
+from ssl_jax.run import peers, threads
 
 READY = 2  # finished batches that wait for the trainer
 CLOSE_SECONDS = 2.0  # for threads to finish their images
@@ -76,7 +76,9 @@ class Stream(contextlib.AbstractContextManager, collections.abc.Iterator):
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._iterators:
             raise RuntimeError('The stream is closed.')
-        return next(self._iterators[0])
+        batch = next(self._iterators[0])
+        peers.progress()  # for `run.watchdog`
+        return batch
 
     def close(self) -> None:
         """Stops threads and worker processes; batches in work are abandoned."""

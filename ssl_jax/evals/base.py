@@ -31,7 +31,7 @@ from ssl_jax import encoder, evals, fields
 from ssl_jax.data import sources
 from ssl_jax.evals import features
 from ssl_jax.methods import base
-from ssl_jax.run import errors, launch
+from ssl_jax.run import errors, launch, peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,7 @@ def run(tasks: dict[str, tuple], look: Look, state, step: int) -> dict[str, floa
     """
     rows = {}
     for name, (module, options) in tasks.items():
+        peers.at(f'evaluating step {step}, {name}')
         try:
             rows |= module.run(options, look, state, step)
         except features.Stopped:

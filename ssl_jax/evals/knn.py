@@ -28,7 +28,7 @@ from ssl_jax.data import sources
 from ssl_jax.evals import accuracy
 from ssl_jax.fields import Range
 from ssl_jax.models import blocks
-from ssl_jax.run import errors, launch
+from ssl_jax.run import errors, launch, peers
 
 AXES = ('data', 'fsdp')
 # Similarities of one chunk of queries on one device: 2^27 float32 are 512 MiB.
@@ -131,6 +131,7 @@ def knn(
     fields = dict(temperature=float(temperature), num_classes=num_classes, mesh=mesh)
     ranks = []
     for start in range(0, m, chunk):
+        peers.progress()
         some = slice(start, start + chunk)
         query = put(x[some], P()), put(y[some], P())
         ranks.append(_ranks(*database, *query, ks=tuple(min(k, n) for k in ks), **fields))

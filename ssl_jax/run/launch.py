@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 from typing import TextIO
 
 import jax
@@ -39,6 +40,9 @@ PEAK_TFLOPS = {
 }
 
 
+join_seconds = 0.0  # that `initialize_distributed` took
+
+
 def initialize_distributed() -> None:
     """Joins the other hosts of a pod: nothing to do on one host, no arguments on Cloud TPU.
 
@@ -47,6 +51,15 @@ def initialize_distributed() -> None:
     Raises:
       UserError: they contradict each other, or the processes do not find each other.
     """
+    global join_seconds
+    began = time.monotonic()
+    try:
+        _join()
+    finally:
+        join_seconds = time.monotonic() - began
+
+
+def _join():
     timeout = _number('SSL_JAX_INIT_TIMEOUT', 300)
     unset = [name for name in VARIABLES if name not in os.environ]
     if not unset:
@@ -135,9 +148,14 @@ def say(line: str) -> None:
 
 def main_says(flag: bool) -> bool:
     """The flag of process 0, on all processes."""
+    return bool(main_number(bool(flag)))
+
+
+def main_number(number: int) -> int:
+    """The number of process 0, on all processes."""
     if jax.process_count() == 1:
-        return bool(flag)
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(bool(flag))))
+        return int(number)
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
 
 
 def main_sends(text: str) -> str:
@@ -177,6 +195,16 @@ def enable_compile_cache() -> None:
         folder = os.environ.get('SSL_JAX_CACHE', os.path.join(cache_folder(), 'xla'))
         jax.config.update('jax_compilation_cache_dir', folder)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def process_seconds() -> float:
+    """Seconds since this process started; 0 where the system does not say."""
+    try:
+        with open('/proc/self/stat') as stat, open('/proc/uptime') as uptime:
+            ticks = int(stat.read().rpartition(')')[2].split()[19])
+            return max(0.0, float(uptime.read().split()[0]) - ticks / os.sysconf('SC_CLK_TCK'))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def cores() -> int:

@@ -71,19 +71,29 @@ class NonFinite:
 
 
 class Timers:
-    """Seconds spent per phase: ``with timers('data'): ...``; the same name adds up."""
+    """Seconds spent per phase: ``with timers('data'): ...``; the same name adds up.
+
+    Attributes:
+      totals: Counter name -> seconds since the timers were made.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+        self.clock = clock
+        self.totals = collections.Counter()
         self._sums = collections.Counter()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self.totals[name] += seconds
+        self._sums[name] += seconds
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = self._clock()
+        start = self.clock()
         try:
             yield
         finally:
-            self._sums[name] += self._clock() - start
+            self.add(name, self.clock() - start)
 
     def take(self) -> dict[str, float]:
         """dict name -> seconds since the last call."""
@@ -102,6 +112,8 @@ class Writer:
       tensorboard, wandb: also write there. A failure there is printed once and never ends a run.
       start_step: the step that training starts from.
       is_main: whether this process writes.
+      timers: of the process; None makes new ones.
+      also: returns more fields for `time` of every row.
       clock: seconds, replaced in tests.
       stream: where the progress line goes.
     """
@@ -117,11 +129,13 @@ class Writer:
         wandb: bool = False,
         start_step: int = 0,
         is_main: bool = True,
+        timers: Timers | None = None,
+        also: Callable[[], dict[str, float]] = dict,
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
     ):
-        self.timers = Timers(clock)
-        self._clock, self._stream = clock, stream or sys.stdout
+        self.timers = timers or Timers(clock)
+        self._clock, self._stream, self._also = clock, stream or sys.stdout, also
         self._total_steps, self._batch_size = total_steps, batch_size
         self._flops_per_step = flops_per_step
         self._peak = launch.peak_flops(jax.devices()[0].device_kind)
@@ -182,7 +196,9 @@ class Writer:
     def eval(self, step: int, metrics: dict) -> None:
         """Writes the results of an evaluation at once, as a row of their own."""
         self._write_held()
-        values = self._write(step, metrics, {'elapsed': round(self._clock() - self._start, 3)})
+        timing = {'elapsed': self._clock() - self._start} | self._also()
+        timing = {k: round(v, 3) for k, v in timing.items()}
+        values = self._write(step, metrics, timing)
         if values:
             shown = '  '.join(f'{k} {_number(v)}' for k, v in values.items())
             self._show(f'step {step:,}  {shown}', keep=True)
@@ -206,8 +222,9 @@ class Writer:
         spent = self.timers.take()
         steps = max(step - self._window_step, 1)
         wall = max(now - self._window_start, 1e-9)
-        # Compiling and evaluating are not training: left out of the rates and the forecast.
-        training = max(wall - spent.get('compile', 0) - spent.get('eval', 0), 1e-9)
+        # Left out of the rates and the forecast, as they are not training.
+        others = sum(spent.get(k, 0) for k in ('compile', 'eval', 'profile'))
+        training = max(wall - others, 1e-9)
         self._window_start, self._window_step = now, step
         each = training / steps
         old = self._seconds_per_step
@@ -221,6 +238,7 @@ class Writer:
             'images_per_second_per_chip': rate / jax.device_count(),
             'data_wait': spent.get('data', 0) / training,
             **{f'{k}_seconds': v for k, v in sorted(spent.items())},
+            **self._also(),
         }
         if self._flops_per_step and self._peak:
             timing['mfu'] = self._flops_per_step / each / (self._peak * jax.device_count())

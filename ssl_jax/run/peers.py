@@ -5,7 +5,9 @@ jax.distributed alone (0.10.2) ends such runs in C++: a process that never joins
 others, a port in use is a segmentation fault; and when one process raises, the others wait in a
 collective for good. So all connect to process 0 before jax does, at the address that jax uses
 afterwards, and stay connected: the kernel closes a connection when its process ends, whatever ended
-it. Messages are lines of JSON; process 0 passes failures on. Nothing here needs a device.
+it. A process that is stopped closes nothing; so each tells what it does every BEAT_SECONDS,
+and one that says nothing for SILENT_SECONDS ends all. Messages are lines of JSON; process 0 passes
+failures on. Nothing here needs a device.
 """
 
 import atexit
@@ -21,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssl_jax.run import errors
 
@@ -30,6 +32,10 @@ GRACE_SECONDS = 10.0  # for a failed process to clean up; process 0 stays a litt
 # For the news that another process is gone, when a collective fails: the kernel sends it at once.
 NEWS_SECONDS = 2.0
 LINE_BYTES = 1 << 20  # a config has 10 kB
+BEAT_SECONDS = 5.0
+# Of a process that is stopped, swapped out or held by a call that never returns to Python; before
+# the 100 s of jax, which aborts without a sentence.
+SILENT_SECONDS = 60.0
 # A host without power closes nothing: gone after 60 s without an answer (jax aborts after 100).
 KEEPALIVE = dict(TCP_KEEPIDLE=20, TCP_KEEPINTVL=10, TCP_KEEPCNT=4)
 AGAIN = (
@@ -46,11 +52,14 @@ class _Link:
             if hasattr(socket, name):  # not on macOS
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.sock, self.file = sock, sock.makefile('rb')
-        self.said_bye = False
+        self.sending = threading.Lock()
+        self.heard, self.phase = time.monotonic(), 'joining'  # of the last message
+        self.said_bye = self.is_silent = False
 
     def send(self, **message):
-        with contextlib.suppress(OSError):  # whoever listens to this link sees its end
-            self.sock.sendall(json.dumps(message, default=str).encode() + b'\n')
+        line = json.dumps(message, default=str).encode() + b'\n'
+        with self.sending, contextlib.suppress(OSError):  # who listens to this link sees its end
+            self.sock.sendall(line)
 
     def read(self, seconds=None):
         """The next message; {} at the end, after `seconds`, or if it is none of ours."""
@@ -81,10 +90,12 @@ class _Peers:
         ]
         for thread in self.threads:
             thread.start()
+        threading.Thread(target=self.beat, name='peers', daemon=True).start()
 
     def listen(self, process, link):
         """Waits for messages; ends this process when another has failed or is gone."""
         while message := link.read():
+            link.heard, link.phase = time.monotonic(), message.get('at', link.phase)
             link.said_bye |= 'bye' in message
             if 'failed' in message:
                 self.end(message['failed'])
@@ -92,9 +103,28 @@ class _Peers:
                 self.inbox.put((process, message['values']))
         if not link.said_bye:
             self.end(
-                f'process {process} is gone (process {self.index}: {_phase}); its own output says '
-                f'why. When that is mended, {AGAIN}'
+                f'process {process} is gone (process {self.index}: {_now.phase}); its own output '
+                f'says why. When that is mended, {AGAIN}'
             )
+
+    def beat(self):
+        """Tells the others what this process does; ends it when one of them is silent."""
+        last = time.monotonic()
+        while not self.ended.locked():
+            time.sleep(BEAT_SECONDS)
+            now = time.monotonic()
+            for process, link in self.links.items():
+                if now - last > 2 * BEAT_SECONDS:  # this process was stopped: it could not hear
+                    link.heard = now
+                link.send(at=_now.phase)
+                if now - link.heard > SILENT_SECONDS and not link.said_bye:
+                    link.is_silent = True
+                    self.end(
+                        f'process {process} has been silent for {now - link.heard:.0f} s (the last '
+                        f'that it said: {link.phase}): it is stopped, its host is, or a call never '
+                        f'returns to Python; end it. When that is mended, {AGAIN}'
+                    )
+            last = now
 
     def end(self, sentence):
         """Ends this process with a sentence on another; does nothing after a failure."""
@@ -114,11 +144,12 @@ class _Peers:
         """
         deadline = time.monotonic() + 1.5 * GRACE_SECONDS
         for thread, link in zip(self.threads, self.links.values(), strict=True):
-            left = max(0.1, deadline - time.monotonic())
+            left = 0.1 if link.is_silent else max(0.1, deadline - time.monotonic())
             if self.index == 0 and thread is not threading.current_thread():
                 thread.join(left)
             elif self.index == 0:
-                link.read(left)  # nothing comes but the end
+                while link.read(left) and left > 0.1:  # a beat may come before the end
+                    left = max(0.1, deadline - time.monotonic())
         if sentence:
             _print(sentence)
         sys.stdout.flush()
@@ -126,8 +157,15 @@ class _Peers:
         os._exit(1)
 
 
+class Now(NamedTuple):
+    """What this process does, and when it last moved on (`time.monotonic`)."""
+
+    phase: str
+    since: float
+
+
 _peers: _Peers | None = None
-_phase = 'joining'
+_now = Now('starting', time.monotonic())
 
 
 def join(address: str, count: int, index: int, timeout: float) -> None:
@@ -148,15 +186,48 @@ def join(address: str, count: int, index: int, timeout: float) -> None:
     else:
         links = {0: _knock(address, count, index, timeout)}
     if links:
-        _peers = _Peers(index, links)
         at('starting')
+        _peers = _Peers(index, links)
         atexit.register(_at_exit)  # runs before jax's, which was registered earlier
 
 
 def at(phase: str) -> None:
     """Says what this process does now, for messages: 'step 7', 'saving step 10'."""
-    global _phase
-    _phase = phase
+    global _now
+    _now = Now(phase, time.monotonic())
+
+
+def progress() -> None:
+    """Says that what this process does has come a step further."""
+    at(_now.phase)
+
+
+def now() -> Now:
+    """What this process does; another object after every `at` and `progress`."""
+    return _now
+
+
+def index() -> int:
+    """Number of this process, as jax has it; no device is asked."""
+    return _peers.index if _peers else 0
+
+
+def others() -> dict[int, str]:
+    """{process: what it did at its last beat} of those that this one is connected to."""
+    return {i: link.phase for i, link in _peers.links.items()} if _peers else {}
+
+
+def fail(sentence: str) -> None:
+    """Ends this process and the others with a sentence and code 1, from any thread.
+
+    It returns if the run is ending already.
+    """
+    if _peers is not None:
+        _peers.end(sentence)
+    else:
+        _print(sentence)
+        sys.stdout.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -171,7 +242,7 @@ def announced() -> Iterator[None]:
             if _peers.ended.acquire(blocking=False):
                 is_bug = not isinstance(error, errors.UserError | OSError)
                 text = f'{type(error).__name__}: {error}' if is_bug else str(error)
-                _peers.tell(f'process {_peers.index} ended ({_phase}): {text}')
+                _peers.tell(f'process {_peers.index} ended ({_now.phase}): {text}')
                 # What cleans up may wait for the others, which have gone.
                 timer = threading.Timer(GRACE_SECONDS, _give_up, (error,))
                 timer.daemon = True
@@ -212,7 +283,7 @@ def compare(values: dict) -> None:
     """
     if _peers is None:
         return
-    before = _phase
+    before = _now.phase
     at('comparing configs')
     if _peers.index:
         _peers.links[0].send(values=values)

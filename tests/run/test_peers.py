@@ -157,12 +157,15 @@ def test_on_a_tpu_the_links_are_made_where_jax_finds_the_coordinator(monkeypatch
     assert joined == [('10.0.0.1:8476', 4, 3, 300), ('10.0.0.1:8476', 4, 3)]
 
 
+QUICK = 'peers.BEAT_SECONDS, peers.SILENT_SECONDS = 0.1, 2.0'
+
 # After that, with processes: no jax.distributed, whose ends tests/run/test_processes.py shows
 
 PROCESS = """
     import os, signal, sys, time
     from ssl_jax.run import errors, peers
     me = int(sys.argv[2])
+    {before}
     with errors.in_a_sentence('ssl_jax'):
         peers.join(sys.argv[1], 3, me, 60)
         with peers.announced():
@@ -171,10 +174,10 @@ PROCESS = """
 """
 
 
-def three(code, after=60):
-    """[(exit code, output)] of three processes of a run."""
+def three(code, after=60, before='pass', stopped=()):
+    """[(exit code, output)] of three processes of a run, but of those that are stopped."""
     address = free_address()
-    code = textwrap.dedent(PROCESS).format(code=code, after=after)
+    code = textwrap.dedent(PROCESS).format(code=code, after=after, before=before)
     run = [
         subprocess.Popen(
             [sys.executable, '-c', code, address, str(i)],
@@ -186,17 +189,18 @@ def three(code, after=60):
         for i in range(3)
     ]
     try:
-        outs = [p.communicate(timeout=50)[0] for p in run]
+        outs = [p.communicate(timeout=50)[0] for i, p in enumerate(run) if i not in stopped]
     finally:
         for p in run:
             p.kill()
+    run = [p for i, p in enumerate(run) if i not in stopped]
     return [(p.returncode, out) for p, out in zip(run, outs, strict=True)]
 
 
 def test_process_0_stays_until_a_failed_process_has_cleaned_up():
     ends = 'lambda code, end=os._exit: (print(time.monotonic(), flush=True), end(code))'
     slow = 'me == 1 and atexit.register(time.sleep, 0.5)'
-    found = three(f'import atexit; os._exit = {ends}; {slow}; me == 1 and [][1]')
+    found = three(f'import atexit; os._exit = {ends}; {slow}; me == 1 and [][1]', before=QUICK)
     assert [code for code, _ in found] == [1, 1, 1], found
     times = [float(out.split()[-1]) for _, out in found]
     assert max(times) == times[0], times
@@ -212,6 +216,35 @@ def test_a_killed_process_ends_the_others_with_its_number_and_the_step(victim):
         words = rf'process {victim} is gone \(process [012]: (step 12|comparing configs)\)'
         assert re.search(words, out), out
         assert 'start all processes again with the same command' in out
+
+
+@pytest.mark.parametrize('victim', [0, 2])
+def test_a_stopped_process_ends_the_others_with_its_last_phase(victim):
+    """It closes no connection; jax would abort after 100 s."""
+    stop = f'me == {victim} and os.kill(os.getpid(), signal.SIGSTOP)'
+    code = f"peers.at('step 12'); peers.compare({{}}); time.sleep(1); {stop}; time.sleep(60)"
+    found = three(code, before=QUICK, stopped=[victim])
+    assert [code for code, _ in found] == [1, 1], found
+    words = rf'process {victim} has been silent for [23] s \(the last that it said: step 12\)'
+    assert all(re.search(words, out) for _, out in found), found
+
+
+def test_who_is_stopped_for_a_while_accuses_nobody():
+    """As after Ctrl-Z and fg, within the time."""
+    stop = (
+        'real, jump = time.monotonic, [0]; time.monotonic = lambda: real() + jump[0]; '
+        'time.sleep(0.5); jump[0] = 50 * (me == 1)'
+    )
+    found = three(f"{stop}; time.sleep(1); print('fine')", after='me', before=QUICK)
+    assert found == [(0, 'fine\n')] * 3
+
+
+def test_a_call_that_keeps_pythons_lock_is_found_by_the_others():
+    held = 'import ctypes; me == 1 and ctypes.PyDLL(None).sleep(40)'
+    code = f"peers.at('step 4'); time.sleep(1); {held}; time.sleep(60)"
+    found = three(code, before=QUICK, stopped=[1])
+    assert [code for code, _ in found] == [1, 1], found
+    assert all('process 1 has been silent' in out and 'step 4' in out for _, out in found), found
 
 
 def test_what_one_process_raises_ends_all():

