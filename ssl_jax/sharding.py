@@ -39,6 +39,13 @@ FLAGS = {
             'a product may use 24 MiB of vector memory instead of 16, for larger windows',
         ),
     },
+    'TPU7x': {
+        'xla_tpu_control_large_2nd_minor_layout_for_x16': (
+            False,
+            'the kernels in kernels/tpu count rows in eights; on this chip XLA would lay out '
+            'bfloat16 in tiles of 16 rows, for which they do not compile',
+        ),
+    },
     'fsdp': {
         'xla_jf_spmd_threshold_for_windowed_einsum_mib': (
             1_000_000,  # never

@@ -11,7 +11,7 @@ import tiny
 from ssl_jax import config as config_lib
 from ssl_jax import methods, plan, sharding, train
 from ssl_jax import step as step_lib
-from ssl_jax.run import clock
+from ssl_jax.run import clock, launch
 
 VMEM = 'xla_tpu_scoped_vmem_limit_kib'
 WINDOWS = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'
@@ -96,6 +96,7 @@ def test_every_flag_of_the_table_has_a_value_and_a_reason():
     for flags in sharding.FLAGS.values():
         for flag, (value, reason) in flags.items():
             assert flag.startswith('xla_') and isinstance(value, int) and len(reason) > 20
+    assert set(sharding.FLAGS) <= {'TPU', 'fsdp', *launch.PEAK_TFLOPS}
 
 
 def test_windowed_products_are_turned_off_for_fsdp_alone():

@@ -13,7 +13,7 @@ from ssl_jax.kernels.tpu import attention, rows
 from ssl_jax.plan import chips, compile, report
 
 ONE_HOST = {'v4': '2x2x1', 'v5e': '2x2', 'v5p': '2x2x1', 'v6e': '2x2', 'tpu7x': '2x2x1'}
-SHORT, LONG = Segment(4, 50), Segment(1, 396, 4)
+SHORT, LONG = Segment(32, 50), Segment(1, 396, 4)
 
 
 def needs_libtpu():
@@ -136,7 +136,8 @@ def programs(put, dtype):
 @pytest.mark.parametrize('name', chips.CHIPS)
 def test_every_kernel_compiles_for_the_chip(name):
     needs_libtpu()
-    put = SingleDeviceSharding(chips.devices(f'{name}:{ONE_HOST[name]}')[0])
-    for kernel, (fn, args) in programs(put, jnp.bfloat16).items():
-        compiled = jax.jit(fn).lower(*args).compile()
+    device = chips.devices(f'{name}:{ONE_HOST[name]}')[0]
+    options = sharding.compiler_options(sharding.make_mesh(devices=[device]))
+    for kernel, (fn, args) in programs(SingleDeviceSharding(device), jnp.bfloat16).items():
+        compiled = jax.jit(fn, compiler_options=options).lower(*args).compile()
         assert 'tpu_custom_call' in compiled.as_text(), kernel

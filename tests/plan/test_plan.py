@@ -426,21 +426,29 @@ def test_a_plan_keeps_its_programs_for_the_chips_that_it_was_made_for(tmp_path, 
 
 
 @pytest.mark.usefixtures('tpu_kernels_on')
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-def test_the_kernels_of_a_block_compile_for_several_chips(dtype):
+@pytest.mark.parametrize(
+    'topology, dtype',
+    [('v5e:2x2', 'bfloat16'), ('v5e:2x2', 'float32'), ('tpu7x:2x2x1', 'bfloat16')],
+)
+def test_the_kernels_of_a_block_compile_for_several_chips(topology, dtype):
     pytest.importorskip('libtpu', reason="libtpu is missing: pip install 'ssl_jax[plan]'")
-    mesh = sharding.make_mesh(2, 2, devices=chips.devices('v5e:2x2'))
+    mesh = sharding.make_mesh(2, -1, devices=chips.devices(topology))
     rows, vector = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
-        for shape, spec in (((16 * 50, 384), sharding.BATCH), ((384,), jax.P()))
+        for shape, spec in (((mesh.size * 16 * 50, 384), sharding.BATCH), ((384,), jax.P()))
     )
 
     def loss(x, scale, bias):
         y = ops.dense(ops.layer_norm(x, scale, bias), scale * bias[:, None], bias)
-        return attention.attention(y, 2, (Segment(1, 50),)).astype('float32').sum()
+        y = attention.attention(y, 2, (Segment(1, 50),))
+        y = ops.dense(y, scale[:128] * bias[:128, None], bias[:128])
+        return y.astype('float32').sum()
 
     with jax.set_mesh(mesh):
-        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(rows, vector, vector)
+        step = jax.jit(
+            jax.grad(loss, argnums=(0, 1, 2)), compiler_options=sharding.compiler_options(mesh)
+        )
+        lowered = step.lower(rows, vector, vector)
     compiled, bundles = chips.compile_program(lowered)
     found = hlo.kernel_cycles(hlo.parse(compiled.as_text()), bundles)
     kinds = {name.split('.')[0] for name in found}

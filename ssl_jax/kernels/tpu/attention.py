@@ -153,7 +153,7 @@ def _call_of(kernel, name, arrays, parts, tile, interpret, work, blocks, row, in
         in_specs=in_specs,
         out_specs=spec(lambda t, w: jnp.maximum(w - (steps - 1), 0) * tiles + t),
         out_shape=jax.ShapeDtypeStruct((rows, parts * dim), arrays[0].dtype),
-        scratch_shapes=[pltpu.VMEM((work.block, width), jnp.float32)] * (parts - 1),
+        scratch_shapes=[pltpu.VMEM((work.block, width), arrays[0].dtype)] * (parts - 1),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=('parallel', 'parallel', 'arbitrary'),
@@ -331,7 +331,7 @@ def _gradient_kernel(
 
         @pl.when(step == steps + i)
         def _(ref=ref):
-            out_ref[...] = ref[...].astype(out_ref.dtype)
+            out_ref[...] = ref[...]
 
 
 def _gradient_step(block, step, dim_head, work, refs, results):
