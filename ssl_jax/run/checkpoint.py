@@ -87,7 +87,7 @@ class Checkpointer:
         """
         self.wait()
         if self._saver is None:
-            self._known = self.steps() if launch.is_main() else []
+            self._known = self.steps()
         if launch.main_says(step in self._known):
             return False
         items = _items(state)
@@ -156,6 +156,8 @@ class Checkpointer:
         found = step_dirs.scan(self.directory)
         committed = [s for s in found if found[s] and s not in self._bad]
         broken = [s for s in found if not found[s]]
+        if not found and storage.is_remote(self.directory):
+            bucket.require(self.directory)
         if broken and not committed and not storage.is_remote(self.directory):
             raise CheckpointError(
                 f'{self.directory} holds step {broken[-1]} but no complete checkpoint '
