@@ -17,6 +17,7 @@ from ssl_jax import step as step_lib
 from ssl_jax.data import scenes
 from ssl_jax.kernels import attention, ops
 from ssl_jax.kernels.segments import Segment
+from ssl_jax.kernels.tpu import rows as tpu_rows
 from ssl_jax.plan import chips, compile, hlo, report, search
 from ssl_jax.run import clock, start, trees
 
@@ -279,6 +280,22 @@ def test_fine_tuning_is_planned_with_the_sizes_of_its_weights_as_it_is_trained(
     assert sizes[0] == sizes[1] != sizes[2]
     with pytest.raises(ValueError, match='method.depth=7 contradicts the model'):
         plan.run('finetune_scenes', 'v5e:4x4', [*fields, 'method.depth=7'])
+
+
+@pytest.mark.usefixtures('tpu_kernels_on')
+def test_the_step_without_our_kernels_is_planned_beside_the_one_with_them(monkeypatch):
+    def planned(config, devices, chip):
+        mfu = 0.5 if tpu_rows.enabled() else 0.25
+        return {'fits': True, 'mfu': mfu, 'cycles': 1, 'name': config.name}
+
+    monkeypatch.setattr(chips, 'devices', lambda *_: [None])
+    monkeypatch.setattr(compile, 'plan', planned)
+    monkeypatch.setattr(compile, 'matmul_scale', lambda *_: {})
+    monkeypatch.setattr(report, 'text', lambda _: '')
+    found = plan.run('mae_vitb16', 'v5e:2x2', xla_alone=True)
+    assert found['mfu'] == 0.5
+    assert found['xla_alone'] == {'fits': True, 'mfu': 0.25, 'cycles': 1}
+    assert 'xla_alone' not in plan.run('mae_vitb16', 'v5e:2x2')
 
 
 SEND = """
