@@ -89,6 +89,7 @@ def test_a_plan_says_chips_and_devices_where_they_differ():
     assert (found['chips'], found['devices']) == (4, 8)
     assert found['images_per_second_per_chip'] == found['images_per_second'] / 4
     assert found['mfu'] == pytest.approx(found['flops'] / found['step_seconds'] / (4 * 2307e12))
+    assert {'all-gather', 'all-reduce'} <= {row['kind'] for row in found['collectives']}
     text = report.text(found)
     assert '4 chips of 2 devices, mesh fsdp 8' in text
     assert 'batch 16 = 2 per device' in text and 'HBM per device' in text

@@ -171,6 +171,25 @@ def test_a_collective_in_pieces_counts_once_per_trip():
     assert [(c.times, c.payload) for c in gather] == [(24, 8 * 4 * 2)]
 
 
+def test_a_collective_that_runs_on_another_core_of_the_chip_counts_too():
+    offloaded = """
+  %all-gather.5.call-start = ((bf16[4,4]{1,0}, token[]), bf16[8,4]{1,0}) call-start(%arg, %token), async_execution_thread="sparsecore", to_apply=%called_computation
+"""  # noqa: E501
+    called = """
+%called_computation (param_5: bf16[4,4], param_6: token[]) -> bf16[8,4] {
+  %param_5 = bf16[4,4]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.6 = bf16[8,4]{1,0} all-gather(%param_5), channel_id=11, replica_groups={{0,1},{2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+"""  # noqa: E501
+    text = TEXT.replace('  %fusion.2 = ', offloaded.lstrip('\n') + '  %fusion.2 = ')
+    text = text.replace('\nENTRY', called + '\nENTRY')
+    gathers = [c for c in hlo.collectives(hlo.parse(text), 4) if c.kind == 'all-gather']
+    assert sorted((c.times, c.payload, c.groups) for c in gathers) == [
+        (24, 64, ((0, 1), (2, 3))),  # in pieces beside fusions
+        (24, 64, ((0, 1), (2, 3))),
+    ]
+
+
 def test_a_chip_sends_what_the_ring_algorithms_need():
     wire = {c.kind: c.wire for c in hlo.collectives(module(), 4)}
     assert wire == {
