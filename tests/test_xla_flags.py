@@ -11,7 +11,7 @@ import tiny
 from ssl_jax import config as config_lib
 from ssl_jax import methods, plan, sharding, train
 from ssl_jax import step as step_lib
-from ssl_jax.run import clock, launch
+from ssl_jax.run import clock, launch, start
 
 VMEM = 'xla_tpu_scoped_vmem_limit_kib'
 WINDOWS = 'xla_jf_spmd_threshold_for_windowed_einsum_mib'
@@ -159,6 +159,9 @@ def test_a_run_with_a_flag_trains_and_keeps_it(tmp_path, capsys):
     config = tiny.config(total_steps=3, xla__xla_cpu_enable_fast_math=True)
     train.train(config, tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text())['xla'] == {
+        'xla_cpu_enable_fast_math': True
+    }
+    assert start.continued(tiny.config(), tmp_path).xla.to_dict() == {
         'xla_cpu_enable_fast_math': True
     }
     said = capsys.readouterr()

@@ -217,7 +217,7 @@ def walk(
             names = names or i.called('true_computation') + i.called('false_computation')
             branches = [list(walk(module, name, times, unknown)) for name in names]
             yield from max(branches, key=lambda b: sum((i.cycles or 0) * n for _, i, n in b))
-        elif i.opcode in ('call', 'async-start'):
+        elif i.opcode in ('call', 'async-start', 'call-start'):  # the last: Ironwood's SparseCores
             for name in i.called('to_apply') or i.called('calls'):
                 yield from walk(module, name, times, unknown)
 

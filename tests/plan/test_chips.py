@@ -89,10 +89,17 @@ def test_a_plan_says_chips_and_devices_where_they_differ():
     assert (found['chips'], found['devices']) == (4, 8)
     assert found['images_per_second_per_chip'] == found['images_per_second'] / 4
     assert found['mfu'] == pytest.approx(found['flops'] / found['step_seconds'] / (4 * 2307e12))
+    assert {'all-gather', 'all-reduce'} <= {row['kind'] for row in found['collectives']}
     text = report.text(found)
     assert '4 chips of 2 devices, mesh fsdp 8' in text
     assert 'batch 16 = 2 per device' in text and 'HBM per device' in text
-    assert f'of {94.75}' in text
+    assert 'of 94.75' in text and 'its half of the links' in text
+    assert 'by XLA alone, without the kernels' in text  # as the tests have them off
+    found['xla_alone'] = found | {'mfu': 0.125}
+    assert 'without our kernels, by XLA alone: 0.' in report.text(found)
+    assert 'MFU 0.125' in report.text(found)
+    found['xla_alone'] = {'fits': False, 'over_gib': 1.5}
+    assert 'without our kernels it does not fit, by 1.50 GiB' in report.text(found)
 
 
 # Kernels

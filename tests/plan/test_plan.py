@@ -17,6 +17,7 @@ from ssl_jax import step as step_lib
 from ssl_jax.data import scenes
 from ssl_jax.kernels import attention, ops
 from ssl_jax.kernels.segments import Segment
+from ssl_jax.kernels.tpu import rows as tpu_rows
 from ssl_jax.plan import chips, compile, hlo, report, search
 from ssl_jax.run import clock, start, trees
 
@@ -170,6 +171,25 @@ def test_a_collective_in_pieces_counts_once_per_trip():
     assert [(c.times, c.payload) for c in gather] == [(24, 8 * 4 * 2)]
 
 
+def test_a_collective_that_runs_on_another_core_of_the_chip_counts_too():
+    offloaded = """
+  %all-gather.5.call-start = ((bf16[4,4]{1,0}, token[]), bf16[8,4]{1,0}) call-start(%arg, %token), async_execution_thread="sparsecore", to_apply=%called_computation
+"""  # noqa: E501
+    called = """
+%called_computation (param_5: bf16[4,4], param_6: token[]) -> bf16[8,4] {
+  %param_5 = bf16[4,4]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.6 = bf16[8,4]{1,0} all-gather(%param_5), channel_id=11, replica_groups={{0,1},{2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+"""  # noqa: E501
+    text = TEXT.replace('  %fusion.2 = ', offloaded.lstrip('\n') + '  %fusion.2 = ')
+    text = text.replace('\nENTRY', called + '\nENTRY')
+    gathers = [c for c in hlo.collectives(hlo.parse(text), 4) if c.kind == 'all-gather']
+    assert sorted((c.times, c.payload, c.groups) for c in gathers) == [
+        (24, 64, ((0, 1), (2, 3))),  # in pieces beside fusions
+        (24, 64, ((0, 1), (2, 3))),
+    ]
+
+
 def test_a_chip_sends_what_the_ring_algorithms_need():
     wire = {c.kind: c.wire for c in hlo.collectives(module(), 4)}
     assert wire == {
@@ -279,6 +299,22 @@ def test_fine_tuning_is_planned_with_the_sizes_of_its_weights_as_it_is_trained(
     assert sizes[0] == sizes[1] != sizes[2]
     with pytest.raises(ValueError, match='method.depth=7 contradicts the model'):
         plan.run('finetune_scenes', 'v5e:4x4', [*fields, 'method.depth=7'])
+
+
+@pytest.mark.usefixtures('tpu_kernels_on')
+def test_the_step_without_our_kernels_is_planned_beside_the_one_with_them(monkeypatch):
+    def planned(config, devices, chip):
+        mfu = 0.5 if tpu_rows.enabled() else 0.25
+        return {'fits': True, 'mfu': mfu, 'cycles': 1, 'name': config.name}
+
+    monkeypatch.setattr(chips, 'devices', lambda *_: [None])
+    monkeypatch.setattr(compile, 'plan', planned)
+    monkeypatch.setattr(compile, 'matmul_scale', lambda *_: {})
+    monkeypatch.setattr(report, 'text', lambda _: '')
+    found = plan.run('mae_vitb16', 'v5e:2x2', xla_alone=True)
+    assert found['mfu'] == 0.5
+    assert found['xla_alone'] == {'fits': True, 'mfu': 0.25, 'cycles': 1}
+    assert 'xla_alone' not in plan.run('mae_vitb16', 'v5e:2x2')
 
 
 SEND = """
