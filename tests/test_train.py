@@ -2,6 +2,8 @@
 """The loop: restarts are bitwise, meshes agree, bad updates touch nothing."""
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +74,17 @@ def killed_run(config, workdir, step, monkeypatch):
 
 @pytest.mark.parametrize('step', [1, pytest.param(5, marks=pytest.mark.slow), 7])
 def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
-    unbroken, tmp_path, monkeypatch, step
+    unbroken, tmp_path, monkeypatch, step, capsys
 ):
     config, want = unbroken
     config = tiny.config(checkpoint__every_steps=2)
     killed_run(config, tmp_path, step, monkeypatch)
+    capsys.readouterr()
     train.train(config, tmp_path)
+    said, book = capsys.readouterr().out, json.loads((tmp_path / 'ledger.json').read_text())
+    assert '1 steps to do again' in said and re.search(r'first step after \d+ s: ', said), said
+    assert said.splitlines()[-1].startswith('goodput ')
+    assert (book['steps'], book['finished']) == (8, True) and book['seconds']['recomputed'] > 0
     assert_same_bits(final_state(tmp_path, config), final_state(want, config))
     assert rows(tmp_path) == rows(want)
 
