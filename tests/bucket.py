@@ -89,6 +89,7 @@ def serve(folder: pathlib.Path):
         'TENSORSTORE_GCS_HTTP_URL': url,  # TensorStore, hence Orbax
         'CLOUD_STORAGE_EMULATOR_ENDPOINT': url,  # array_record, hence TFDS
         'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x',  # TensorStore looks for no credentials
+        'TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS': '1',  # a server that stalls, see run/checkpoint
         'FSSPEC_GCS_TOKEN': 'anon',  # nor does gcsfs; read when fsspec is imported
     }
     with contextlib.ExitStack() as stack:

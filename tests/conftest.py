@@ -3,6 +3,7 @@
 
 import atexit
 import importlib.util
+import itertools
 import mmap
 import os
 import pathlib
@@ -98,13 +99,17 @@ def _bucket_server(tmp_path_factory):
         yield served
 
 
+_numbers = itertools.count()
+
+
 @pytest.fixture
 def bucket(_bucket_server, monkeypatch, request):
     """A `bucket.Bucket` without faults; `bucket.root` is a folder of this test alone."""
     monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '5')
     _bucket_server.heal()
     name = re.sub(r'[^A-Za-z0-9]+', '_', request.node.name)[:60]
-    _bucket_server.root = f'{_bucket_server.path}/{name}_{os.getpid()}'
+    number = next(_numbers)  # names of parametrized tests differ at their ends
+    _bucket_server.root = f'{_bucket_server.path}/{name}_{os.getpid()}_{number}'
     _bucket_server.requests()
     yield _bucket_server
     _bucket_server.heal()

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a data set: listing, shards, names of images and classes."""
+"""Files of a data set, on a disk or in a bucket: listing, reading, names of images and classes."""
 
+import bisect
+import contextlib
 import errno
 import functools
-import glob
 import importlib.util
 import os
-import pathlib
-import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from etils import epath
 
-from ssl_jax.data import host, splits
-from ssl_jax.run import errors, storage
+from ssl_jax.data import host
+from ssl_jax.run import bucket, bulk, errors, storage
 
 EXTENSIONS = (
     *('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif'),
@@ -37,13 +35,42 @@ Left = dict[str, tuple[int, str]]
 
 def require(path: str) -> None:
     """Raises FileNotFoundError, with the nearest name that exists, if `path` does not exist."""
-    if os.path.exists(path):
+    if exists(path):
         return
-    parent = os.path.dirname(os.path.abspath(path))
-    while not os.path.isdir(parent):
-        path, parent = parent, os.path.dirname(parent)
-    hint = errors.nearest(os.path.basename(path), sorted(os.listdir(parent)), f' in {parent}')
-    raise FileNotFoundError(f'{path} does not exist{hint}')
+    if remote := storage.is_remote(path):
+        bucket.require(path)
+    # The nearest folder that exists; there are no folders in a bucket, only names with a slash.
+    parent, name = os.path.split(path.rstrip('/') if remote else os.path.abspath(path))
+    while not (known := _names(parent)) and (
+        parent.count('/') > 2 if remote else not os.path.isdir(parent)
+    ):
+        parent, name = os.path.split(parent)
+    raise FileNotFoundError(f'{path} does not exist{errors.nearest(name, known, f" in {parent}")}')
+
+
+def _names(folder):
+    if storage.is_remote(folder):
+        return bucket.names(folder)
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or a folder at `path`."""
+    if not storage.is_remote(path):
+        return os.path.exists(path)
+    return bool(listed(path)) or bucket.exists(path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder at `path`; in a bucket with an object below it."""
+    if not storage.is_remote(path):
+        return os.path.isdir(path)
+    return bool(listed(path)) or (bucket.stat(path) is None and bucket.exists(path))
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a regular file at `path`."""
+    return bucket.stat(path) is not None if storage.is_remote(path) else os.path.isfile(path)
 
 
 def printable(path: str) -> str:
@@ -86,6 +113,8 @@ def walk(root: str, wanted: Callable[[str], bool]) -> tuple[list[str], Left]:
       Names relative to `root` with '/', sorted as bytes, and what is left out.
     """
     require(root)
+    if storage.is_remote(root):
+        return _walk_remote(root, wanted)
     names, left, seen, stack = [], {}, set(), ['']
     while stack:
         prefix = stack.pop()
@@ -164,26 +193,104 @@ def _unwanted(name, path=None):
     return _NAMED if image else 'without extension'
 
 
-def walk_remote(root: str, wanted: Callable[[str], bool]) -> tuple[list[str], Left]:
-    """As `walk`, in a bucket."""
-    base = epath.Path(root)
-    if not base.exists():
-        raise FileNotFoundError(f'{root} does not exist: check the bucket, the path and the login.')
-    listed, left = [], {}
-    for folder, _, names in base.walk():
-        prefix = os.fspath(folder)[len(os.fspath(base)) :].strip('/')
-        hidden = [part for part in prefix.split('/') if is_system(part)]
-        for name in names:
-            path = os.path.join(prefix, name)
-            if hidden:
-                leave(left, f'in {hidden[0]}', path)
-            elif is_system(name):
-                leave(left, 'hidden', path)
-            elif wanted(name):
-                listed.append(path)
-            else:
-                leave(left, _unwanted(name), path)
-    return sorted(listed, key=os.fsencode), left
+def _walk_remote(root, wanted):
+    """`walk` of the objects in a bucket; those without extension are not looked into."""
+    names, left = [], {}
+    for name in listed(root):
+        *folders, base = name.split('/')
+        hidden = [part for part in folders if is_system(part)]
+        if hidden:
+            leave(left, f'in {hidden[0]}', name)
+        elif is_system(base):
+            leave(left, 'hidden', name)
+        elif '' in folders:  # no path on a disk, and joined to the root it would be another
+            leave(left, 'with // in the name', name)
+        elif wanted(base):
+            names.append(name)
+        else:
+            leave(left, _unwanted(base), name)
+    return sorted(names, key=os.fsencode), left
+
+
+def children(folder: str, root: str) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders directly below `folder`, sorted; no hidden ones.
+
+    Args:
+      folder: is `root`, or lies below it.
+      root: of the listing, in a bucket.
+    """
+    found, folders = [], []
+    if not storage.is_remote(folder):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # a link in a circle
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.is_file():
+                        found.append(entry.name)
+    else:
+        names = sorted(listed(root))
+        prefix = f'{folder}/'[len(root) + 1 :]
+        i = bisect.bisect_left(names, prefix)
+        while i < len(names) and names[i].startswith(prefix):
+            name, slash, _ = names[i][len(prefix) :].partition('/')
+            (folders if slash else found).append(name)
+            i = (
+                bisect.bisect_left(names, f'{prefix}{name}0', i) if slash else i + 1
+            )  # '0' after '/'
+    return tuple(sorted(n for n in x if n and not is_system(n)) for x in (found, folders))
+
+
+_listings = None  # {folder: what `listed` has found}, in `one_listing`; seen by all threads
+
+
+@contextlib.contextmanager
+def one_listing() -> Iterator[None]:
+    """A block, or a function as its decorator, that lists a folder in a bucket only once."""
+    global _listings
+    outermost = _listings is None
+    _listings = {} if outermost else _listings
+    try:
+        yield
+    finally:
+        _listings = None if outermost else _listings
+
+
+def listed(root: str) -> dict[str, bucket.Object]:
+    """{name: object} of all objects below `root`, a folder in a bucket; {} if there is none."""
+    root, kept = root.rstrip('/'), _listings
+    for known, found in list((kept or {}).items()):
+        if root == known:
+            return found
+        if root.startswith(f'{known}/') and found:
+            prefix = root[len(known) + 1 :] + '/'
+            return {n[len(prefix) :]: o for n, o in found.items() if n.startswith(prefix)}
+    try:
+        found = {x.name: x for x in bucket.walk(root)}
+    except FileNotFoundError:
+        bucket.require(root)
+        found = {}
+    if kept is not None:
+        kept[root] = found
+    return found
+
+
+def size_and_stamp(path: str) -> tuple[int, int | str]:
+    """Size of a file in bytes, and what changes with it: its time, or its stamp in a bucket.
+
+    (-1, -1) of what is no readable file. In `one_listing` no request for what has been listed.
+    """
+    if not storage.is_remote(path):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            if stat.S_ISREG(found.st_mode):
+                return found.st_size, found.st_mtime_ns
+        return -1, -1
+    for root, objects in list((_listings or {}).items()):
+        if found := path.startswith(f'{root}/') and objects.get(path[len(root) + 1 :]):
+            return found.size, found.stamp
+    found = bucket.stat(path)
+    return (found.size, found.stamp) if found else (-1, -1)
 
 
 def leave(left: Left, reason: str, name: str, count: int = 1) -> None:
@@ -205,101 +312,6 @@ def left_out(left: Left) -> list[str]:
     return [f'left out: {", ".join(parts)}'] if parts else []
 
 
-# Shards.
-
-
-def expand(
-    path: str | os.PathLike, split: str | None, suffix: str, purpose: str = 'train'
-) -> list[tuple[list[str], list[str]]]:
-    """Files of a sharded data set, in sorted order.
-
-    Args:
-      path: a file, a glob, or a folder.
-      split: the name of a split, or 'all'; None: that of `purpose`, if the folder has several.
-      suffix: of the files in a folder; -00000-of-00002 may follow.
-      purpose: see `splits.PURPOSES`.
-
-    Returns:
-      [(files, sentences for the log)], the best choice first; more than one if two splits serve.
-    """
-    path = os.fspath(path)
-    if storage.is_remote(path):
-        raise errors.UserError(
-            f'{path} is remote: copy *{suffix} files to a disk, or mount the bucket.'
-        )
-    wanted = None if split == 'all' else split
-    if glob.has_magic(path) and not os.path.exists(path):
-        names = sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
-        if not names:
-            raise FileNotFoundError(f'No file matches {path}: check the pattern.')
-    elif not os.path.isdir(path):
-        require(path)
-        if not os.path.isfile(path):
-            raise errors.UserError(f'{path} is no regular file: give a file or a folder.')
-        names = [path]
-    else:
-        return _expand_folder(path, split, suffix, purpose)
-    # A pattern or a file is the user's own choice, unless its name says another split.
-    chosen = names
-    if wanted:
-        role = splits.role(wanted)
-        chosen = [f for f in names if splits.role(_split_of(os.path.basename(f)) or wanted) == role]
-    if not chosen:
-        raise FileNotFoundError(f'No file of split {split!r} in {path}: leave the split out.')
-    return [(chosen, [])]
-
-
-def _expand_folder(path, split, suffix, purpose):
-    ending = re.compile(re.escape(suffix) + r'(-\d+-of-\d+)?$')
-    names, left = walk(path, ending.search)
-    if not names:
-        raise FileNotFoundError(f'There is no *{suffix} file in {path}: check the path.')
-    notes = left_out({k: v for k, v in left.items() if not k.startswith(('of ', 'without '))})
-    own = {name: _split_of(name) for name in names}
-    found = {s: splits.role(s) for s in sorted(set(own.values()) - {None})}
-    several = len(set(found.values())) > 1
-    if split not in (None, 'all'):
-        chosen = [name for name in names if _is_of_split(name, split)]
-        if not chosen and not found:
-            hint = errors.nearest(split, names)
-            raise FileNotFoundError(f'No file of split {split!r} in {path}{hint}')
-        if chosen:
-            return [([os.path.join(path, name) for name in chosen], notes)]
-    elif not several:
-        return [([os.path.join(path, name) for name in names], notes)]
-    choices = splits.choose(found, split, purpose, path)
-    if choices is None:
-        return [([os.path.join(path, name) for name in names], notes)]
-    out = []
-    for choice in choices:
-        chosen = [name for name in names if own[name] in choice]
-        counts = [{}, {}]
-        for name in names:
-            key = own[name] or 'no split'
-            of = counts[own[name] not in choice]
-            of[key] = of.get(key, 0) + 1
-        said = [f'files: {splits.note(*counts, purpose)}'] if counts[1] else []
-        out.append(([os.path.join(path, name) for name in chosen], said + notes))
-    return out
-
-
-def _pieces(name):
-    """Parts of a path that may name its split, of the file and the folders near it first."""
-    *folders, file = name.split('/')
-    return [*file.split('.')[0].split('-'), *reversed(folders)]
-
-
-def _is_of_split(name, split):
-    """train.parquet, train-00000-of-00005.parquet, data-train.array_record, train/0000.parquet"""
-    return split in _pieces(name)
-
-
-def _split_of(name):
-    """The piece of a path that names its split, without numbers; None without."""
-    pieces = [p for p in _pieces(name) if splits.role(p)]
-    return re.sub(r'[\d_]+$', '', pieces[0]) if pieces else None
-
-
 # Content.
 
 
@@ -310,8 +322,7 @@ def read_bytes(path: str, size: int = -1) -> bytes:
       DecodeError: it is no regular file. A FIFO would make the reader wait for ever.
     """
     if storage.is_remote(path):
-        with epath.Path(path).open('rb') as f:
-            return f.read(size)
+        return bulk.read(path) if size < 0 else bucket.read(path, size)
 
     def opener(name, flags):
         return os.open(name, flags | getattr(os, 'O_NONBLOCK', 0))
@@ -362,7 +373,8 @@ def classes_of(
 
 def read_class_names(file: str) -> list[str] | None:
     """The lines of `classes.txt` beside `file`, or None if there is none."""
-    path = pathlib.Path(file).with_name('classes.txt')
-    if not path.exists():
+    try:
+        text = read_bytes(os.path.join(os.path.dirname(file), 'classes.txt')).decode('utf-8')
+    except FileNotFoundError:
         return None
-    return [line.strip() for line in path.read_text('utf-8').split('\n') if line.strip()]
+    return [line.strip() for line in text.replace('\r', '\n').split('\n') if line.strip()]

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints of data sets: strings that differ where the images do."""
 
-import contextlib
-import os
-import stat
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ssl_jax.data import files, host
-from ssl_jax.run import hashing, storage
+from ssl_jax.run import hashing, threads
 
 SAMPLE, BEGINNING = 64, 2**16  # files, and bytes of each, that are read
 
@@ -19,16 +16,16 @@ def of_files(kind: str, paths: Sequence[str], *more: Any) -> str:
     """'CONTENT+TIMES': digests of what files hold, as far as that costs little, and of their times.
 
     CONTENT is of sizes and the beginnings of `SAMPLE` files, evenly spread; a copy on another disk
-    has the same. TIMES is of the times of change, which a copy may lose. Files in a bucket have
-    neither sizes nor times here, as each would be a request.
+    or in a bucket has the same. TIMES is of the times of change, which a copy may lose; of objects
+    in a bucket of their generations.
 
     Args:
       kind, more: other parts of CONTENT, such as names.
       paths: the files, in order.
     """
-    stats = [_size_and_time(path) for path in paths if not storage.is_remote(path)]
-    sizes, times = zip(*stats, strict=True) if stats else ((), ())
-    beginnings = (_beginning(paths[i]) for i in spread(len(paths), SAMPLE))
+    sizes, times = zip(*map(files.size_and_stamp, paths), strict=True)
+    sample = spread(len(paths), SAMPLE)
+    beginnings = threads.at_once(lambda i: _beginning(paths[i], sizes[i]), sample, 16)
     return f'{hashing.digest(kind, *more, *sizes, *beginnings)}+{hashing.digest(*times)}'
 
 
@@ -42,17 +39,8 @@ def spread(n: int, count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, n - 1, min(count, n))})
 
 
-def _size_and_time(path):
-    """(-1, -1) of what is no readable file."""
-    with contextlib.suppress(OSError):
-        found = os.stat(path)
-        if stat.S_ISREG(found.st_mode):
-            return found.st_size, found.st_mtime_ns
-    return -1, -1
-
-
-def _beginning(path):
+def _beginning(path, size):
     try:
-        return files.read_bytes(path, BEGINNING)
+        return files.read_bytes(path, min(size, BEGINNING)) if size > 0 else b''
     except (OSError, host.DecodeError):  # an image that cannot be read is no reason not to start
         return b''

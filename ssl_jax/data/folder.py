@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from etils import epath
 
 from ssl_jax.data import files, fingerprint, splits
 from ssl_jax.run import errors, storage
 
 
 class Folder:
-    """A folder of images, flat or nested, local or gs://, with or without class folders.
+    """A folder of images, flat or nested, on a disk or in a bucket, with class folders or without.
 
     The folders at the level where images divide give the labels, in sorted order, if all images
     lie in them; otherwise there are none. Single folders around them do not count, nor do those of
@@ -31,6 +30,7 @@ class Folder:
         not.
     """
 
+    @files.one_listing()
     def __init__(
         self,
         path: str | os.PathLike,
@@ -40,9 +40,10 @@ class Folder:
         purpose: str = 'train',
     ):
         path = os.fspath(path)
-        within = split if split and _exists(os.path.join(path, split)) else ''
+        self.remote = storage.is_remote(path)
+        within = split if split and files.exists(os.path.join(path, split)) else ''
         self.path = os.path.join(path, within) if within else path
-        names, left = _list(self.path)
+        names, left = files.walk(self.path, files.is_image)
         notes, drop = files.left_out(left), None
         if not names and left:
             raise FileNotFoundError(
@@ -88,15 +89,6 @@ class Folder:
 
     def describe(self, i: int) -> str:
         return files.printable(os.path.join(self.path, self._files[i]))
-
-
-def _list(path):
-    listing = files.walk_remote if storage.is_remote(path) else files.walk
-    return listing(path, files.is_image)
-
-
-def _exists(path):
-    return epath.Path(path).exists() if storage.is_remote(path) else os.path.exists(path)
 
 
 def _one_split(path, names, split, purpose):

@@ -22,8 +22,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from ssl_jax.run import threads
+
 READY = 2  # finished batches that wait for the trainer
-SIGNAL_SECONDS = 0.5  # at most until a signal is handled that came while waiting
 CLOSE_SECONDS = 2.0  # for threads to finish their images
 
 
@@ -138,7 +139,7 @@ class Batches:
             raise RuntimeError('The stream is closed.')
         batch, errors_of_rows = self._started.pop(t)
         for _ in range(self._size):
-            error = _get(errors_of_rows)
+            error = threads.get(errors_of_rows)
             if error is not None:
                 raise error
         return batch[0]
@@ -185,13 +186,6 @@ class Batches:
             error = e
         errors_of_rows.put(error)
         return True
-
-
-def _get(q):
-    """The next item; wakes up meanwhile, as a signal may arrive where it interrupts no wait."""
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return q.get(timeout=SIGNAL_SECONDS)
 
 
 def _rows_like(value, size):

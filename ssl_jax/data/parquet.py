@@ -2,25 +2,29 @@
 """Images in Parquet files in Hugging Face layout.
 
 Parquet has no fast access to one row: a row group must be read and decompressed whole. So the
-*encoded* image bytes are held as Arrow: in memory if they are small, else in an Arrow file that is
-written once and memory-mapped. Decoded images are never kept.
+*encoded* image bytes are held as Arrow: in memory if they are small, else, and those of a bucket,
+in an Arrow file that is written once and memory-mapped. Decoded images are never kept.
 """
 
 import bisect
+import functools
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ssl_jax.data import files, fingerprint
-from ssl_jax.run import errors, launch, storage
+from ssl_jax.data import files, fingerprint, shards
+from ssl_jax.run import bucket, errors, launch, storage, threads
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
 MEMORY_BYTES = 2 << 30
+AT_ONCE = 16  # files, or row groups of one, that are read from a bucket at once,
+AHEAD_BYTES = 1 << 30  # if the groups are not too large for that
 
 _IMAGE_NAMES = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'pixel_values', 'images')
 _PATH_NAMES = ('file_name', 'filename', 'file', 'path', 'filepath', 'image_path', 'image_file')
@@ -37,15 +41,17 @@ class Parquet:
     a data set without any (a hidden test set) counts as unlabelled.
 
     Args:
-      path: file, glob, or folder (searched recursively).
+      path: file, glob, or folder (searched recursively), on a disk or in a bucket.
       split: for a folder, take the files of this split: train.parquet, train-00000-of-00005.parquet
         or train/0000.parquet; 'all' takes every file. Without it a folder of several splits gives
         that of `purpose`.
       image_column, label_column: default: the metadata's, else the usual names.
-      cache_dir: where the Arrow file of a large data set goes; default ~/.cache/ssl_jax.
+      cache_dir: where the Arrow file of a large data set, or of one in a bucket, goes; default
+        ~/.cache/ssl_jax.
       purpose: what the images are for, see `splits.PURPOSES`.
     """
 
+    @files.one_listing()
     def __init__(
         self,
         path: str | os.PathLike,
@@ -55,15 +61,15 @@ class Parquet:
         cache_dir: str | None = None,
         purpose: str = 'train',
     ):
-        choices = files.expand(path, split, '.parquet', purpose)
+        choices = shards.expand(path, split, '.parquet', purpose)
         for choice in (*choices, choices[0]):  # the first if none has labels
-            self.files = shards = choice[0]
-            metadata = [_metadata(f) for f in shards]
+            self.files = names = choice[0]
+            metadata = _each(_metadata, names)
             schemas = [m.schema.to_arrow_schema() for m in metadata]
-            features = _features(schemas, shards)
-            self._image = image_column or _image_column(schemas[0], features, shards[0])
+            features = _features(schemas, names)
+            self._image = image_column or _image_column(schemas[0], features, names[0])
             self._label = label_column or _label_column(schemas, features)
-            _check_columns(self._image, label_column, schemas, shards)
+            _check_columns(self._image, label_column, schemas, names)
             if self._label == self._image:
                 self._label = None
             self.labels, self.classes, said = self._read_labels(schemas, features)
@@ -73,10 +79,14 @@ class Parquet:
         self._ends = np.cumsum([m.num_rows for m in metadata]).tolist()
         if not self._ends[-1]:
             raise errors.UserError(f'{self.files[0]} has no rows: give a file with images.')
-        names = map(os.path.basename, self.files)
-        self.fingerprint = fingerprint.of_files('parquet', self.files, *names, *self._ends)
-        self._cache = None
-        if sum(_image_bytes(m, self._image) for m in metadata) > MEMORY_BYTES:
+        self.fingerprint = fingerprint.of_files(
+            'parquet', self.files, *map(os.path.basename, self.files), *self._ends
+        )
+        self._cache, in_bucket = None, storage.is_remote(self.files[0])
+        kind = _image_kind(schemas[0].field(self._image).type)
+        self.remote = in_bucket and kind == 'paths'
+        self._size = sum(_image_bytes(m, self._image) for m in metadata)
+        if in_bucket or self._size > MEMORY_BYTES:
             cache_dir = cache_dir or os.path.expanduser('~/.cache/ssl_jax')
             self._cache = os.path.join(cache_dir, f'{self.fingerprint}-{self._image}.arrow')
         self._load()
@@ -102,8 +112,10 @@ class Parquet:
     def _read_beside(self, i, path):
         if not path:
             return b''
-        file = self.files[bisect.bisect_right(self._ends, i)]
-        return files.read_bytes(os.path.join(os.path.dirname(file), path.removeprefix('file://')))
+        if not path.startswith(('gs://', 's3://')):
+            file = self.files[bisect.bisect_right(self._ends, i)]
+            path = os.path.join(os.path.dirname(file), path.removeprefix('file://'))
+        return files.read_bytes(path)
 
     def describe(self, i: int) -> str:
         file = bisect.bisect_right(self._ends, i)
@@ -128,22 +140,31 @@ class Parquet:
             batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
             self._chunks = [b.column(0) for b in batches]
         else:
-            column = [pq.read_table(f, columns=[self._image]).column(0) for f in self.files]
+            column = [_column(f, self._image) for f in self.files]
             self._chunks = [chunk for c in column for chunk in c.chunks]
         self._values = [_field(c) for c in self._chunks]
         self._chunk_ends = np.cumsum([len(c) for c in self._chunks]).tolist()
 
     def _write_cache(self):
         launch.show(f'Writing {self._cache}, once, for random access to {self.files[0]} ...')
-        os.makedirs(os.path.dirname(self._cache), exist_ok=True)
-        schema = pa.schema([pq.read_schema(self.files[0]).field(self._image)])
+        folder = os.path.dirname(self._cache)
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < self._size:
+            raise errors.UserError(
+                f'{folder} has {free / 2**30:.1f} GiB free, and a copy of the images of '
+                f'{self.files[0]} ... takes {self._size / 2**30:.1f} GiB: set cache_dir '
+                f'(data.train.cache_dir=DIR) to a larger disk, or give ArrayRecord files, which '
+                f'need no copy.'
+            )
+        schema = pa.schema([_open(self.files[0]).schema_arrow.field(self._image)])
         with (
             storage.atomic_file(self._cache) as temporary,  # two processes may both write
             pa.OSFile(temporary, 'wb') as sink,
             pa.ipc.new_file(sink, schema) as writer,
         ):
             for file in self.files:
-                for batch in pq.ParquetFile(file).iter_batches(64, columns=[self._image]):
+                for batch in _batches(file, self._image):
                     column = batch.column(0).cast(schema.types[0])
                     writer.write_batch(pa.RecordBatch.from_arrays([column], [self._image]))
 
@@ -151,14 +172,11 @@ class Parquet:
         """(int32 labels, class names, sentences for the log); None twice without labels."""
         if self._label is None:
             return None, None, []
-        columns, kinds = [], {}
-        for file, schema in zip(self.files, schemas, strict=True):
+        columns, kinds = _each(functools.partial(_column, name=self._label), self.files), {}
+        for k, (file, schema) in enumerate(zip(self.files, schemas, strict=True)):
             if self._label in schema.names:
-                column = _plain(pq.read_table(file, columns=[self._label]).column(0))
-                columns.append(column)
-                kinds.setdefault(_label_kind(column), file)
-            else:
-                columns.append(pa.chunked_array([pa.nulls(pq.read_metadata(file).num_rows)]))
+                columns[k] = _plain(columns[k])
+                kinds.setdefault(_label_kind(columns[k]), file)
         kinds.pop('nothing', None)
         if not kinds:
             return None, None, []
@@ -184,9 +202,45 @@ class Parquet:
         return files.classes_of(labels.fill_null(-1).to_numpy(), names)
 
 
+def _each(function, shards):
+    """[function(file) for each file], some at once in a bucket, which answers late."""
+    return list(threads.at_once(function, shards, AT_ONCE if storage.is_remote(shards[0]) else 1))
+
+
+def _open(file, metadata=None):
+    """A pq.ParquetFile on a disk or in a bucket."""
+    where = bucket.Ranges(file, files.size_and_stamp(file)[0]) if storage.is_remote(file) else file
+    return pq.ParquetFile(where, metadata=metadata, pre_buffer=storage.is_remote(file))
+
+
+def _column(file, name):
+    """A column of a file; nulls if it has none of that name."""
+    opened = _open(file)
+    if name not in opened.schema_arrow.names:
+        return pa.chunked_array([pa.nulls(opened.metadata.num_rows)])
+    return opened.read(columns=[name]).column(0)
+
+
+def _batches(file, name):
+    """A column of a file in batches; in a bucket the row groups are read ahead, some at once."""
+    opened = _open(file)
+    if not storage.is_remote(file):
+        yield from opened.iter_batches(64, columns=[name])
+        return
+
+    def read(group):
+        return _open(file, opened.metadata).read_row_group(group, columns=[name])
+
+    groups = range(opened.num_row_groups)
+    largest = max((opened.metadata.row_group(g).total_byte_size for g in groups), default=1)
+    count = max(1, min(AT_ONCE, AHEAD_BYTES // max(1, largest)))
+    for table in threads.at_once(read, groups, count):
+        yield from table.to_batches(64)
+
+
 def _metadata(file):
     try:
-        return pq.ParquetFile(file).metadata
+        return _open(file).metadata
     except pa.ArrowInvalid as e:
         reason = str(e).split('\n')[0].rstrip('.')
         raise errors.UserError(f'{file} is not a readable Parquet file: {reason}.') from None
@@ -287,11 +341,11 @@ def _check_columns(image, label, schemas, shards):
 
 def _check_path(column, file):
     """Raises where the first text in the column is no path."""
-    for batch in pq.ParquetFile(file).iter_batches(64, columns=[column]):
+    for batch in _open(file).iter_batches(64, columns=[column]):
         text = next((x for x in batch.column(0).to_pylist() if x), None)
         if text is None:
             continue
-        if re.match(r'(https?|ftp|s3)://', text):
+        if re.match(r'(https?|ftp)://', text):
             raise errors.UserError(
                 f'The column {column!r} of {file} holds addresses ({text[:60]}): download the '
                 f'images and give their paths.'

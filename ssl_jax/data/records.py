@@ -1,14 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in ArrayRecord files, read directly or through TFDS (which needs no TensorFlow for it)."""
+"""Images in ArrayRecord files, read directly or through TFDS (which needs no TensorFlow for it).
 
+ArrayRecord's own reader takes files in Google's buckets too: one request per record.
+"""
+
+import functools
 import os
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
 
-from ssl_jax.data import files, fingerprint
-from ssl_jax.run import errors, hashing
+from ssl_jax.data import files, fingerprint, host, shards
+from ssl_jax.run import bucket, errors, hashing, patience, storage, threads
+
+
+class _Records(NamedTuple):
+    """Records of a file, as ArrayRecord wants it said."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
 
 
 class ArrayRecord:
@@ -19,12 +34,13 @@ class ArrayRecord:
     beside the first file; without names they are not read.
 
     Args:
-      path: file, glob, or folder (searched recursively).
+      path: file, glob, or folder (searched recursively), on a disk or in a bucket.
       split: for a folder, take the files of this split: train.array_record, ...
       classes: names in label order.
       purpose: chooses the split if `split` does not, see `splits.PURPOSES`.
     """
 
+    @files.one_listing()
     def __init__(
         self,
         path: str,
@@ -32,21 +48,29 @@ class ArrayRecord:
         classes: Sequence | None = None,
         purpose: str = 'train',
     ):
-        import grain  # slow: it imports jax
-
-        errors.extra('array_record', 'arrayrecord')
-        self.files, self.notes = files.expand(path, split, '.array_record', purpose)[0]
+        module = errors.extra('array_record.python.array_record_data_source', 'arrayrecord')
+        self.files, self.notes = shards.expand(path, split, '.array_record', purpose)[0]
+        self.remote = storage.is_remote(self.files[0])
+        if bucket.scheme(self.files[0]) == 's3':
+            raise errors.UserError(
+                f'{path}: ArrayRecord files are read from a disk or from gs://, not from s3://: '
+                'copy them to a disk.'
+            )
         folder = os.path.dirname(self.files[0])
-        if os.path.exists(os.path.join(folder, 'features.json')):
+        if files.exists(os.path.join(folder, 'features.json')):
             raise errors.UserError(
                 f'{folder} was written by TensorFlow Datasets: read it with source=tfds, '
                 'name=<data set> and path=<data_dir>.'
             )
-        self._records = grain.sources.ArrayRecordDataSource(self.files)
-        if not len(self._records):
+        counts = list(threads.at_once(_count, self.files, 16))
+        if not sum(counts):
             raise errors.UserError(f'{self.files[0]} has no records: give a file with images.')
+        # With their numbers, or it would open all again, and take one that it cannot for empty.
+        self._records = module.ArrayRecordDataSource(
+            [_Records(f, 0, n, n) for f, n in zip(self.files, counts, strict=True)]
+        )
         names = classes or files.read_class_names(self.files[0])
-        labelled = names and 'label' in _unpack(self._records[0])
+        labelled = names and 'label' in _unpack(_read(self._records, 0, self.files[0]))
         self.classes = tuple(str(n) for n in names) if labelled else None
         names = map(os.path.basename, self.files)
         self.fingerprint = fingerprint.of_files('array_record', self.files, *names, len(self))
@@ -55,7 +79,7 @@ class ArrayRecord:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict:
-        item = _unpack(self._records[i])
+        item = _unpack(_read(self._records, i, self.files[0]))
         if self.classes is None:
             item.pop('label', None)
         return item
@@ -63,6 +87,53 @@ class ArrayRecord:
     def describe(self, i: int) -> str:
         more = ' ...' if len(self.files) > 1 else ''
         return f'{files.printable(self.files[0])}{more} record {i}'
+
+
+def _count(file):
+    """The number of records in a file."""
+    module = errors.extra('array_record.python.array_record_module', 'arrayrecord')
+
+    def count():
+        reader = module.ArrayRecordReader(file)
+        found = reader.num_records()
+        if not found and not reader.ok():  # a file that it cannot open is empty to it
+            reader.read([0])  # says why
+        return found
+
+    try:
+        return _translated(count, file)
+    except host.DecodeError as e:
+        raise errors.UserError(f'{file} is no readable ArrayRecord file: {e}.') from None
+
+
+def _read(records, i, file):
+    """Record i; waits while a bucket does not answer."""
+    return _translated(functools.partial(records.__getitem__, i), file)
+
+
+def _translated(call, file):
+    """call(), with the errors of ArrayRecord, all RuntimeErrors, as what they stand for.
+
+    Raises:
+      DecodeError: the record is damaged.
+      FileNotFoundError: the file, or one beside it, is gone.
+      OSError: a disk does not answer.
+      UserError: a bucket did not answer for longer than the patience.
+    """
+
+    def translated():
+        try:
+            return call()
+        except RuntimeError as e:
+            reason = ' '.join(str(e).split())
+            if re.search('Corrupted|should be at least', reason):
+                raise host.DecodeError(reason) from e
+            absent = re.search('Not Found|No such file', reason)
+            raise (FileNotFoundError if absent else OSError)(reason) from e
+
+    if not storage.is_remote(file):
+        return translated()
+    return patience.patiently(file, translated, 'start again when the bucket answers')
 
 
 def _unpack(record):
@@ -78,7 +149,7 @@ class Tfds:
 
     Args:
       name: e.g. 'imagenet2012', 'imagenet2012:5.1.0'.
-      path: TFDS' data_dir; default ~/tensorflow_datasets.
+      path: TFDS' data_dir, on a disk or in a bucket; default ~/tensorflow_datasets.
       split: e.g. 'train', 'train[:10%]'.
     """
 
@@ -119,13 +190,15 @@ class Tfds:
             ) from None
         self.classes = tuple(features[self._label].names) if labels else None
         self._name = f'{builder.info.full_name} {split}'
+        self._folder = os.fspath(builder.data_path)
+        self.remote = storage.is_remote(self._folder)
         self.fingerprint = hashing.digest('tfds', self._name, len(self))
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict:
-        record = self._records[i]
+        record = _read(self._records, i, self._folder)
         item = {'image': record[self._image]}
         if self._label is not None:
             item['label'] = int(np.asarray(record[self._label]))
@@ -136,5 +209,8 @@ class Tfds:
 
 
 def _prepared(path):
-    path = os.path.expanduser(path or '~/tensorflow_datasets')
+    path = path or '~/tensorflow_datasets'
+    if storage.is_remote(path):
+        return bucket.names(path)
+    path = os.path.expanduser(path)
     return sorted(os.listdir(path)) if os.path.isdir(path) else []

@@ -11,6 +11,7 @@ A source is anything with
   notes            (optional) sentences for the log: what was chosen, what is left out
   describe(i)      where image i comes from, for messages
   fingerprint      str; changes when the images change, see `data/fingerprint.py`
+  remote           (optional) whether each image is a request to a bucket
 
 that can be pickled and read from several threads.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.data import files, fingerprint, folder, host, parquet, records, scenes
-from ssl_jax.run import errors, hashing, storage
+from ssl_jax.run import errors, hashing, threads
 
 
 class Arrays:
@@ -75,6 +76,7 @@ SOURCES = {
 }
 
 
+@files.one_listing()
 def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'train') -> Any:
     """Opens the images that `spec` names.
 
@@ -120,10 +122,10 @@ def _kind(path):
         return 'parquet'
     if '.array_record' in os.path.basename(path):
         return 'array_record'
-    if storage.is_remote(path) or glob.has_magic(path):
+    if glob.has_magic(path) and not files.exists(path):
         return 'folder'
     files.require(path)
-    if not os.path.isdir(path):
+    if not files.is_folder(path):
         raise errors.UserError(
             f'{path} is neither a folder, nor *.parquet, nor *.array_record*: '
             'give the folder that holds the images.'
@@ -133,14 +135,14 @@ def _kind(path):
 
 def _kind_of_folder(path):
     """The kind of the topmost files of a data set in a folder: no class folders are looked into."""
+    path = path.rstrip('/') or path
     level, parquet_without = [path], False
     for _ in range(5):  # archive/data/default/train/0000.parquet
         below = []
         for parent in level[:100]:
             with contextlib.suppress(PermissionError):  # the listing counts it
-                names = sorted(n for n in os.listdir(parent) if not files.is_system(n))
-                paths = [os.path.join(parent, n) for n in names]
-                shards = [p for p in paths if p.endswith('.parquet') and os.path.isfile(p)]
+                names, folders = files.children(parent, path)
+                shards = [os.path.join(parent, n) for n in names if n.endswith('.parquet')]
                 if shards and parquet.holds_images(shards[0]):
                     return 'parquet'
                 parquet_without |= bool(shards)
@@ -148,7 +150,7 @@ def _kind_of_folder(path):
                     return 'array_record'
                 if any(map(files.is_image, names)):
                     return 'folder'
-                below += filter(os.path.isdir, paths)
+                below += [os.path.join(parent, n) for n in folders]
         level = below
     return 'parquet' if parquet_without else 'folder'
 
@@ -209,15 +211,19 @@ def typical_size(source: Any) -> tuple[int, int]:
     Raises:
       UserError: no image can be decoded.
     """
-    sides, reason, sample = [], '', fingerprint.spread(len(source), fingerprint.SAMPLE)
-    for i in sample:
+
+    def size(i):
         try:
-            sides.append(host.decode(source[i]['image']).shape[:2])
+            return host.decode(source[i]['image']).shape[:2]
         except (host.DecodeError, OSError) as e:  # the stream counts and lists it
-            reason = str(e).rstrip('.')
+            return str(e).rstrip('.')
+
+    sample = fingerprint.spread(len(source), fingerprint.SAMPLE)
+    found = list(threads.at_once(size, sample, 16 if getattr(source, 'remote', False) else 1))
+    sides = [x for x in found if not isinstance(x, str)]
     if not sides:
         raise errors.UserError(
             f'none of {len(sample)} images can be decoded, {source.describe(0)} for one '
-            f'({reason}): is --data a folder of images?'
+            f'({found[-1]}): is --data a folder of images?'
         )
     return sorted(sides, key=min)[len(sides) // 2]

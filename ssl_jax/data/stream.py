@@ -75,7 +75,7 @@ def train_stream(
       start_step: the step of the first batch.
       rows: sorted rows of the global batch to load; default all.
       num_threads: per process, over rows of the batch that is needed next; default one per core
-        that this process may use, 64 at most.
+        that this process may use, or four where each image is a request to a bucket; 64 at most.
       num_workers: processes; 0 loads in threads of this process. Threads are faster unless the GIL
         is the limit; decoding and resizing release it. Batches are copied once more.
       repeats: consecutive samples with crops of one image; an epoch then has one of `repeats`
@@ -91,7 +91,7 @@ def train_stream(
             f'{n} images are fewer than one batch of {batch_size}: add images or set '
             f'batch_size to {n} or less.'
         )
-    threads = num_threads or max(1, min(64, launch.cores()) // max(1, num_workers))
+    threads = num_threads or max(1, _threads(source, 64) // max(1, num_workers))
     samples = _TrainSamples(source, batch_size, rows, views, seed, start_step, repeats)
     return loader.stream(samples, threads, num_workers)
 
@@ -118,7 +118,14 @@ def eval_stream(
       rows: sorted rows of each global batch to load; default all.
     """
     samples = _EvalSamples(source, batch_size, rows, transform_lib.of(transform))
-    return loader.stream(samples, min(16, launch.cores()))
+    return loader.stream(samples, _threads(source, 16))
+
+
+def _threads(source, most):
+    """A thread per core; more where it waits for a bucket most of the time."""
+    if getattr(source, 'remote', False):
+        return min(64, 4 * launch.cores())
+    return min(most, launch.cores())
 
 
 class TooManyBadImages(errors.UserError):  # noqa: N818  named for the event

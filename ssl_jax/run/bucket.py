@@ -5,9 +5,11 @@
 after ten minutes. ``s3://`` is s3fs, whose botocore tries again by itself.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import email.utils
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ import fsspec
 from ssl_jax.run import errors
 
 CHUNK = 64 << 20  # bytes of a large object that are read at once
+PAGE = 5000  # objects asked for in one request of a listing; the service may give fewer
 EXTRAS = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # scheme: (module, extra of ssl_jax)
 
 for _name in ('gs', 'gcs'):  # imported at the first use
@@ -77,14 +80,48 @@ def file_system(path: str | os.PathLike) -> Any:
     return fsspec.filesystem('gcs' if name == 'gs' else name, **more)  # as etils asks for it
 
 
-def read(path: str | os.PathLike, size: int | None = None) -> bytes:
-    """The content of an object, or its first `size` bytes, in one request.
+def read(path: str | os.PathLike, size: int | None = None, start: int = 0) -> bytes:
+    """The content of an object, or `size` bytes of it, in one request.
 
     Raises:
       FileNotFoundError: it is absent.
     """
     path = os.fspath(path)
-    return file_system(path).cat_file(path, start=0 if size else None, end=size)
+    limits = (start, start + size) if size else (None, None)
+    return file_system(path).cat_file(path, start=limits[0], end=limits[1])
+
+
+class Ranges(io.RawIOBase):
+    """An object as a file that can be read at any place; each read is one request.
+
+    Args:
+      path: of the object.
+      size: of the object.
+    """
+
+    def __init__(self, path: str, size: int):
+        self._path, self._size, self._at = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
+        self._at = base[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        size = left if size is None or size < 0 else min(size, left)
+        data = read(self._path, size, self._at) if size else b''
+        self._at += len(data)
+        return data
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:
@@ -208,19 +245,59 @@ def exists(path: str | os.PathLike) -> bool:
     return file_system(path).exists(path)
 
 
+def stat(path: str | os.PathLike) -> Object | None:
+    """The object at `path`, None if there is none; a folder is none."""
+    path = os.fspath(path)
+    try:
+        info = file_system(path).info(path)
+    except FileNotFoundError:
+        return None
+    return _object('', info) if info['type'] == 'file' else None
+
+
 def walk(root: str | os.PathLike) -> Iterator[Object]:
-    """All objects below `root`, in the order of their names: one request per 1,000.
+    """All objects below `root`, in the order of their names: one request per page of 1,000 or more.
 
     Nothing if there are none: folders exist only as parts of names. Objects whose names end with a
     slash, which tools create for folders, are left out.
     """
     root = os.fspath(root).rstrip('/')
-    yield from _objects(root, file_system(root).find(root, detail=True).values())
+    prefix = root.partition('://')[2] + '/'
+    for key, info in _gs_items(root) if scheme(root) == 'gs' else _s3_items(root):
+        if key.startswith(prefix) and not key.endswith('/'):
+            yield _object(key[len(prefix) :], info)
+
+
+def _gs_items(root):
+    """gcsfs keeps all fields of all objects, 3 kB of memory each; this has one page at a time."""
+    system, (name, _, key) = file_system(root), root.partition('://')[2].partition('/')
+    more = {'prefix': f'{key}/' if key else None, 'maxResults': PAGE}
+    more['fields'] = 'nextPageToken,items(name,size,generation)'
+    while True:
+        page = system.call('GET', 'b/{}/o', name, json_out=True, **more)
+        for info in page.get('items', ()):
+            yield f'{name}/{info["name"]}', info
+        if not page.get('nextPageToken'):
+            return
+        more['pageToken'] = page['nextPageToken']
+
+
+def _s3_items(root):
+    found = file_system(root).find(root, detail=True)
+    yield from ((key, found[key]) for key in sorted(found) if found[key].get('type') == 'file')
+
+
+def _object(name, info):
+    stamp = info.get('generation') or info.get('ETag') or info.get('mtime') or ''
+    return Object(name, int(info.get('size') or 0), str(stamp))
 
 
 def files(folder: str | os.PathLike) -> list[Object]:
     """`walk` of the objects directly in a folder."""
-    return list(_objects(os.fspath(folder).rstrip('/'), _listed(folder)))
+    base = os.fspath(folder).rstrip('/').partition('://')[2] + '/'
+    found = {i['name']: i for i in _listed(folder) if i.get('type') == 'file'}
+    keys = sorted(k for k in found if k.startswith(base) and not k.endswith('/'))
+    return [_object(key[len(base) :], found[key]) for key in keys]
 
 
 def names(folder: str | os.PathLike) -> list[str]:
@@ -239,13 +316,26 @@ def _listed(folder):
         return []
 
 
-def _objects(root, infos):
-    prefix = root.partition('://')[2] + '/'
-    for info in sorted(infos, key=lambda info: info['name']):
-        key = info['name']
-        if key.startswith(prefix) and not key.endswith('/') and info.get('type') == 'file':
-            stamp = info.get('generation') or info.get('ETag') or info.get('mtime') or ''
-            yield Object(key[len(prefix) :], int(info.get('size') or 0), str(stamp))
+def copy(folder: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies all objects below `folder`; the service does it, no byte comes here."""
+    folder, target = os.fspath(folder).rstrip('/'), os.fspath(target).rstrip('/')
+    system = file_system(folder)
+    _each(lambda o: system.cp_file(f'{folder}/{o.name}', f'{target}/{o.name}'), walk(folder))
+
+
+def remove_folder(folder: str | os.PathLike, first: str = '') -> None:
+    """Deletes all objects below `folder`, the one named `first` before the others."""
+    folder = os.fspath(folder).rstrip('/')
+    found = list(walk(folder))
+    if first in [o.name for o in found]:
+        remove(f'{folder}/{first}')
+    _each(lambda o: remove(f'{folder}/{o.name}'), found)
+
+
+def _each(call, items):
+    """Calls `call` for each item, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(call, items))
 
 
 def require(path: str | os.PathLike) -> None:

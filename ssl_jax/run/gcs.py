@@ -17,6 +17,7 @@ import os
 import random
 import re
 import time
+import urllib.parse
 
 # Read when gcsfs is imported: its gRPC client, for zonal buckets, first asks what a bucket is.
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
@@ -26,28 +27,16 @@ import gcsfs.core  # noqa: E402
 import gcsfs.retry  # noqa: E402
 import google.auth.exceptions  # noqa: E402
 
-from ssl_jax.run import errors, launch  # noqa: E402
+from ssl_jax.run import launch, patience  # noqa: E402
+from ssl_jax.run.patience import Unavailable  # noqa: E402
 
-PATIENCE = 600.0  # seconds of tries during an outage; SSL_JAX_BUCKET_PATIENCE in the environment
-REFUSED = 60.0  # seconds of tries after 401 and 403, which new rights and credentials take to end
-WAIT = 1.0, 30.0  # seconds between tries, doubled from the first to the last
-SAID = 5.0  # seconds of an outage before a line
 # Without an answer for this long a request is sent anew; uploads have at most 50 MB.
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
 LOGIN = 'log in (gcloud auth application-default login) or give this machine a service account'
 
 
-class Unavailable(errors.UserError):
-    """A bucket did not answer, or refused, for longer than `PATIENCE`."""
-
-
 if not os.environ.get('GCSFS_DEBUG'):  # it logs tracebacks of what is said here in a sentence
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-
-
-def patience() -> float:
-    """Seconds of tries during an outage."""
-    return float(os.environ.get('SSL_JAX_BUCKET_PATIENCE', PATIENCE))
 
 
 class GCSFileSystem(gcsfs.core.GCSFileSystem):
@@ -58,7 +47,7 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
         super().__init__(*args, **kwargs)
 
     async def _request(self, method, path, *args, **kwargs):
-        start, wait, said = time.monotonic(), min(WAIT[0], patience() / 20), False
+        start, wait, said = time.monotonic(), min(patience.WAIT[0], patience.seconds() / 20), False
         once = gcsfs.core.GCSFileSystem._request.__wrapped__  # without its own retries
         while True:
             try:
@@ -67,29 +56,27 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 seconds, reason = _tries(error)
                 if not seconds:
                     raise
-                where = _where(path, args, kwargs)
+                where = _place(path, args, kwargs.get('name'))
                 passed = time.monotonic() - start
                 if passed >= seconds:
                     raise Unavailable(f'{where}: {reason}.') from error
-                if passed >= min(SAID, seconds / 2) and not said:
-                    said = True
-                    launch.say(f'{where}: {reason}; trying again for {seconds:.0f} s.')
+                if passed >= min(patience.SAID, seconds / 2) and not said:
+                    said = patience.say(f'{where}: {reason}; trying again for {seconds:.0f} s.')
                 await asyncio.sleep(
                     min(wait * (0.5 + random.random()), start + seconds - time.monotonic() + 0.01)
                 )
-                wait = min(2 * wait, WAIT[1])
+                wait = min(2 * wait, patience.WAIT[1])
             else:
                 if said:
                     launch.say(f'The bucket answers again, after {time.monotonic() - start:.0f} s.')
                 return found
 
 
-def _where(path, args, kwargs):
-    """What a request is for, as a path."""
-    if args:
-        return '/'.join(['gs:/', *map(str, args)])
-    found = re.search(r'/b/([^/]+)/o', path)  # of an upload
-    return '/'.join(filter(None, ['gs:/', found[1], kwargs.get('name')])) if found else path
+def _place(path, args, name):
+    """The gs:// path of a request."""
+    if found := re.search(r'/b/([^/?]+)/o(?:/([^?]+)|.*[?&]name=([^&]+))?', path):  # a URL
+        args = [found[1], name or urllib.parse.unquote(found[2] or found[3] or '')]
+    return '/'.join(['gs:/', *map(str, args)]).rstrip('/') if args else path.partition('?')[0]
 
 
 def _tries(error):
@@ -99,20 +86,22 @@ def _tries(error):
     code = getattr(error, 'code', None)
     code = int(code) if str(code).isdecimal() else None
     if isinstance(error, OSError) and str(error).startswith('Forbidden'):
-        return min(REFUSED, patience()), f'access is forbidden (403: {_short(error)}); {LOGIN}'
+        return min(
+            patience.REFUSED, patience.seconds()
+        ), f'access is forbidden (403: {_short(error)}); {LOGIN}'
     if code == 401:
         return min(
-            REFUSED, patience()
+            patience.REFUSED, patience.seconds()
         ), f'the credentials are not valid (401: {_short(error)}); {LOGIN}'
     if isinstance(error, google.auth.exceptions.RefreshError):
         return min(
-            REFUSED, patience()
+            patience.REFUSED, patience.seconds()
         ), f'the credentials cannot be renewed ({_short(error)}); {LOGIN}'
     transient = gcsfs.retry.is_retriable(error) or isinstance(
         error, (asyncio.TimeoutError, ConnectionError, google.auth.exceptions.TransportError)
     )
     if transient:
-        return patience(), f'the bucket does not answer ({_short(error)})'
+        return patience.seconds(), f'the bucket does not answer ({_short(error)})'
     return 0, ''
 
 

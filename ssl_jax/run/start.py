@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start of a run: config fields from weights, images and devices; banner; first state."""
 
-import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -19,19 +18,16 @@ from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.interop import files
 from ssl_jax.methods import base
-from ssl_jax.run import checkpoint, checksums, errors, launch, peers, storage, weights
+from ssl_jax.run import checkpoint, errors, launch, peers, storage, weights
 from ssl_jax.run.launch import log
 
 
 def stored(workdir: epath.PathLike) -> ConfigDict | None:
     """The config of the newest checkpoint that a run has saved in `workdir`, None without one."""
-    directory = epath.Path(workdir) / 'checkpoints'
-    for step in reversed(checkpoint.steps(directory)):
-        with contextlib.suppress(OSError, json.JSONDecodeError):  # damaged; the restore names it
-            meta = checkpoint.read_meta(directory / str(step))
-            if meta == checksums.seal(meta):
-                return None if 'imported' in meta else config_lib.from_dict(meta['config'])[0]
-    return None
+    meta = checkpoint.newest_meta(epath.Path(workdir) / 'checkpoints')
+    if meta is None or 'imported' in meta:
+        return None
+    return config_lib.from_dict(meta['config'])[0]
 
 
 def continued(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax import config, methods
-from ssl_jax.data import files, host, parquet, sources
+from ssl_jax.data import host, parquet, sources, stream
 from ssl_jax.evals import accuracy, report
 
 
@@ -105,17 +105,6 @@ def test_the_fingerprint_follows_the_list_of_images(tmp_path):
     assert sources.open_source(str(tmp_path)).fingerprint == before
     write(tmp_path / 'b.png')
     assert sources.open_source(str(tmp_path)).fingerprint != before
-
-
-def test_remote_folders_are_listed_like_local_ones(tmp_path):
-    for name in ('b/2.png', 'a/x/1.jpg', 'a/notes.txt', '0.png'):
-        write(tmp_path / name)
-    (tmp_path / '.hidden').mkdir()
-    write(tmp_path / '.hidden/3.png')
-    names, left = files.walk_remote(str(tmp_path), files.is_image)
-    assert names == ['0.png', 'a/x/1.jpg', 'b/2.png']
-    assert names == files.walk(str(tmp_path), files.is_image)[0]
-    assert files.left_out(left) == ['left out: 1 in .hidden, 1 of extension .txt']
 
 
 def test_a_folder_of_index_maps_becomes_segmentation(tmp_path):
@@ -424,30 +413,40 @@ def test_array_records_hold_raw_images_or_maps_with_labels(tmp_path):
     assert source.classes == ('owl', 'yak') and source[0] == dict(image=png(5), label=1)
 
 
-@pytest.fixture(scope='module')
-def tfds_dir(tmp_path_factory):
-    """A data_dir with the data set tiny_plates."""
-    path = str(tmp_path_factory.mktemp('tfds'))
-    tfds = pytest.importorskip('tensorflow_datasets')
+@pytest.mark.parametrize('damage', [lambda x: x[:-1000], lambda x: b'', lambda x: b'x' * len(x)])
+def test_a_damaged_shard_of_records_is_named_and_not_taken_for_empty(damage, tmp_path):
+    from array_record.python import array_record_module
 
-    class TinyPlates(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version('1.0.0')
-        url_infos = {}  # There is nothing to download.
+    for k in range(2):
+        writer = array_record_module.ArrayRecordWriter(
+            str(tmp_path / f'{k}.array_record'), 'group_size:1'
+        )
+        writer.write(png(k))
+        writer.close()
+    assert len(sources.open_source(str(tmp_path))) == 2
+    second = tmp_path / '1.array_record'
+    second.write_bytes(damage(second.read_bytes()))
+    assert '1.array_record is no readable' in sentence(ValueError, str(tmp_path))
 
-        def _info(self):
-            names = tfds.features.ClassLabel(names=['owl', 'yak'])
-            features = tfds.features.FeaturesDict(dict(image=tfds.features.Image(), label=names))
-            return tfds.core.DatasetInfo(builder=self, features=features)
 
-        def _split_generators(self, manager):
-            return {'train': self._generate_examples()}
+def test_a_damaged_record_is_a_bad_image(tmp_path):
+    from array_record.python import array_record_module
 
-        def _generate_examples(self):
-            for i in range(6):
-                yield i, dict(image=io.BytesIO(png(i)), label=i % 2)
-
-    TinyPlates(data_dir=path, file_format='array_record').download_and_prepare()
-    return path
+    file = tmp_path / 'a.array_record'
+    writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
+    records = [png(k, 64) for k in range(8)]
+    for record in records:
+        writer.write(record)
+    writer.close()
+    data = file.read_bytes()
+    at = data.index(records[3]) + 50
+    file.write_bytes(data[:at] + b'damage' + data[at + 6 :])
+    source = sources.open_source(str(file))
+    with pytest.raises(host.DecodeError, match='Corrupted'):
+        source[3]
+    with stream.train_stream(source, [host.View('image', 8)], batch_size=8, seed=0) as batches:
+        bad = next(batches)['bad']
+    assert set(bad[bad >= 0].tolist()) == {3}
 
 
 def test_a_tfds_data_set_is_read_without_tensorflow(tfds_dir):
