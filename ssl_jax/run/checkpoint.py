@@ -87,7 +87,7 @@ class Checkpointer:
         """
         self.wait()
         if self._saver is None:
-            self._known = self.steps() if launch.is_main() else []
+            self._known = self.steps()
         if launch.main_says(step in self._known):
             return False
         items = _items(state)
@@ -135,10 +135,11 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._saver is not None:
-                self._saver.close()
+            saver, self._saver = self._saver, None
+            if saver is not None:
+                with contextlib.suppress(Exception):  # `wait` has raised it
+                    saver.close()
                 self._pool.shutdown()
-                self._saver = None
 
     def steps(self) -> list[int]:
         """Committed steps that are not known to be damaged, ascending."""
@@ -155,6 +156,8 @@ class Checkpointer:
         found = step_dirs.scan(self.directory)
         committed = [s for s in found if found[s] and s not in self._bad]
         broken = [s for s in found if not found[s]]
+        if not found and storage.is_remote(self.directory):
+            bucket.require(self.directory)
         if broken and not committed and not storage.is_remote(self.directory):
             raise CheckpointError(
                 f'{self.directory} holds step {broken[-1]} but no complete checkpoint '
@@ -253,7 +256,11 @@ def _make_saver():
     options = ocp.options.AsyncOptions(
         timeout_secs=SAVE_SECONDS, create_directories_asynchronously=False
     )
-    handler = ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=options),
+        meta=ocp.JsonCheckpointHandler(),
+        **trees,
+    )
     return ocp.AsyncCheckpointer(handler, async_options=options)
 
 

@@ -12,6 +12,7 @@ gcsfs itself (2026.10):
 """
 
 import asyncio
+import errno
 import logging
 import os
 import random
@@ -52,6 +53,9 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
         while True:
             try:
                 found = await once(self, method, path, *args, **kwargs)
+            except FileNotFoundError as error:  # has a URL
+                text = 'There is no such object or bucket'
+                raise FileNotFoundError(errno.ENOENT, text, _place(path, args)) from error
             except Exception as error:
                 seconds, reason = _tries(error)
                 if not seconds:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ssl_jax.run import checksums, errors, launch, patience, step_dirs, storage
+from ssl_jax.run import bucket, checksums, errors, launch, patience, step_dirs, storage
 
 EMPTY = '{} holds no checkpoint; give the workdir of a run that has saved one.'
 # A restore keeps no more than this in flight on the host.
@@ -67,6 +67,8 @@ def newest(directory, items, step):
         if launch.is_main() or reason:
             launch.show(f'Checkpoint {directory / str(s)} is damaged: {reasons[s]}.')
     if not reasons:
+        if storage.is_remote(directory):
+            bucket.require(directory)
         raise CheckpointError(EMPTY.format(directory))
     found = '; '.join(f'step {s}: {r}' for s, r in reasons.items())
     raise CheckpointError(
@@ -89,9 +91,20 @@ def _read(path, items):
 
     No process waits for another, since one alone may fail.
     """
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=READ_GB)
+    try:
+        return *patiently(path, lambda: _read_once(path, items)), None
+    except (errors.UserError, MemoryError):
+        raise
+    except Exception as e:
+        if 'Out of memory' in str(e):  # of a device: nothing is wrong with the checkpoint
+            raise
+        return None, None, patience.reason(e)
 
-    def read():
+
+def _read_once(path, items):
+    """The items of one step: (values, meta)."""
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=READ_GB)
+    try:
         meta = meta_of(path)
         known = {k: v for k, v in items.items() if v is not None}
         if difference := checksums.difference(known, meta['tensors']):
@@ -108,16 +121,12 @@ def _read(path, items):
                 args = jax.tree.map(_restore_args, abstract)
             args = ocp.args.PyTreeRestore(item=abstract, restore_args=args)
             values[name] = handler.restore(path / name, args=args)
-        return values, meta
-
-    try:
-        return *patiently(path, read), None
-    except (errors.UserError, MemoryError):
+    except MismatchError:
         raise
-    except Exception as e:
-        if 'Out of memory' in str(e):  # of a device: nothing is wrong with the checkpoint
-            raise
-        return None, None, patience.reason(e)
+    except Exception:
+        step_dirs.probe(path)
+        raise
+    return values, meta
 
 
 def _restore_args(x):

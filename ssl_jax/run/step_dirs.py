@@ -8,6 +8,7 @@ complete.
 """
 
 import concurrent.futures
+import contextlib
 import os
 import re
 import shutil
@@ -46,6 +47,28 @@ def scan(directory: epath.PathLike) -> dict[int, bool]:
     with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(found))) as pool:
         inside = pool.map(lambda step: names(f'{os.fspath(directory)}/{step}'), found)
         return {step: COMMIT in inner for step, inner in zip(found, inside, strict=True)}
+
+
+def probe(path: epath.PathLike) -> None:
+    """Opens each file of a step on a disk, and raises what prevents it.
+
+    For libraries that ask whether a file exists and take any error for a no. Nothing to do in a
+    bucket, where an outage is no such answer.
+    """
+    if storage.is_remote(path):
+        return
+
+    def opened(file):
+        with contextlib.suppress(FileNotFoundError), open(file, 'rb') as found:
+            found.read(1)
+
+    for folder, _, files in os.walk(path, onerror=_raise):
+        for name in files:
+            opened(os.path.join(folder, name))
+
+
+def _raise(error):
+    raise error
 
 
 def set_aside(path: epath.Path) -> None:

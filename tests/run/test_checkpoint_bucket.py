@@ -91,6 +91,7 @@ def test_an_outage_while_restoring_is_waited_out(bucket, saved, kind, capsys):
     [
         ('403', 'prefix=.*/2/'),  # the listing that says what is committed
         ('503', '/2/meta/metadata'),
+        ('503', '/2/model/_METADATA'),
         ('403', '/2/(model|opt)/manifest'),
         ('401', '/2/(model|opt)/ocdbt.process_0/d/'),
     ],
@@ -104,9 +105,9 @@ def test_what_cannot_be_read_is_not_damaged_and_ends_the_run(
     with pytest.raises(patience.Unavailable, match=r'gs://') as caught:
         restored(saved)
     assert '\n' not in str(caught.value) and 'damaged:' not in capsys.readouterr().out
-    if 'meta' not in part:
+    if kind != '503':
         assert kind in str(caught.value)
-    if 'manifest' not in part and '/d/' not in part:
+    if part in ('prefix=.*/2/', '/2/meta/metadata'):
         with pytest.raises(patience.Unavailable):  # not the config of step 1
             checkpoint.newest_meta(saved)
     bucket.heal()
@@ -207,7 +208,7 @@ def test_an_outage_while_saving_is_waited_out(bucket, root, rules):
         (dict(status=503, match='/2/meta'), 'does not answer .*once the bucket answers'),
         (dict(status=403, match='/2/opt/.*/d/'), '403 .*once the bucket answers'),
         (dict(status=503, match=f'checkpoints/2/{COMMIT}'), 'does not answer'),
-        (dict(status=404, match='upload'), '404'),
+        (dict(status=404, match='upload'), 'No such file .*gs:.*another place'),
     ],
     ids=['503 of the meta', '403 of a chunk', '503 at the commit', 'no such bucket'],
 )
@@ -264,7 +265,8 @@ def test_what_killed_saves_left_goes_at_the_first_save_and_nothing_committed(buc
     assert bucket_lib.names(root) == ['2', '4', '8.damaged']
 
 
-def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(bucket, root, capfd):
+def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(bucket, root, capfd, monkeypatch):
+    monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '0.2')
     save(root, 1)
     bucket.fault(status=403, methods='DELETE', match='checkpoints/1/(model|opt)')
     save(root, 2, keep=1)
@@ -275,7 +277,8 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(bucket, root, capf
     assert bucket_lib.names(root) == ['3']
 
 
-def test_checkpoints_that_cannot_be_deleted_stop_nothing_and_go_later(bucket, root, capfd):
+def test_checkpoints_that_cannot_be_deleted_stop_nothing_and_go_later(bucket, root, monkeypatch):
+    monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '0.2')
     one = saver(root, keep=1)
     bucket.fault(status=403, methods='DELETE', match=f'checkpoints/1/{COMMIT}')
     for step in (1, 2):
@@ -289,8 +292,8 @@ def test_checkpoints_that_cannot_be_deleted_stop_nothing_and_go_later(bucket, ro
 
 
 def test_the_newest_and_every_nth_are_kept(root):
-    save(root, 2, 3, 4, 5, 6, keep=2, keep_every=3)
-    assert bucket_lib.names(root) == ['3', '5', '6']
+    save(root, 2, 3, 4, keep=1, keep_every=2)
+    assert bucket_lib.names(root) == ['2', '4']
 
 
 def test_a_bucket_that_orbax_cannot_write_to_is_refused():

@@ -7,7 +7,7 @@ import os
 import pytest
 
 import states
-from ssl_jax.run import errors, patience, storage
+from ssl_jax.run import checkpoint, errors, patience, storage
 
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 PROOF = [
@@ -87,6 +87,12 @@ def a_loop(folder, monkeypatch):
     chunk.symlink_to(chunk)
 
 
+def a_loop_of_orbax(folder, monkeypatch):
+    """The same for a file of which Orbax asks whether it exists, and is told no."""
+    (folder / '2' / 'model' / '_METADATA').rename(folder / '2' / 'model' / 'x')
+    (folder / '2' / 'model' / '_METADATA').symlink_to('_METADATA')
+
+
 def no_listing(folder, monkeypatch):
     real = os.listdir
 
@@ -103,14 +109,14 @@ def no_meta(folder, monkeypatch):
     (folder / '2' / 'meta' / 'metadata').symlink_to('metadata')
 
 
-@pytest.mark.parametrize('fault', [a_loop, no_listing, no_meta])
+@pytest.mark.parametrize('fault', [a_loop, a_loop_of_orbax, no_listing, no_meta])
 def test_a_disk_that_does_not_answer_ends_the_run_and_nothing_is_lost(
     pair, monkeypatch, capsys, fault
 ):
     with monkeypatch.context() as patch:
         fault(pair, patch)
         with pytest.raises(patience.Unavailable, match=r'/2.* cannot be read: .*\(errno') as e:
-            states.restore(pair)
+            checkpoint.restore_model(pair) if fault is a_loop_of_orbax else states.restore(pair)
     assert '\n' not in str(e.value) and 'damaged' not in capsys.readouterr().out
     assert {p.name for p in pair.iterdir()} == {'1', '2'}
 
