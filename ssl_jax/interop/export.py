@@ -9,6 +9,7 @@ JAX, are run once for a comparison with the encoder.
 import dataclasses
 import importlib.metadata
 import json
+import pathlib
 
 from etils import epath
 
@@ -59,7 +60,7 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
             raise errors.UserError(
                 f'{name}={value} is unknown; did you mean {near}? There are {", ".join(known)}.'
             )
-    out = epath.Path(out)
+    out = (epath if storage.is_remote(out) else pathlib).Path(out)
     _check_replaceable(out)
     if to == 'onnx':
         if dtype != 'float32':

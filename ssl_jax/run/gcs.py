@@ -60,7 +60,7 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 seconds, reason = _tries(error)
                 if not seconds:
                     raise
-                where = _place(path, args)
+                where = _place(path, args, kwargs.get('name'))
                 passed = time.monotonic() - start
                 if passed >= seconds:
                     raise Unavailable(f'{where}: {reason}.') from error
@@ -76,10 +76,10 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 return found
 
 
-def _place(path, args):
+def _place(path, args, name):
     """The gs:// path of a request."""
     if found := re.search(r'/b/([^/?]+)/o(?:/([^?]+)|.*[?&]name=([^&]+))?', path):  # a URL
-        args = [found[1], urllib.parse.unquote(found[2] or found[3] or '')]
+        args = [found[1], name or urllib.parse.unquote(found[2] or found[3] or '')]
     return '/'.join(['gs:/', *map(str, args)]).rstrip('/') if args else path.partition('?')[0]
 
 

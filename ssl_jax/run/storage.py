@@ -109,8 +109,7 @@ def remove_folder(folder: epath.PathLike) -> None:
     """Deletes a folder with all that is in it."""
     if not is_remote(folder):
         return shutil.rmtree(folder)
-    for found in list(bucket.walk(folder)):
-        bucket.remove(f'{os.fspath(folder).rstrip("/")}/{found.name}')
+    bucket.remove_folder(folder)
 
 
 @contextlib.contextmanager
