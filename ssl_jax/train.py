@@ -38,6 +38,7 @@ from ssl_jax.run import (
     profile,
     start,
     storage,
+    uploads,
     watchdog,
 )
 from ssl_jax.run import clock as clock_lib
@@ -241,7 +242,7 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
             if at_log:
                 peers.at(f'logging step {done}')
                 writer.log(done, step_metrics)
-                book.write(done, at_log=True)
+                book.write(done)
                 trace.look(done)
                 sentence = method.suspect(writer.last, done)
                 if sentence and not suspected:  # once per collapse
@@ -283,6 +284,7 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
         _farewell(run, result, bad)
     if first < total:
         book.write(done, finished=done == total)
+        uploads.close()
         log(book.line())
     return result
 

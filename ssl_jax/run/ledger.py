@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from ssl_jax.run import launch, metrics, storage
+from ssl_jax.run import launch, metrics, uploads
 
 WORDS = {
     'start': 'start',
@@ -35,7 +35,6 @@ WORDS = {
     'restart': 'restarts',
     'recomputed': 'recomputed steps',
 }
-REMOTE_SECONDS = 60
 
 
 class Ledger:
@@ -58,7 +57,7 @@ class Ledger:
         now: Callable[[], float] = time.time,
     ):
         self._path, self._timers, self._now = epath.Path(workdir) / 'ledger.json', timers, now
-        self._began, self._first, self._written = began, step, None
+        self._began, self._first = began, step
         self._failed = self._has_steps = False
         self._before, self._steps, self.sentence = collections.Counter(), 0, None
         if launch.is_main() and (old := self._read()):
@@ -117,13 +116,9 @@ class Ledger:
         totals = self.totals()
         return {'goodput': _goodput(totals)} | {f'{k}_total': v for k, v in totals.items() if v}
 
-    def write(self, step: int, finished: bool = False, at_log: bool = False) -> None:
-        """Writes the file on process 0, in a bucket not at each log; a failure is a line, once."""
+    def write(self, step: int, finished: bool = False) -> None:
+        """Writes the file on process 0, in a bucket behind the run; a failure is a line, once."""
         if not launch.is_main():
-            return
-        now = self._timers.clock()
-        recent = self._written is not None and now - self._written < REMOTE_SECONDS
-        if at_log and recent and storage.is_remote(self._path):
             return
         entry = {
             'step': step,
@@ -133,9 +128,8 @@ class Ledger:
             'seconds': {k: round(v, 3) for k, v in self.totals().items()},
         }
         try:
-            storage.atomic_write(self._path, json.dumps(entry, indent=1) + '\n')
-            self._written = now
-        except Exception as error:  # of any library for any bucket: training matters more
+            uploads.put(self._path, f'{json.dumps(entry, indent=1)}\n'.encode())
+        except OSError as error:  # training matters more
             if not self._failed:
                 launch.say(f'ssl_jax: {self._path} cannot be written ({error}).')
             self._failed = True

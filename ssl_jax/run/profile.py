@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 import shutil
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -23,6 +24,7 @@ REQUEST = 'profile.request'
 STEPS = 5  # of a request that names no number
 MOST = 1000  # a trace of more steps opens in no browser
 LOOK_SECONDS = 10.0  # between looks into a bucket
+JOIN_SECONDS = 0.2  # that a run waits for the answer; a later one counts at the next log
 
 
 def parse(text: str | None) -> tuple[int, int] | None:
@@ -68,7 +70,9 @@ class Profile:
         self._workdir, self._timers, self._total = epath.Path(workdir), timers, steps[1]
         self._next = planned  # (first, stop) to trace
         self._folder = None  # where a trace is being collected
-        self._looked, self._is_deaf = None, False
+        self._look_at, self._is_deaf = 0.0, False
+        self._asking = None  # the thread that looks for a request in a bucket
+        self._text = None  # of a request
         if planned and not (steps[0] <= planned[0] and planned[1] <= steps[1]):
             launch.log(
                 f'log.profile={planned[0]}:{planned[1]} traces nothing: this process does the '
@@ -108,20 +112,19 @@ class Profile:
 
     def _request(self, done):
         """Steps to trace on request, 0 for none: what process 0 finds."""
-        path, now = self._workdir / REQUEST, time.monotonic()
         if not launch.is_main() or self._is_deaf or done >= self._total:
             return 0
-        if storage.is_remote(path) and self._looked and now - self._looked < LOOK_SECONDS:
-            return 0
-        self._looked = now
-        try:
-            if not path.exists():
-                return 0
-            text = path.read_text().strip()
-            path.unlink()
-        except Exception as error:  # of any library for any bucket
-            self._is_deaf = True  # else it is traced at every log
-            launch.show(f'{path} cannot be read and removed ({error}); requests are not served.')
+        path, now = self._workdir / REQUEST, time.monotonic()
+        if not storage.is_remote(path):
+            self._ask(path)
+        elif now >= self._look_at and not (self._asking and self._asking.is_alive()):
+            self._look_at = now + LOOK_SECONDS
+            # An outage is waited out there.
+            self._asking = threading.Thread(target=self._ask, args=(path,), daemon=True)
+            self._asking.start()
+            self._asking.join(JOIN_SECONDS)
+        text, self._text = self._text, None
+        if text is None:
             return 0
         if text and not (text.isdecimal() and 0 < int(text) <= MOST):
             launch.show(f"{path} says '{text[:50]}': write a number of steps from 1 to {MOST}.")
@@ -129,6 +132,19 @@ class Profile:
         steps = min(int(text or STEPS), self._total - done)
         launch.show(f'profile   of {steps} steps from {done}, as {REQUEST} asks')
         return steps
+
+    def _ask(self, path):
+        """Takes the request at `path`, if there is one."""
+        try:
+            text = storage.read(path).decode(errors='replace').strip()
+            storage.remove(path)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # of any library for any bucket
+            self._is_deaf = True  # else it is traced at every log
+            launch.show(f'{path} cannot be read and removed ({error}); requests are not served.')
+            return
+        self._text = text
 
     def _stop(self, state):
         if self._folder is None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ssl_jax.run import ledger, metrics, storage
+from ssl_jax.run import ledger, metrics
 
 
 class Time:
@@ -58,9 +58,9 @@ def first_process(workdir, time, saved=True):
     work(book, timers, time, 20)
     if saved:
         spend(timers, time, save=5)
-    book.write(20, at_log=True)
+    book.write(20)
     work(book, timers, time, 10)
-    book.write(30, at_log=True)
+    book.write(30)
     return book
 
 
@@ -151,22 +151,19 @@ def test_a_file_that_cannot_be_written_is_said_once_and_ends_nothing(
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(storage, 'atomic_write', full)
+    monkeypatch.setattr(ledger.uploads, 'put', full)
     first_process(tmp_path, time)
     assert capfd.readouterr().err.count('ledger.json cannot be written') == 1
 
 
-def test_in_a_bucket_it_is_written_once_a_minute_and_when_asked(tmp_path, time, monkeypatch):
-    written = []
-    monkeypatch.setattr(storage, 'is_remote', lambda _: True)
-    monkeypatch.setattr(storage, 'atomic_write', lambda *_: written.append(time.now - 5000))
+def test_it_is_written_behind_the_run(tmp_path, time, monkeypatch):
+    put = []
+    monkeypatch.setattr(ledger.uploads, 'put', lambda *args: put.append(args))
     book, timers = opened(tmp_path, time, 0)
-    book.first_step()
-    for step in range(1, 21):
-        work(book, timers, time, 1)
-        book.write(step, at_log=True)
-    book.write(20)
-    assert written == [10, 70, 130, 190, 200]
+    work(book, timers, time, 1)
+    put.clear()
+    book.write(1)
+    assert [path for path, _ in put] == [tmp_path / 'ledger.json'] and not any(tmp_path.iterdir())
 
 
 def test_only_process_0_keeps_the_file(tmp_path, time, monkeypatch):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Some steps are traced, as planned or on request; a trace that fails costs a line."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -71,6 +73,18 @@ def test_a_request_that_cannot_be_removed_is_said_once_and_not_served(tmp_path, 
     (tmp_path / profile.REQUEST).mkdir()
     loop(tmp_path, 0, 5)
     assert capsys.readouterr().out.count('requests are not served') == 1
+
+
+def test_an_outage_holds_up_no_step(tmp_path, monkeypatch):
+    end = threading.Event()
+    monkeypatch.setattr(storage, 'is_remote', lambda _: True)
+    monkeypatch.setattr(storage, 'read', lambda _: end.wait(60))
+    monkeypatch.setattr(profile, 'JOIN_SECONDS', 0.01)
+    found = profile.Profile(tmp_path, None, (0, 9), metrics.Timers())
+    for done in range(1, 9):
+        found.look(done)
+    assert not end.is_set()
+    end.set()
 
 
 @pytest.mark.parametrize('planned', [(1, 3), (8, 12), (12, 14)])
