@@ -55,7 +55,9 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 found = await once(self, method, path, *args, **kwargs)
             except FileNotFoundError as error:  # has a URL
                 text = 'There is no such object or bucket'
-                raise FileNotFoundError(errno.ENOENT, text, _place(path, args)) from error
+                raise FileNotFoundError(
+                    errno.ENOENT, text, _place(path, args, kwargs.get('name'))
+                ) from error
             except Exception as error:
                 seconds, reason = _tries(error)
                 if not seconds:
@@ -76,7 +78,7 @@ class GCSFileSystem(gcsfs.core.GCSFileSystem):
                 return found
 
 
-def _place(path, args, name):
+def _place(path, args, name=''):
     """The gs:// path of a request."""
     if found := re.search(r'/b/([^/?]+)/o(?:/([^?]+)|.*[?&]name=([^&]+))?', path):  # a URL
         args = [found[1], name or urllib.parse.unquote(found[2] or found[3] or '')]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only real processes show: signals, two hosts over loopback, the compilation cache."""
 
+import json
 import re
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import tiny
 from processes import commands, finish, no_process_outlives_its_test, start, twice  # noqa: F401
 from ssl_jax import train
-from ssl_jax.run import metrics
+from ssl_jax.run import metrics, storage
 
 RUN = """
     import tiny
@@ -261,6 +263,36 @@ def test_configs_that_differ_are_found_before_the_first_step(tmp_path):
     assert [code for code, _ in found] == [1, 1], found
     text = 'process 1 has batch_size=16 and process 0 has 8: start all processes with the same'
     assert all(text in out and 'compiled' not in out for _, out in found), found
+
+
+LEASE = """
+    from ssl_jax.run import launch, workdir
+    launch.initialize_distributed()
+    workdir.STALE_SECONDS, workdir.WATCH_SECONDS, workdir.POLL_SECONDS = {stale}, 1, 0.1
+    with workdir.lock({workdir!r}) as held:
+        held()
+        print('locked', flush=True)
+    launch.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stale', [2, 600])
+def test_two_processes_wait_together_for_a_lease_or_are_refused(bucket, stale):
+    path = f'{bucket.root}/run.lock'
+    holder = {'host': 'far-away', 'pid': 7, 'started': '2026-01-02 03:04:05 UTC'}
+    storage.atomic_write(path, json.dumps(holder))
+    processes = twice(LEASE.format(workdir=bucket.root, stale=stale), 1)
+    while stale == 600 and any(p.poll() is None for p in processes):  # the other run answers
+        storage.atomic_write(path, json.dumps({**holder, 'beat': time.monotonic()}))
+        time.sleep(1)
+    found = [finish(p) for p in processes]
+    if stale == 600:
+        assert [code for code, _ in found] == [1, 1] and 'in use by process 7' in found[0][1]
+    else:
+        assert [code for code, _ in found] == [0, 0], found
+        assert all(out.count('locked') == 1 for _, out in found)
+        assert found[0][1].count('this run starts in') == 1
 
 
 @pytest.mark.slow
