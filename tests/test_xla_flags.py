@@ -106,8 +106,8 @@ def test_windowed_products_are_turned_off_for_fsdp_alone():
 
 def test_the_row_of_a_kind_goes_over_that_of_all(monkeypatch):
     monkeypatch.setitem(sharding.FLAGS, 'TPU9', {VMEM: (1, 'a test')})
-    assert sharding.compiler_options(Mesh('TPU9'))[VMEM] == 1
-    assert sharding.compiler_options(Mesh('TPU8'))[VMEM] == sharding.FLAGS['TPU'][VMEM][0]
+    found = {k: sharding.compiler_options(Mesh(k))[VMEM] for k in ('TPU9', 'TPU8', 'TPU7x')}
+    assert found == {'TPU9': 1, 'TPU8': 24 * 1024, 'TPU7x': 32 * 1024}
 
 
 def test_a_flag_of_the_user_goes_over_the_table_and_none_leaves_it_to_xla(monkeypatch):
