@@ -103,7 +103,7 @@ def passes(error: BaseException, outer: BaseException | None = None) -> bool:
     return _has_waited(error, outer) or _seconds_for(error, outer) > 0
 
 
-def _has_waited(error, outer):
+def _has_waited(error, outer=None):
     """Whether the file system behind ``gs://`` has tried for long enough already."""
     return any(isinstance(link, Unavailable) for link in _chain(error, outer))
 
@@ -130,7 +130,7 @@ def reason(error: BaseException, outer: BaseException | None = None) -> str:
     return f'{type(deepest).__name__}: {" ".join(str(deepest).split())[:300]}'
 
 
-def _seconds_for(error, outer):
+def _seconds_for(error, outer=None):
     """How long to try again after `error`; 0 if it proves something."""
     for link in _chain(error, outer):
         if isinstance(link, RuntimeError):  # of XLA, whose codes have the same names
@@ -150,7 +150,7 @@ def _seconds_for(error, outer):
     return 0.0
 
 
-def _chain(error, outer) -> Iterator[BaseException]:
+def _chain(error, outer=None) -> Iterator[BaseException]:
     """An exception and those behind it, up to `outer`."""
     seen = {id(outer)}
     while error is not None and id(error) not in seen:
