@@ -237,11 +237,12 @@ def pretrain(args):
     from ssl_jax import train
     from ssl_jax.run import launch
 
+    fields = _data_fields(args)
     if not args.config and not args.data:
         raise errors.UserError(
             'give --data DIR (your images) or --config RECIPE (e.g. scenes_mae).'
         )
-    recipe, fields = _recipe(args), _data_fields(args)
+    recipe = _recipe(args)
     launch.initialize_distributed()
     train.command(recipe, hints.behind(fields + args.fields), args.workdir, args.compiled)
 

@@ -146,9 +146,14 @@ def test_the_command_picks_recipe_and_data(monkeypatch):
     monkeypatch.setattr(train, 'command', lambda *args: found.append(args))
     command('--model', 'm', '--data', 'd', '--test', 't')
     fields = ['init_from=m', 'data.train=d', 'method.num_classes=None', 'data.eval_test=t']
-    assert found.pop() == ('finetune_images', fields, 'w')
+    assert found.pop() == ('finetune_images', fields, 'w', None)
     command('--model', 'none', '--recipe', 'beit', 'batch_size=8')
-    assert found.pop() == ('finetune_beit_vitb16', ['optim.layer_decay=None', 'batch_size=8'], 'w')
+    assert found.pop() == (
+        'finetune_beit_vitb16',
+        ['optim.layer_decay=None', 'batch_size=8'],
+        'w',
+        None,
+    )
 
 
 @pytest.mark.parametrize(

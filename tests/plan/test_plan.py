@@ -17,7 +17,6 @@ from ssl_jax import step as step_lib
 from ssl_jax.data import scenes
 from ssl_jax.kernels import attention, ops
 from ssl_jax.kernels.segments import Segment
-from ssl_jax.kernels.tpu import rows as tpu_rows
 from ssl_jax.plan import chips, compile, hlo, report, search
 from ssl_jax.run import clock, start, trees
 
@@ -303,8 +302,8 @@ def test_fine_tuning_is_planned_with_the_sizes_of_its_weights_as_it_is_trained(
 
 @pytest.mark.usefixtures('tpu_kernels_on')
 def test_the_step_without_our_kernels_is_planned_beside_the_one_with_them(monkeypatch):
-    def planned(config, devices, chip):
-        mfu = 0.5 if tpu_rows.enabled() else 0.25
+    def planned(config, *_):
+        mfu = 0.25 if config.kernels == 'off' else 0.5
         return {'fits': True, 'mfu': mfu, 'cycles': 1, 'name': config.name}
 
     monkeypatch.setattr(chips, 'devices', lambda *_: [None])

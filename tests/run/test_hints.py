@@ -65,7 +65,7 @@ def test_features_asks_for_the_heads_and_takes_them_behind_its_words(
 
 def test_finetune_and_pretrain_take_them_too_and_keep_them_in_the_config(flat, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, 'command', lambda recipe, fields, workdir: seen.append(fields))
+    monkeypatch.setattr(train, 'command', lambda recipe, fields, *_: seen.append(fields))
     words = ['num_heads=4', 'optim.lr=0.1', 'part=model']
     cli.main(['finetune', '--model', str(flat), '--config', 'x', '--workdir', 'w', *words])
     assert seen[-1] == [f'init_from={flat} num_heads=4 part=model', 'optim.lr=0.1']
