@@ -224,6 +224,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _named_errors(self, step):
         """Makes a CheckpointError of an error while `step` is saved."""
+        outer = patience.handled()
         try:
             yield
         except Exception as e:
@@ -231,11 +232,11 @@ class Checkpointer:
             # Not asked again: what does not answer would be waited for once more.
             last = f'step {self._known[-1]} is intact' if self._known else 'there is no earlier one'
             then = 'make room or choose another place and start the same command again'
-            if patience.passes(e) and storage.is_remote(self.directory):
+            if patience.passes(e, outer) and storage.is_remote(self.directory):
                 then = 'start the same command again once the bucket answers'
             raise CheckpointError(
                 f'The checkpoint of step {step} could not be written to {self.directory}: '
-                f'{patience.reason(e)}; {last}; {then}.'
+                f'{patience.reason(e, outer)}; {last}; {then}.'
             ) from e
 
 

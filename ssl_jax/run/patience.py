@@ -7,9 +7,10 @@ says nothing about the data: it is waited for, and then ends the run.
 """
 
 import errno
-import http
+import http.client
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,47 +51,60 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
       Unavailable: the storage did not answer for as long as `seconds` says.
     """
     start, wait, said = time.monotonic(), min(WAIT[0], seconds() / 20), False
+    outer = handled()
     while True:
         try:
             return call()
         except Exception as error:
-            for link in _chain(error):
+            for link in _chain(error, outer):
                 if isinstance(link, errors.UserError) and not isinstance(link, Unavailable):
                     raise link from None
-            limit, waited = _seconds_for(error), _has_waited(error)
+            limit, waited = _seconds_for(error, outer), _has_waited(error, outer)
             if not limit and not waited:
                 raise
             passed = time.monotonic() - start
             if waited or passed >= limit:
-                raise Unavailable(f'{what} cannot be read: {reason(error)}; {then}.') from error
+                raise Unavailable(
+                    f'{what} cannot be read: {reason(error, outer)}; {then}.'
+                ) from error
             if passed >= min(SAID, limit / 2) and not said:
                 said = True
-                launch.say(f'{what}: {reason(error)}; trying again for {limit:.0f} s.')
+                launch.say(f'{what}: {reason(error, outer)}; trying again for {limit:.0f} s.')
             time.sleep(min(wait, start + limit - time.monotonic() + 0.01))
             wait = min(2 * wait, WAIT[1])
 
 
-def passes(error: BaseException) -> bool:
-    """Whether the storage did not answer or refused, rather than show that something is wrong."""
-    return _has_waited(error) or _seconds_for(error) > 0
+def handled() -> BaseException | None:
+    """The exception that is being handled: Python takes it for the context of all that follow."""
+    return sys.exc_info()[1]
 
 
-def _has_waited(error):
+def passes(error: BaseException, outer: BaseException | None = None) -> bool:
+    """Whether the storage did not answer or refused, rather than show that something is wrong.
+
+    Args:
+      error: an exception, with those behind it.
+      outer: what was `handled` before the call that raised `error`; it tells nothing.
+    """
+    return _has_waited(error, outer) or _seconds_for(error, outer) > 0
+
+
+def _has_waited(error, outer):
     """Whether the file system behind ``gs://`` has tried for long enough already."""
-    return any(isinstance(link, Unavailable) for link in _chain(error))
+    return any(isinstance(link, Unavailable) for link in _chain(error, outer))
 
 
-def reason(error: BaseException) -> str:
-    """One line for an exception of Orbax or TensorStore, with the errno if there is one."""
-    links = list(_chain(error))
-    for link in links:
+def reason(error: BaseException, outer: BaseException | None = None) -> str:
+    """One line for an exception of Orbax or TensorStore; `outer` as for `passes`."""
+    for link in _chain(error, outer):
         if isinstance(link, errors.UserError):
             return str(link).removesuffix('.')
         if code := _errno(link):
             where = f' at {link.filename}' if getattr(link, 'filename', None) else ''
             return f'{os.strerror(code)} (errno {code}, {errno.errorcode.get(code, "?")}){where}'
         if found := re.search(r"http_response_code='(\d+)'", str(link)):
-            return f'the bucket answers {found[1]} ({http.HTTPStatus(int(found[1])).phrase})'
+            phrase = http.client.responses.get(int(found[1]), 'unknown')
+            return f'the bucket answers {found[1]} ({phrase})'
         if found := re.search(r'CURL error ([^\[]*?) *\[', str(link)):
             return f'the bucket does not answer ({found[1]})'
     deepest = error
@@ -99,9 +113,9 @@ def reason(error: BaseException) -> str:
     return f'{type(deepest).__name__}: {" ".join(str(deepest).split())[:300]}'
 
 
-def _seconds_for(error):
+def _seconds_for(error, outer=None):
     """How long to try again after `error`; 0 if it proves something."""
-    for link in _chain(error):
+    for link in _chain(error, outer):
         if isinstance(link, RuntimeError):  # of XLA, whose codes have the same names
             continue
         text, code, status = str(link), _errno(link), None
@@ -119,9 +133,9 @@ def _seconds_for(error):
     return 0.0
 
 
-def _chain(error) -> Iterator[BaseException]:
-    """An exception and those behind it."""
-    seen = set()
+def _chain(error, outer) -> Iterator[BaseException]:
+    """An exception and those behind it, up to `outer`."""
+    seen = {id(outer)}
     while error is not None and id(error) not in seen:
         yield error
         seen.add(id(error))
