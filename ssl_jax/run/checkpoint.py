@@ -225,7 +225,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _named_errors(self, step):
         """Makes a CheckpointError of an error while `step` is saved."""
-        outer = sys.exc_info()[1]  # that of a run which saves as it ends
+        outer = patience.handled()
         try:
             yield
         except Exception as e:

@@ -7,12 +7,10 @@ says nothing about the data: it is waited for, and then ends the run.
 """
 
 import errno
-import http
-import math
+import http.client
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,7 +55,7 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
       Unavailable: the storage did not answer for as long as `seconds` says.
     """
     start, wait, said = time.monotonic(), min(WAIT[0], seconds() / 20), False
-    outer = sys.exc_info()[1]
+    outer = handled()
     while True:
         try:
             return call()
@@ -74,54 +72,43 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
                     f'{what} cannot be read: {reason(error, outer)}; {then}.'
                 ) from error
             if passed >= min(SAID, limit / 2) and not said:
-                said = say(f'{what}: {reason(error, outer)}; trying again for {limit:.0f} s.')
+                said = True
+                launch.say(f'{what}: {reason(error, outer)}; trying again for {limit:.0f} s.')
             time.sleep(min(wait, start + limit - time.monotonic() + 0.01))
             wait = min(2 * wait, WAIT[1])
 
 
-def say(line: str) -> bool:
-    """Says it unless something was said less than `QUIET` ago; whether it did.
-
-    One outage meets all threads that read.
-    """
-    global _last
-    with _lock:
-        if time.monotonic() - _last < QUIET:
-            return False
-        _last = time.monotonic()
-    launch.say(line)
-    return True
+def handled() -> BaseException | None:
+    """The exception that is being handled: Python takes it for the context of all that follow."""
+    return sys.exc_info()[1]
 
 
 def passes(error: BaseException, outer: BaseException | None = None) -> bool:
     """Whether the storage did not answer or refused, rather than show that something is wrong.
 
     Args:
-      error: of the storage.
-      outer: what was being handled before: Python links it to `error`, which it did not cause.
+      error: an exception, with those behind it.
+      outer: what was `handled` before the call that raised `error`; it tells nothing.
     """
     return _has_waited(error, outer) or _seconds_for(error, outer) > 0
 
 
-def _has_waited(error, outer=None):
+def _has_waited(error, outer):
     """Whether the file system behind ``gs://`` has tried for long enough already."""
     return any(isinstance(link, Unavailable) for link in _chain(error, outer))
 
 
 def reason(error: BaseException, outer: BaseException | None = None) -> str:
-    """One line for an exception of Orbax or TensorStore, with the errno if there is one.
-
-    For the arguments see `passes`.
-    """
-    links = list(_chain(error, outer))
-    for link in links:
+    """One line for an exception of Orbax or TensorStore; `outer` as for `passes`."""
+    for link in _chain(error, outer):
         if isinstance(link, errors.UserError):
             return str(link).removesuffix('.')
         if code := _errno(link):
             where = f' at {link.filename}' if getattr(link, 'filename', None) else ''
             return f'{os.strerror(code)} (errno {code}, {errno.errorcode.get(code, "?")}){where}'
         if found := re.search(r"http_response_code='(\d+)'", str(link)):
-            return f'the bucket answers {found[1]} ({http.HTTPStatus(int(found[1])).phrase})'
+            phrase = http.client.responses.get(int(found[1]), 'unknown')
+            return f'the bucket answers {found[1]} ({phrase})'
         if found := re.search(r'CURL error ([^\[]*?) *\[', str(link)):
             return f'the bucket does not answer ({found[1]})'
     deepest = error
@@ -150,7 +137,7 @@ def _seconds_for(error, outer=None):
     return 0.0
 
 
-def _chain(error, outer=None) -> Iterator[BaseException]:
+def _chain(error, outer) -> Iterator[BaseException]:
     """An exception and those behind it, up to `outer`."""
     seen = {id(outer)}
     while error is not None and id(error) not in seen:

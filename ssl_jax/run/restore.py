@@ -91,6 +91,7 @@ def _read(path, items):
 
     No process waits for another, since one alone may fail.
     """
+    outer = patience.handled()
     try:
         return *patiently(path, lambda: _read_once(path, items)), None
     except (errors.UserError, MemoryError):
@@ -98,7 +99,7 @@ def _read(path, items):
     except Exception as e:
         if 'Out of memory' in str(e):  # of a device: nothing is wrong with the checkpoint
             raise
-        return None, None, patience.reason(e)
+        return None, None, patience.reason(e, outer)
 
 
 def _read_once(path, items):

@@ -73,6 +73,21 @@ def test_what_passes_is_tried_again_and_other_errors_are_raised_at_once(monkeypa
         patience.patiently('a', call, 'wait')
 
 
+@pytest.mark.parametrize('outer', [errors.UserError('bad'), OSError(errno.EIO, 'bad')])
+def test_an_error_that_is_being_handled_tells_nothing_of_those_that_follow(tmp_path, outer):
+    """A run that ends with an error saves first."""
+    try:
+        raise outer
+    except (errors.UserError, OSError):
+        assert checkpoint.steps(tmp_path / 'absent') == []
+        states.save(tmp_path, 1, 2)
+        (tmp_path / '2' / 'meta' / 'metadata').write_text('{')
+        assert states.restore(tmp_path)[1]['step'] == 1
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(checkpoint.CheckpointError, match='ENOTDIR.*make room'):
+            states.save(tmp_path / 'file' / 'checkpoints', 1)
+
+
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
     monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '0.2')
