@@ -353,7 +353,7 @@ def main(argv=None):
 def command(recipe, overrides, workdir, programs=None):
     """Trains for a command line: errors as one sentence, exit code 0 after a signal."""
     before = {'joining': launch.join_seconds}
-    before['imports'] = launch.process_seconds() - launch.join_seconds
+    before['imports'] = max(0.0, launch.process_seconds() - launch.join_seconds)
     with errors.in_a_sentence('ssl_jax'), peers.announced():
         storage.require_workdir(workdir)
         config = start.continued(config_lib.load(recipe, overrides), workdir)

@@ -3,9 +3,9 @@
 
 `peers.at` and `peers.progress` are the progress: steps, batches of any stream, saves, parts of an
 evaluation. A thread looks at them. It needs Python's lock; a call that never gives that back is
-found by the other processes (`peers.SILENT_SECONDS`), and at the end by a timer of C, which prints
-the stacks and exits. Time in which the whole process is stopped does not count, except for that
-timer.
+ended by a timer of C, which prints the stacks: with several processes soon after the others have
+found this one silent (`peers.SILENT_SECONDS`), alone when the run would end. Time in which the
+whole process is stopped does not count, except for that timer.
 
 Not seen: what stalls before `train`, and threads and worker processes of the loader by themselves;
 the process that waits for them is.
@@ -97,8 +97,10 @@ def _limit(seconds, state):
 
 def _arm(seconds, margin):
     """Sets the timer of C, for the case that this thread cannot run then."""
-    late = max(0.0, seconds) + END_SECONDS + margin
-    faulthandler.dump_traceback_later(late, exit=True, file=2)
+    late = max(0.0, seconds) + margin
+    if peers.others():
+        late = min(late, peers.SILENT_SECONDS)
+    faulthandler.dump_traceback_later(late + END_SECONDS, exit=True, file=2)
 
 
 def _end(workdir, state, stalled, dumped):

@@ -13,6 +13,7 @@ import tiny
 from processes import finish, no_process_outlives_its_test, start  # noqa: F401
 from ssl_jax import config, train
 from ssl_jax.data import loader
+from ssl_jax.evals import knn
 from ssl_jax.run import errors, peers, storage, watchdog
 
 
@@ -72,6 +73,15 @@ def test_a_batch_of_any_stream_is_progress():
     before = peers.now()
     next(stream)
     assert peers.now() is not before and peers.now().phase == before.phase
+
+
+def test_every_chunk_of_a_long_knn_is_progress(monkeypatch):
+    moved = []
+    monkeypatch.setattr(knn, 'CHUNK_ELEMENTS', 1)  # 16 queries, the fewest
+    monkeypatch.setattr(knn.peers, 'progress', lambda: moved.append(0))
+    x = np.eye(40, dtype=np.float32)
+    knn.knn(x, np.arange(40) % 2, x, np.arange(40) % 2, num_classes=2, ks=(1,))
+    assert len(moved) == 3
 
 
 def test_a_run_that_moves_again_says_so_and_may_stall_again(tmp_path, ended, capfd):
@@ -148,14 +158,20 @@ HELD = """
     from ssl_jax.run import peers, watchdog
     watchdog.END_SECONDS = watchdog.TICK_SECONDS = 0.2
     peers.at('step 7')
-    with watchdog.watch('.', 0.1, 0.3):
+    {others}
+    with watchdog.watch('.', 0.1, {exit}):
         ctypes.PyDLL(None).sleep(60)  # PyDLL: keeps Python's lock
 """
 
 
-def test_a_call_that_keeps_pythons_lock_is_ended_with_its_stack():
-    code, out = finish(start(HELD), timeout=60)
-    assert code == 1 and 'Timeout' in out and 'line 7 in <module>' in out, out
+@pytest.mark.parametrize(
+    'exit, others',
+    [(0.3, ''), (3600, "peers.SILENT_SECONDS, peers.others = 0.3, lambda: {1: 'step 7'}")],
+    ids=['alone', 'of several'],
+)
+def test_a_call_that_keeps_pythons_lock_is_ended_with_its_stack(exit, others):
+    code, out = finish(start(HELD.format(exit=exit, others=others)), timeout=40)
+    assert code == 1 and 'Timeout' in out and 'line 8 in <module>' in out, out
 
 
 @pytest.mark.parametrize(
