@@ -48,7 +48,7 @@ FLAGS = {
     'TPU7x': {
         'xla_tpu_scoped_vmem_limit_kib': (
             32 * 1024,
-            '2 to 3 % fewer cycles than with 24 MiB in blocks of MAE-L',
+            '2 to 10 % fewer cycles than with 24 MiB in blocks of MAE-L and DINOv2-L',
         ),
         'xla_tpu_control_large_2nd_minor_layout_for_x16': (
             False,

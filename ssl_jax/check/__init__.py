@@ -7,15 +7,12 @@ devices and the step need all processes, so they are left out once something tha
 
 import contextlib
 import dataclasses
-import json
 import socket
 import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ssl_jax import config as config_lib
 from ssl_jax.check import data, disk, machine, speed
@@ -112,15 +109,4 @@ def _tell(found: list[Row]) -> list[str]:
         return [row.what for row in merged if row.verdict == 'bad']
 
     values = [name, [dataclasses.asdict(row) for row in found]]
-    if jax.process_count() == 1 or peers.joined():
-        return peers.consult(values, judge)
-    return judge(_gather(values))  # each for itself: they all see the same
-
-
-def _gather(values):
-    """The JSON values of all processes, through their devices."""
-    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    longest = multihost_utils.process_allgather(np.asarray(text.size)).max()
-    padded = np.full(longest, ord(' '), np.uint8)
-    padded[: text.size] = text
-    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    return launch.consult(values, judge)

@@ -45,7 +45,7 @@ def rows(
         made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     try:
         with caught(found, 'workdir', fix):
-            storage.require(workdir)
+            storage.require_workdir(workdir)
             if not remote:
                 (workdir / name).mkdir(parents=True, exist_ok=True)
             _files(found, workdir / name)

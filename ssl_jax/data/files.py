@@ -41,17 +41,11 @@ def require(path: str) -> None:
         bucket.require(path)
     # The nearest folder that exists; there are no folders in a bucket, only names with a slash.
     parent, name = os.path.split(path.rstrip('/') if remote else os.path.abspath(path))
-    while not (known := _names(parent)) and (
+    while not (known := storage.names(parent)) and (
         parent.count('/') > 2 if remote else not os.path.isdir(parent)
     ):
         parent, name = os.path.split(parent)
     raise FileNotFoundError(f'{path} does not exist{errors.nearest(name, known, f" in {parent}")}')
-
-
-def _names(folder):
-    if storage.is_remote(folder):
-        return bucket.names(folder)
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def exists(path: str) -> bool:
@@ -235,9 +229,8 @@ def children(folder: str, root: str) -> tuple[list[str], list[str]]:
         while i < len(names) and names[i].startswith(prefix):
             name, slash, _ = names[i][len(prefix) :].partition('/')
             (folders if slash else found).append(name)
-            i = (
-                bisect.bisect_left(names, f'{prefix}{name}0', i) if slash else i + 1
-            )  # '0' after '/'
+            after = f'{prefix}{name}0'  # of all names in a folder: '0' comes after '/'
+            i = bisect.bisect_left(names, after, i) if slash else i + 1
     return tuple(sorted(n for n in x if n and not is_system(n)) for x in (found, folders))
 
 

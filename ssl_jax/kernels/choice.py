@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forms of operations chosen by measurement on the device at hand: values first, then time.
 
-    verdicts = measure(typical())      # of a run: the calls that its step makes, see `for_run`
+    verdicts = measure(typical())      # of a run: the calls of its step, `verdicts.for_run`
     print(table(verdicts))
     with using({v.call.key: v.form for v in verdicts if v.used}, platform):
         step.lower(...)

@@ -76,7 +76,7 @@ def for_run(
         decided = _decide(calls, platform, _where(device), run, folder, measured, log)
         chosen = {v.call.key: v.form for v in decided if v.used}
         log(_summary(decided, calls))
-    return json.loads(launch.main_sends(json.dumps(chosen))), platform
+    return launch.consult(chosen, lambda found: found[0]), platform
 
 
 def _decide(calls, platform, where, run, folder, measured, log):

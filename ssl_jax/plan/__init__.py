@@ -92,6 +92,7 @@ def run(
     command = ['ssl_jax plan --config', config, '--topology', topology]
     command += ['--slices', str(slices)] if slices > 1 else []
     command += ['--mesh', mesh] if mesh else []
+    command += ['--xla-alone'] if xla_alone else []
     plan.update(topology=topology, command=' '.join([*command, *fields]))
     plan['scale'] = compile_lib.matmul_scale(devices[0], chip)
     if xla_alone:

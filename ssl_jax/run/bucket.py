@@ -141,31 +141,17 @@ def _post(path, data, **conditions):
     return system.call('POST', url, data=data, **more)
 
 
-def create(path: str | os.PathLike, data: bytes) -> bool:
-    """Writes an object if it is absent, which the service decides; whether it was.
-
-    `data` must differ between writers.
-    """
-    return bool(swap(path, data, ''))
-
-
 def look(path: str | os.PathLike) -> Seen | None:
-    """The object at `path`, None if it is absent."""
-    path = os.fspath(path)
-    system, name, key = _parts(path)
+    """The object of gs:// at `path`, None if it is absent."""
+    system, name, key = _parts(os.fspath(path))
     try:
-        if scheme(path) == 's3':
-            info = system.call_s3('head_object', Bucket=name, Key=key)
-            now = _seconds(info['ResponseMetadata']['HTTPHeaders']['date'])
-            data = system.call_s3('get_object', Bucket=name, Key=key, IfMatch=info['ETag'])
-            data = fsspec.asyn.sync(system.loop, data['Body'].read)
-            return Seen(data, info['ETag'], max(now - info['LastModified'].timestamp(), 0.0))
         headers, text = system.call('GET', 'b/{}/o/{}', name, key)
         info = json.loads(text)
-        now, written = _seconds(headers['Date']), datetime.datetime.fromisoformat(info['updated'])
+        now = email.utils.parsedate_to_datetime(headers['Date'])
+        age = (now - datetime.datetime.fromisoformat(info['updated'])).total_seconds()
         more = dict(alt='media', generation=info['generation'])
         data = system.call('GET', 'b/{}/o/{}', name, key, **more)[1]
-        return Seen(data, info['generation'], max(now - written.timestamp(), 0.0))
+        return Seen(data, info['generation'], max(age, 0.0))
     except FileNotFoundError:
         return None
 
@@ -176,13 +162,8 @@ def _parts(path):
     return file_system(path), name, key
 
 
-def _seconds(text):
-    """Seconds since the epoch of a date in a header."""
-    return email.utils.parsedate_to_datetime(text).timestamp()
-
-
 def swap(path: str | os.PathLike, data: bytes, stamp: str) -> str:
-    """Writes an object if it still has `stamp`, which the service decides.
+    """Writes an object of gs:// if it still has `stamp`, which the service decides.
 
     Args:
       path: of the object.
@@ -193,34 +174,26 @@ def swap(path: str | os.PathLike, data: bytes, stamp: str) -> str:
       The new stamp; '' if nothing was written.
     """
     path = os.fspath(path)
-    system, name, key = _parts(path)
     try:
-        if scheme(path) == 's3':
-            match = {'IfMatch': stamp} if stamp else {'IfNoneMatch': '*'}
-            return system.call_s3('put_object', Bucket=name, Key=key, Body=data, **match)['ETag']
         return _post(path, data, ifGenerationMatch=stamp or '0')['generation']
-    except OSError as error:
-        if not _is_refused(error):
-            raise
-    seen = look(path)  # maybe this was a second try, and the answer to the first was lost
+    except FileExistsError:  # maybe of a second try, when the answer to the first was lost
+        seen = look(path)
     return seen.stamp if seen and seen.data == data else ''
 
 
-def _is_refused(error):
-    """Whether a condition did not hold."""
-    code = getattr(error.__cause__, 'response', {}).get('Error', {}).get('Code')  # of botocore
-    gone = ('PreconditionFailed', 'ConditionalRequestConflict', 'NoSuchKey', '412', '409')
-    return isinstance(error, FileExistsError) or code in gone
-
-
 def remove(path: str | os.PathLike, stamp: str = '') -> None:
-    """Deletes an object; nothing if it is absent, or has another stamp than the given one."""
+    """Deletes an object; nothing if it is absent.
+
+    Args:
+      path: of the object.
+      stamp: of an object of gs://, which stays if it has another one by now; '' deletes any.
+    """
     path = os.fspath(path)
     system, name, key = _parts(path)
     with contextlib.suppress(FileNotFoundError, FileExistsError):
-        if stamp and scheme(path) == 'gs':
+        if stamp:
             system.call('DELETE', 'b/{}/o/{}', name, key, ifGenerationMatch=stamp)
-        elif not stamp or (seen := look(path)) and seen.stamp == stamp:
+        else:
             system.rm_file(path)
 
 

@@ -19,7 +19,6 @@ lost (see `patience`).
 import concurrent.futures
 import contextlib
 import dataclasses
-import sys
 import time
 from typing import Any
 

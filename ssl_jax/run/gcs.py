@@ -89,20 +89,16 @@ def _tries(error):
     """(seconds to try again after `error`, 0 if that cannot help; the reason as a sentence)."""
     if isinstance(error, google.auth.exceptions.DefaultCredentialsError):
         return 1e-9, f'there are no credentials ({_short(error)}); {LOGIN}'
-    code = getattr(error, 'code', None)
-    code = int(code) if str(code).isdecimal() else None
+    code, refused = str(getattr(error, 'code', '')), ''
     if isinstance(error, OSError) and str(error).startswith('Forbidden'):
-        return min(
-            patience.REFUSED, patience.seconds()
-        ), f'access is forbidden (403: {_short(error)}); {LOGIN}'
-    if code == 401:
-        return min(
-            patience.REFUSED, patience.seconds()
-        ), f'the credentials are not valid (401: {_short(error)}); {LOGIN}'
-    if isinstance(error, google.auth.exceptions.RefreshError):
-        return min(
-            patience.REFUSED, patience.seconds()
-        ), f'the credentials cannot be renewed ({_short(error)}); {LOGIN}'
+        refused = 'access is forbidden (403: {})'
+    elif code == '401':
+        refused = 'the credentials are not valid (401: {})'
+    elif isinstance(error, google.auth.exceptions.RefreshError):
+        refused = 'the credentials cannot be renewed ({})'
+    if refused:
+        seconds = min(patience.REFUSED, patience.seconds())
+        return seconds, f'{refused.format(_short(error))}; {LOGIN}'
     transient = gcsfs.retry.is_retriable(error) or isinstance(
         error, (asyncio.TimeoutError, ConnectionError, google.auth.exceptions.TransportError)
     )

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from ssl_jax.run import launch, metrics, uploads
+from ssl_jax.run import errors, launch, metrics, storage, uploads
 
 WORDS = {
     'start': 'start',
@@ -65,13 +65,15 @@ class Ledger:
 
     def _read(self):
         """What the processes before this one wrote, or None."""
-        if not self._path.exists():
-            return None
         try:
-            old = json.loads(self._path.read_text())
+            old = json.loads(storage.read(self._path))
             float(old['time']), int(old['step']), int(old['steps']), bool(old['finished'])
             {k: float(v) for k, v in old['seconds'].items()}
             return old
+        except FileNotFoundError:
+            return None
+        except errors.UserError:  # a bucket that does not answer: what it holds must not be lost
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             launch.log(f'{self._path} cannot be read ({error}); it counts from now on.')
             return None

@@ -8,9 +8,11 @@ says nothing about the data: it is waited for, and then ends the run.
 
 import errno
 import http.client
+import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,10 +74,23 @@ def patiently(what: str, call: Callable[[], Any], then: str) -> Any:
                     f'{what} cannot be read: {reason(error, outer)}; {then}.'
                 ) from error
             if passed >= min(SAID, limit / 2) and not said:
-                said = True
-                launch.say(f'{what}: {reason(error, outer)}; trying again for {limit:.0f} s.')
+                said = say(f'{what}: {reason(error, outer)}; trying again for {limit:.0f} s.')
             time.sleep(min(wait, start + limit - time.monotonic() + 0.01))
             wait = min(2 * wait, WAIT[1])
+
+
+def say(line: str) -> bool:
+    """Says it unless something was said less than `QUIET` ago; whether it did.
+
+    One outage meets all threads that read.
+    """
+    global _last
+    with _lock:
+        if time.monotonic() - _last < QUIET:
+            return False
+        _last = time.monotonic()
+    launch.say(line)
+    return True
 
 
 def handled() -> BaseException | None:
@@ -87,20 +102,24 @@ def passes(error: BaseException, outer: BaseException | None = None) -> bool:
     """Whether the storage did not answer or refused, rather than show that something is wrong.
 
     Args:
-      error: an exception, with those behind it.
+      error: of the storage.
       outer: what was `handled` before the call that raised `error`; it tells nothing.
     """
     return _has_waited(error, outer) or _seconds_for(error, outer) > 0
 
 
-def _has_waited(error, outer):
+def _has_waited(error, outer=None):
     """Whether the file system behind ``gs://`` has tried for long enough already."""
     return any(isinstance(link, Unavailable) for link in _chain(error, outer))
 
 
 def reason(error: BaseException, outer: BaseException | None = None) -> str:
-    """One line for an exception of Orbax or TensorStore; `outer` as for `passes`."""
-    for link in _chain(error, outer):
+    """One line for an exception of Orbax or TensorStore, with the errno if there is one.
+
+    For the arguments see `passes`.
+    """
+    links = list(_chain(error, outer))
+    for link in links:
         if isinstance(link, errors.UserError):
             return str(link).removesuffix('.')
         if code := _errno(link):
@@ -137,7 +156,7 @@ def _seconds_for(error, outer=None):
     return 0.0
 
 
-def _chain(error, outer) -> Iterator[BaseException]:
+def _chain(error, outer=None) -> Iterator[BaseException]:
     """An exception and those behind it, up to `outer`."""
     seen = {id(outer)}
     while error is not None and id(error) not in seen:

@@ -285,24 +285,20 @@ def compare(values: dict) -> None:
         return
     before = _now.phase
     at('comparing configs')
-    if _peers.index:
-        _peers.links[0].send(values=values)
-        _peers.inbox.get()
-        at(before)
-        return
-    values = json.loads(json.dumps(values, default=str))
-    for _ in _peers.links:
-        process, theirs = _peers.inbox.get()
-        names = [k for k in {**values, **theirs} if values.get(k) != theirs.get(k)]
-        if names:
-            k, more = names[0], f' ({len(names)} values differ)' if len(names) > 1 else ''
-            raise errors.UserError(
-                f'process {process} has {k}={theirs.get(k)!r} and process 0 has '
-                f'{values.get(k)!r}{more}: start all processes with the same command, versions '
-                f'and data.'
-            )
-    for link in _peers.links.values():
-        link.send(values=True)
+
+    def judge(found):
+        own, *others = found
+        for process, theirs in enumerate(others, 1):
+            names = [k for k in {**own, **theirs} if own.get(k) != theirs.get(k)]
+            if names:
+                k, more = names[0], f' ({len(names)} values differ)' if len(names) > 1 else ''
+                raise errors.UserError(
+                    f'process {process} has {k}={theirs.get(k)!r} and process 0 has '
+                    f'{own.get(k)!r}{more}: start all processes with the same command, versions '
+                    f'and data.'
+                )
+
+    consult(json.loads(json.dumps(values, default=str)), judge)
     at(before)
 
 

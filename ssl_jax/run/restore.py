@@ -22,8 +22,8 @@ from ssl_jax.run import bucket, checksums, errors, launch, patience, step_dirs, 
 EMPTY = '{} holds no checkpoint; give the workdir of a run that has saved one.'
 # A restore keeps no more than this in flight on the host.
 READ_GB = 16
-# TensorStore sends a request anew after so many seconds without data; else a server that stalls
-# stalls the run. It tries 32 times, at most 32 s apart, so it waits out 15 minutes of errors.
+# After 60 s without data TensorStore sends a request anew; without a limit a server that stalls
+# would stall the run. Its default of 32 tries, 1 to 32 s apart, waits out 15 minutes of errors.
 os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '60')
 os.environ.setdefault('TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS', '30')
 

@@ -29,14 +29,11 @@ def names(folder: epath.PathLike) -> list[str]:
     Raises:
       Unavailable: it cannot be listed, which says nothing about what it holds.
     """
-    if storage.is_remote(folder):
-        return bucket.names(folder)
-    try:
-        return patience.patiently(
-            f'the folder {folder}', lambda: sorted(os.listdir(folder)), 'nothing was changed'
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    if storage.is_remote(folder):  # `gcs` is patient itself
+        return storage.names(folder)
+    return patience.patiently(
+        f'the folder {folder}', lambda: storage.names(folder), 'nothing was changed'
+    )
 
 
 def scan(directory: epath.PathLike) -> dict[int, bool]:

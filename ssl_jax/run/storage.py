@@ -95,7 +95,10 @@ def names(folder: epath.PathLike) -> list[str]:
     """Names directly below a folder, sorted; [] if it is absent."""
     if is_remote(folder):
         return bucket.names(folder)
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def remove(path: epath.PathLike) -> None:

@@ -35,9 +35,8 @@ def at_once(function: Callable[[Any], Any], items: Iterable, count: int) -> Iter
             for x in itertools.islice(items, count - len(running)):
                 running.append(queue.SimpleQueue())
                 tasks.put((x, running[-1]))
-                if (
-                    started < count
-                ):  # a daemon: those of a pool are joined at the end of the program
+                if started < count:
+                    # A daemon: those of a pool are joined at the end of the program.
                     threading.Thread(target=work, name='ssl_jax-at-once', daemon=True).start()
                     started += 1
             if not running:

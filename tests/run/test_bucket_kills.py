@@ -2,37 +2,33 @@
 """Runs in a bucket that are killed, or lose it for a while, end as those that are not."""
 
 import json
-import os
 import pathlib
 import random
-import re
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
 
 import tiny
+from processes import finish, no_process_outlives_its_test, start, twice  # noqa: F401
 from ssl_jax import train
 from ssl_jax.evals import base as evals
 from ssl_jax.run import bucket as bucket_lib
-from ssl_jax.run import checkpoint, errors, metrics, preempt, storage, workdir
+from ssl_jax.run import checkpoint, errors, metrics, preempt, workdir
 
 pytestmark = pytest.mark.slow
 REPO = pathlib.Path(__file__).resolve().parents[2]
 KILLS = 20
 STEPS = 30
 RUN = """
-    import os, signal, sys, threading, time
+    import os, signal, threading
     import tiny
     from ssl_jax import config, train
     from ssl_jax.run import gcs, launch, preempt
 
     launch.initialize_distributed()
-    seconds, requests = float(sys.argv[2]), int(sys.argv[3])
+    me = int(os.environ.get('JAX_PROCESS_ID', 0))
+    seconds, requests = ({seconds}, {requests}) if me == {who} else (0, 0)
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
     count, compiled, real = [0], preempt.run_interruptible, gcs.GCSFileSystem._request
 
@@ -52,39 +48,20 @@ RUN = """
     preempt.run_interruptible = run_interruptible
     gcs.GCSFileSystem._request = request
     config.recipe = lambda *_: tiny.config(compile_cache=True, {fields})
-    train.command('tiny', [], sys.argv[1])
+    train.command('tiny', [], {path!r})
     launch.leave()
 """
 FIELDS = 'checkpoint__every_steps=2, checkpoint__keep=2, eval__tasks__monitors=None'
 
 
-def start(bucket, path, seconds=0, requests=0, fields=f'{FIELDS}, total_steps={STEPS}', **more):
-    """A process that trains, and kills itself after so many seconds or requests of its loop."""
-    # As after a crash of the machine: the lock says that its run is alive.
-    if storage.is_remote(path):
-        bucket_lib.remove(f'{path}/{workdir.LOCK}')
-    env = {
-        **os.environ,
-        **bucket.env,
-        'PYTHONPATH': f'{REPO}{os.pathsep}{REPO / "tests"}',
-        'PYTHONUNBUFFERED': '1',
-        'XLA_FLAGS': re.sub(r'(device_count=)\d+', r'\g<1>1', os.environ['XLA_FLAGS']),
-        'SSL_JAX_BUCKET_PATIENCE': '60',
-        **{name: str(value) for name, value in more.items()},
-    }
-    code = textwrap.dedent(RUN.format(fields=fields))
-    command = [sys.executable, '-c', code, path, str(seconds), str(requests)]
-    return subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def code(path, seconds=0, requests=0, who=0, fields=f'{FIELDS}, total_steps={STEPS}'):
+    """A process that trains; process `who` kills itself at a time or a request of its loop."""
+    return RUN.format(path=str(path), seconds=seconds, requests=requests, who=who, fields=fields)
 
 
-def finish(process, timeout=300):
-    try:
-        out, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, out
+@pytest.fixture(autouse=True)
+def patient(bucket, monkeypatch):
+    monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '60')
 
 
 def end(path, step):
@@ -99,24 +76,24 @@ def test_after_twenty_kills_the_bits_are_those_of_a_run_without(bucket, tmp_path
     for kill in range(KILLS):
         when = (round(rng.uniform(0.05, 1.5), 3), 0) if kill % 2 else (0, rng.randrange(1, 200))
         before = checkpoint.steps(f'{path}/checkpoints')
-        code, out = finish(start(bucket, path, *when))
-        ends.append((when, code, before))
+        status, out = finish(start(code(path, *when)))
+        ends.append((when, status, before))
         print(ends[-1], flush=True)
-        assert code in (-signal.SIGKILL, 0), out
+        assert status in (-signal.SIGKILL, 0), out
         assert 'damaged' not in out, out
         if before:
             assert f'continuing this run at step {before[-1]}' in out, out
         after = checkpoint.steps(f'{path}/checkpoints')
         assert not before or (after and after[-1] >= before[-1]), ends
-        if code == 0:
+        if status == 0:
             break
-    code, out = finish(start(bucket, path))
-    assert code == 0, out
+    status, out = finish(start(code(path)))
+    assert status == 0, out
     names = bucket_lib.names(f'{path}/checkpoints')
     assert names == [str(STEPS - 2), str(STEPS)], names
-    assert sum(code != 0 for _, code, _ in ends) >= KILLS // 2, ends
-    code, out = finish(start(bucket, str(tmp_path / 'whole')))
-    assert code == 0, out
+    assert sum(status != 0 for _, status, _ in ends) >= KILLS // 2, ends
+    status, out = finish(start(code(tmp_path / 'whole')))
+    assert status == 0, out
     assert end(path, STEPS) == end(tmp_path / 'whole', STEPS)
 
 
@@ -124,15 +101,7 @@ def test_two_processes_of_which_either_is_killed_in_a_save_end_with_the_same_bit
     fields = f'{FIELDS}, total_steps=12'
 
     def both(path, who=None, requests=0):
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            address = f'127.0.0.1:{s.getsockname()[1]}'
-        env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=2)
-        pair = [
-            start(bucket, path, 0, requests * (i == who), fields, JAX_PROCESS_ID=i, **env)
-            for i in range(2)
-        ]
-        return [finish(p) for p in pair]
+        return [finish(p) for p in twice(code(path, 0, requests, who, fields), 1)]
 
     path = f'{bucket.root}/run'
     for who, requests in ((0, 60), (1, 6), (0, 110)):
@@ -141,10 +110,10 @@ def test_two_processes_of_which_either_is_killed_in_a_save_end_with_the_same_bit
         assert found[1 - who][0] == 1, found
         assert f'process {who} is gone' in found[1 - who][1], found
     found = both(path)
-    assert [code for code, _ in found] == [0, 0], found
+    assert [status for status, _ in found] == [0, 0], found
     assert 'damaged' not in found[0][1]
     found = both(str(tmp_path / 'whole'))
-    assert [code for code, _ in found] == [0, 0], found
+    assert [status for status, _ in found] == [0, 0], found
     assert end(path, 12) == end(tmp_path / 'whole', 12)
 
 

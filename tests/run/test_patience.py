@@ -150,16 +150,3 @@ def test_a_disk_that_answers_again_is_read(pair, monkeypatch):
     state, meta = states.restore(pair)
     assert meta['step'] == 2 and not left
     states.assert_same(state, states.make_state(2))
-
-
-def test_what_was_handled_before_is_no_reason(tmp_path):
-    outer = errors.UserError('the loss was not finite.')
-
-    def absent():
-        raise FileNotFoundError(2, 'no such file')
-
-    with pytest.raises(FileNotFoundError):
-        try:
-            raise outer
-        except errors.UserError:
-            patience.patiently('a', absent, 'b')

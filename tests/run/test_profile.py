@@ -76,14 +76,20 @@ def test_a_request_that_cannot_be_removed_is_said_once_and_not_served(tmp_path, 
 
 
 def test_an_outage_holds_up_no_step(tmp_path, monkeypatch):
-    end = threading.Event()
+    end, reads = threading.Event(), []
+
+    def read(_):
+        reads.append('begun')
+        end.wait(60)
+        reads.append('ended')
+
     monkeypatch.setattr(storage, 'is_remote', lambda _: True)
-    monkeypatch.setattr(storage, 'read', lambda _: end.wait(60))
+    monkeypatch.setattr(storage, 'read', read)
     monkeypatch.setattr(profile, 'JOIN_SECONDS', 0.01)
     found = profile.Profile(tmp_path, None, (0, 9), metrics.Timers())
     for done in range(1, 9):
         found.look(done)
-    assert not end.is_set()
+    assert reads == ['begun']
     end.set()
 
 
