@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.augment import photometry
+from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import errors, weights
 
@@ -75,6 +76,36 @@ class Model:
         if blocks:
             out['blocks'] = dict(zip(blocks, out['blocks'], strict=True))
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """The encoder without learning: the tokens of a patch are its normalised pixels."""
+
+    patch_size: int
+    transform: dict
+    source: str = 'raw pixels'
+
+    @property
+    def size(self) -> int:
+        return self.transform['size']
+
+    def __call__(self, images: jax.Array | np.ndarray, blocks: tuple = ()) -> dict:
+        """patch_tokens (B, N, 3 p^2) and their mean `patch`; as `blocks` the same tokens again."""
+        tokens = _pixels(
+            images, self.patch_size, tuple(self.transform['mean']), tuple(self.transform['std'])
+        )
+        out = {'patch_tokens': tokens, 'patch': tokens.mean(axis=1)}
+        if blocks:
+            out['blocks'] = {block: tokens for block in blocks}
+        return out
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pixels(images, patch_size, mean, std):
+    if images.dtype == jnp.uint8:
+        images = photometry.normalize(images, mean, std)
+    return patches_lib.patchify(images, patch_size)
 
 
 def _check(vit, images):

@@ -79,6 +79,7 @@ def batches(
     limit: int | None = None,
     should_stop: Callable | None = None,
     start: int = 0,
+    maps: tuple = (),
 ) -> Iterator[dict]:
     """The features of a source batch by batch.
 
@@ -97,6 +98,7 @@ def batches(
       should_stop: asked before every batch; if true on any process, all raise `Stopped`.
       start: the first image. From a multiple of the batch size (`round_up`) the batches are those
         of the whole source, bit for bit.
+      maps: 'segmentation', 'depth': yielded too, cut as the image.
 
     Yields:
       numpy arrays of one batch as a dict: features (B, d), id (B,), -1 for padding, mask (B,),
@@ -112,7 +114,7 @@ def batches(
         for batch in stream:
             if should_stop is not None and launch.any_says(should_stop()):
                 raise Stopped
-            kept = {k: batch[k] for k in ('id', 'mask', 'label') if k in batch}
+            kept = {k: batch[k] for k in ('id', 'mask', 'label', *maps) if k in batch}
             kept['id'] = np.where(kept['id'] < 0, -1, kept['id'] + start)
             if jax.process_count() > 1:
                 kept = sharding.to_global(kept, mesh, rows, batch_size)

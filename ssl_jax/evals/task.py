@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluations of frozen encoders by `ssl_jax eval --tasks`: names, settings, rows, kept results.
+
+The file <name>.py of such an evaluation has
+
+  Settings                             a frozen dataclass, set by <name>.FIELD=VALUE, see
+                                       `ssl_jax.fields`
+  NEEDS                                what items of the images must have besides `image`: 'label',
+                                       'segmentation' or 'depth', or '' for nothing
+  evaluate(model, data, settings, work)
+                                       yields rows, see `row`, of one model
+
+with `model` an `encoder.Model` or `encoder.Pixels`, `data` a `Data` and `work` a `Work`. All
+processes call it with the same arguments and yield the same rows; files are written by process 0.
+A result is kept in `work.folder` under a hash of all that it depends on; what takes long keeps its
+own state there and continues from it.
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from ssl_jax import evals, fields
+from ssl_jax.data import fingerprint
+from ssl_jax.evals import features
+from ssl_jax.run import errors, hashing, launch, peers, storage
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images of an evaluation."""
+
+    train: Any  # a source to learn from; also that of evaluations with one source
+    test: Any = None  # a source to be scored on, or None
+
+    def split(self) -> tuple[Any, Any]:
+        """(train, test); without test images a fifth of the others, see `features.split`."""
+        return (self.train, self.test) if self.test is not None else features.split(self.train)
+
+    def protocol(self) -> dict:
+        """What a row says of its images."""
+        found = {'train': self.train, 'test': self.test}
+        return {
+            name: dict(images=len(source), data=fingerprint.content(source.fingerprint))
+            for name, source in found.items()
+            if source is not None
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How an evaluation computes, and where it keeps its state."""
+
+    mesh: jax.sharding.Mesh
+    transform: dict  # of the images, see `data.transform`; its `size` is that of the model
+    folder: epath.Path  # of one model, for results and for what continues after a kill
+    batch_size: int = 64
+    limit: int | None = None  # images of each source at most
+    log: Callable = launch.log  # for lines of progress
+
+    def batches(self, forward: Callable, source: Any, **options) -> Iterator[dict]:
+        """Outputs of `forward` for the images of a source, see `features.batches`."""
+        reading = dict(transform=self.transform, batch_size=self.batch_size, mesh=self.mesh)
+        return features.batches(forward, source, **{**reading, 'limit': self.limit, **options})
+
+
+def row(task: str, feature: str, scores: dict[str, float], protocol: dict, **more) -> dict:
+    """A row of the report.
+
+    Args:
+      task: name of the file.
+      feature: what of the encoder was used, in a word.
+      scores: {metric: value} in the order of the table; values in percent or with the unit in the
+        name, such as 'RMSE (m)'.
+      protocol: all that the numbers depend on besides the encoder, for JSON.
+      more: for the JSON file alone, such as IoU per class.
+    """
+    protocol = dict(eval=task, feature=feature, **protocol)
+    digest = hashing.text_id(json.dumps(protocol, sort_keys=True))
+    scores = {name: float(value) for name, value in scores.items()}
+    return dict(
+        eval=task, feature=feature, scores=scores, protocol=protocol, protocol_id=digest, **more
+    )
+
+
+def names() -> list[str]:
+    """Evaluations of this folder."""
+    files = [m.name for m in pkgutil.iter_modules(evals.__path__)]
+    return sorted(name for name in files if hasattr(_module(name), 'Settings'))
+
+
+def _module(name):
+    return importlib.import_module(f'ssl_jax.evals.{name}')
+
+
+def settings(name: str, words: dict[str, str]) -> Any:
+    """The `Settings` of an evaluation from {field: text}.
+
+    Raises:
+      UserError: a field is unknown or has a wrong value.
+    """
+    cls = _module(name).Settings
+    specs, values = fields.specs(cls), {}
+    for key, text in words.items():
+        if key not in specs:
+            raise errors.UserError(
+                f"There is no setting '{name}.{key}'{errors.nearest(key, specs)}"
+            )
+        values[key] = fields.parse(f'{name}.{key}', text, specs[key])
+    found = cls(**values)
+    for problem in fields.problems(cls, found, f'{name}.'):
+        raise errors.UserError(problem)
+    return found
+
+
+def run(name: str, model: Any, data: Data, settings: Any, work: Work) -> list[dict]:
+    """Rows of one evaluation of one model, or those kept from an earlier call with the same input.
+
+    Raises:
+      UserError: the images lack what the evaluation needs.
+    """
+    module = _module(name)
+    for source in filter(None, (data.train, data.test)):
+        if module.NEEDS and module.NEEDS not in source[0]:
+            raise errors.UserError(
+                f'the evaluation {name!r} needs images with {module.NEEDS!r}, and '
+                f'{source.describe(0)} has none: see docs/evaluate.md for how to give them.'
+            )
+    key = dict(
+        task=name,
+        settings=dataclasses.asdict(settings),
+        data=data.protocol(),
+        transform=work.transform,
+        limit=work.limit,
+    )
+    path = work.folder / f'{name}-{hashing.text_id(json.dumps(key, sort_keys=True))}.json'
+    if launch.main_number(int(storage.exists(path))):
+        return json.loads(storage.read(path))
+    peers.at(f'evaluating {name}')
+    rows = list(module.evaluate(model, data, settings, work))
+    if launch.is_main():
+        storage.atomic_write(path, json.dumps(rows, indent=1) + '\n')
+    return rows
