@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ssl_jax eval`: the evaluations of a run's encoder, beside an untrained one and raw pixels."""
+
+import json
+
+import jax
+from etils import epath
+
+from ssl_jax import encoder, sharding
+from ssl_jax.augment import photometry
+from ssl_jax.data import fingerprint, sources
+from ssl_jax.data import transform as transform_lib
+from ssl_jax.evals import accuracy, report
+from ssl_jax.evals import features as features_lib
+from ssl_jax.evals import task as task_lib
+from ssl_jax.run import errors, launch, storage, weights
+
+
+def evaluate_run(
+    workdir,
+    *,
+    data=None,
+    test=None,
+    step: int | None = None,
+    limit: int | None = None,
+    out=None,
+    last_blocks: int = 0,
+    tasks: tuple | None = None,
+    words: tuple = (),
+    **options,
+) -> list[dict]:
+    """`ssl_jax eval`: the encoder of a run beside the same one untrained, and raw pixels.
+
+    A fine-tuned run is scored instead, on `test`, `data` or its `data.eval_test`.
+
+    Args:
+      workdir: of the run, or a checkpoint folder.
+      data: labelled images, a path or spec of `sources.open_source`; default the run's
+        `data.eval_train` and `data.eval_test`.
+      test: labelled test images; default a fifth of `data`.
+      step: of the checkpoint; default the newest.
+      limit: number of images of each set at most.
+      out: the JSON file; default eval_<step>.json in `workdir`.
+      last_blocks: see `encoder.make_forward`.
+      tasks: names of `task.names()`, 'knn' or 'linear'; default those that the images allow.
+      words: TASK.FIELD=VALUE, see `task.settings`.
+      options: further arguments of `evaluate`.
+
+    Returns:
+      The rows, see `evaluate` and `task.row`.
+    """
+    workdir = epath.Path(workdir)
+    run = weights.open_run(workdir, step)
+    if run.method is not None and run.method.classes:
+        if last_blocks or (data is not None and test is not None):
+            raise errors.UserError(
+                'This run is a classifier, which is scored and not probed: give the labelled '
+                'images with --test alone.'
+            )
+        rows = _score_classifier(run, data if test is None else test, limit)
+        return _report(rows, run, workdir, out)
+    if tasks is not None:
+        tasks = _known(tasks)
+    train, test_source = _opened(run, workdir, data, test, tasks)
+    tasks = tasks or _tasks_for(train)
+    settings = _settings(tasks, words)
+    size = run.transform['size']
+    features_lib.check_size(size, run.vit.patch_size, 'size')
+    mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
+    encoders = _encoders(run, mesh)
+    name = run.config.name or run.config.method.name
+    launch.log(f'{name}, step {run.step}, {transform_lib.describe(run.transform)}')
+    if names := train.classes:
+        launch.log(f'{len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}')
+    rows = []
+    if pooled := [name for name in tasks if name in report.POOLED]:
+        options = dict(options, mesh=mesh, limit=limit, tasks=tuple(pooled))
+        rows += _pooled(run, encoders, train, test_source, last_blocks, options)
+    of = task_lib.Data(train, test_source)
+    for name in (name for name in tasks if name not in report.POOLED):
+        for model_name, model in encoders.items():
+            launch.log(f'{name}: {model_name}')
+            folder = workdir / 'evals' / str(run.step) / model_name
+            work = task_lib.Work(mesh=mesh, transform=run.transform, folder=folder, limit=limit)
+            found = task_lib.run(name, model, of, settings[name], work)
+            rows += [dict(row, model=model_name) for row in found]
+    return _report(rows, run, workdir, out)
+
+
+def _known(tasks):
+    """The names of evaluations, checked."""
+    known = sorted([*report.POOLED, *task_lib.names()])
+    for name in tasks:
+        if name not in known:
+            raise errors.UserError(f"There is no evaluation '{name}'{errors.nearest(name, known)}")
+    return tuple(dict.fromkeys(tasks))
+
+
+def _tasks_for(source):
+    """What the images allow without training a head: class labels, class maps, or neither."""
+    if source.classes:
+        return 'knn', 'linear'
+    return ('seg',) if 'segmentation' in source[0] else ('pck',)
+
+
+def _settings(tasks, words):
+    """{task: its settings} from words TASK.FIELD=VALUE."""
+    given = {name: {} for name in tasks if name not in report.POOLED}
+    for word in words:
+        name, equals, text = word.partition('=')
+        task, dot, field = name.partition('.')
+        if not (equals and dot):
+            raise errors.UserError(f"'{word}' is not TASK.FIELD=VALUE, such as seg.ks=(1,3).")
+        if task not in given:
+            raise errors.UserError(
+                f"'{word}' sets the evaluation {task!r}{errors.nearest(task, given)} "
+                f'Name it with --tasks too.'
+            )
+        given[task][field] = text
+    return {name: task_lib.settings(name, fields) for name, fields in given.items()}
+
+
+def _opened(run, workdir, data, test, tasks):
+    """The images to learn from, and those to be scored on or None."""
+    if data is None:
+        data = run.config.data.eval_train
+        test = test or run.config.data.eval_test
+    if data is None and tasks and run.method is not None:
+        data = run.config.data.train  # the evaluations say what they need
+    if data is None:
+        raise errors.UserError(
+            f'The run in {workdir} names no evaluation set; give labelled images with --data.'
+        )
+    train, test_source = sources.open_source(data), None
+    launch.log(*sources.lines(train))
+    if test is not None:
+        test_source = sources.in_classes(sources.open_source(test, 'test'), train.classes)
+        launch.log(*sources.lines(test_source))
+    return train, test_source
+
+
+def _encoders(run, mesh):
+    """{name: model}: the encoder of the run, a fresh one of the same kind, and raw pixels."""
+    # Not with the seed of the run: any fresh encoder, not the start of this one.
+    found = {'trained': run.networks()['encoder'], 'untrained': run.untrained(run.config.seed + 1)}
+    models = {
+        name: encoder.Model(
+            vit, jax.device_put(params, sharding.infer(params, mesh)), run.transform, name
+        )
+        for name, (vit, params) in found.items()
+    }
+    return {**models, 'raw_pixels': encoder.Pixels(run.vit.patch_size, run.transform)}
+
+
+def _pooled(run, encoders, train, test, last_blocks, options):
+    """Rows of the evaluations of class labels, see `report.evaluate`."""
+    mean, std = run.transform['mean'], run.transform['std']
+    if (tuple(mean), tuple(std)) != (photometry.MEAN, photometry.STD):
+        options.setdefault('normalization', f'mean {mean}, std {std}')
+    forwards = {
+        name: encoder.make_forward(
+            model.vit, model.params, mean=mean, std=std, last_blocks=last_blocks
+        )
+        for name, model in encoders.items()
+        if isinstance(model, encoder.Model)
+    }
+    forwards['raw_pixels'] = features_lib.raw_pixels()
+    return report.evaluate(forwards, train, test, transform=run.transform, **options)
+
+
+def _score_classifier(run, test, limit):
+    """Rows of a fine-tuned run, on `test` or its own test images.
+
+    'trained' are the weights of the checkpoint, 'ema' their average if the run keeps one.
+    """
+    test = run.config.data.eval_test if test is None else test
+    if test is None:
+        raise errors.UserError(
+            'This classifier names no test images; give labelled ones with --test.'
+        )
+    method, view = run.method, run.transform
+    source = sources.in_classes(sources.open_source(test, 'test'), method.classes)
+    launch.log(*sources.lines(source))
+    mesh = sharding.make_mesh(data=1, fsdp=-1)
+    params, extra = (jax.device_put(x, sharding.infer(x, mesh)) for x in (run.params, run.extra))
+    scores = accuracy.accuracy(
+        method, params, extra, source, transform=view, mesh=mesh, limit=limit
+    )
+    protocol = dict(
+        eval='classifier',
+        **transform_lib.protocol(view),
+        normalization=f'mean {tuple(view["mean"])}, std {tuple(view["std"])}',
+        test=dict(images=scores['test']['n'], data=fingerprint.content(source.fingerprint)),
+        num_classes=method.num_classes,
+        chance=100.0 / method.num_classes,
+    )
+    names = {'test': 'trained', 'ema': 'ema'}
+    return [
+        report.row(names[name], 'classifier', method.pool, values, protocol)
+        for name, values in scores.items()
+    ]
+
+
+def _report(rows, run, workdir, out):
+    """The rows with the run's name, printed, and written beside those of other evaluations."""
+    rows = [dict(row, run=str(workdir), step=run.step) for row in rows]
+    if launch.is_main():
+        out = epath.Path(out) if out else workdir / f'eval_{run.step}.json'
+        earlier = json.loads(storage.read(out)) if storage.exists(out) else []
+        kinds = {row['eval'] for row in rows}
+        earlier = [row for row in earlier if row['eval'] not in kinds]
+        storage.atomic_write(out, json.dumps(earlier + rows, indent=1) + '\n')
+        launch.show(f'\n{report.table(rows)}\n\nwritten to {out}')
+    return rows
