@@ -111,6 +111,7 @@ def _parser():
     )
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
     p.add_argument('--limit', type=_positive, help='most images of each set')
+    p.add_argument('--size', type=_positive, help='pixels; default: those of the run')
     p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
     p.add_argument(
         '--last-blocks', type=int, default=0,
@@ -288,6 +289,7 @@ def eval_(args):
         limit=args.limit,
         out=args.out,
         last_blocks=args.last_blocks,
+        size=args.size,
         tasks=args.tasks and tuple(filter(None, args.tasks.split(','))),
         words=args.fields,
     )

@@ -25,13 +25,15 @@ def evaluate_run(
     limit: int | None = None,
     out=None,
     last_blocks: int = 0,
+    size: int | None = None,
     tasks: tuple | None = None,
     words: tuple = (),
     **options,
 ) -> list[dict]:
     """`ssl_jax eval`: the encoder of a run beside the same one untrained, and raw pixels.
 
-    A fine-tuned run is scored instead, on `test`, `data` or its `data.eval_test`.
+    A fine-tuned run is scored instead, on `test`, `data` or its `data.eval_test`, unless `tasks` are
+    named.
 
     Args:
       workdir: of the run, or a checkpoint folder.
@@ -42,6 +44,7 @@ def evaluate_run(
       limit: number of images of each set at most.
       out: the JSON file; default eval_<step>.json in `workdir`.
       last_blocks: see `encoder.make_forward`.
+      size: of the images in pixels; default that of the run.
       tasks: names of `task.names()`, 'knn' or 'linear'; default those that the images allow.
       words: TASK.FIELD=VALUE, see `task.settings`.
       options: further arguments of `evaluate`.
@@ -51,8 +54,8 @@ def evaluate_run(
     """
     workdir = epath.Path(workdir)
     run = weights.open_run(workdir, step)
-    if run.method is not None and run.method.classes:
-        if last_blocks or (data is not None and test is not None):
+    if run.method is not None and run.method.classes and not tasks:
+        if last_blocks or words or size or (data is not None and test is not None):
             raise errors.UserError(
                 'This run is a classifier, which is scored and not probed: give the labelled '
                 'images with --test alone.'
@@ -64,24 +67,24 @@ def evaluate_run(
     train, test_source = _opened(run, workdir, data, test, tasks)
     tasks = tasks or _tasks_for(train)
     settings = _settings(tasks, words)
-    size = run.transform['size']
-    features_lib.check_size(size, run.vit.patch_size, 'size')
+    transform = {**run.transform, 'size': size or run.transform['size']}
+    features_lib.check_size(transform['size'], run.vit.patch_size, 'size')
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
-    encoders = _encoders(run, mesh)
+    encoders = _encoders(run, transform, mesh)
     name = run.config.name or run.config.method.name
-    launch.log(f'{name}, step {run.step}, {transform_lib.describe(run.transform)}')
+    launch.log(f'{name}, step {run.step}, {transform_lib.describe(transform)}')
     if names := train.classes:
         launch.log(f'{len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}')
     rows = []
     if pooled := [name for name in tasks if name in report.POOLED]:
-        options = dict(options, mesh=mesh, limit=limit, tasks=tuple(pooled))
-        rows += _pooled(run, encoders, train, test_source, last_blocks, options)
+        options = dict(options, transform=transform, mesh=mesh, limit=limit, tasks=tuple(pooled))
+        rows += _pooled(encoders, train, test_source, last_blocks, options)
     of = task_lib.Data(train, test_source)
     for name in (name for name in tasks if name not in report.POOLED):
         for model_name, model in encoders.items():
             launch.log(f'{name}: {model_name}')
             folder = workdir / 'evals' / str(run.step) / model_name
-            work = task_lib.Work(mesh=mesh, transform=run.transform, folder=folder, limit=limit)
+            work = task_lib.Work(mesh=mesh, transform=transform, folder=folder, limit=limit)
             found = task_lib.run(name, model, of, settings[name], work)
             rows += [dict(row, model=model_name) for row in found]
     return _report(rows, run, workdir, out)
@@ -139,22 +142,22 @@ def _opened(run, workdir, data, test, tasks):
     return train, test_source
 
 
-def _encoders(run, mesh):
+def _encoders(run, transform, mesh):
     """{name: model}: the encoder of the run, a fresh one of the same kind, and raw pixels."""
     # Not with the seed of the run: any fresh encoder, not the start of this one.
     found = {'trained': run.networks()['encoder'], 'untrained': run.untrained(run.config.seed + 1)}
     models = {
         name: encoder.Model(
-            vit, jax.device_put(params, sharding.infer(params, mesh)), run.transform, name
+            vit, jax.device_put(params, sharding.infer(params, mesh)), transform, name
         )
         for name, (vit, params) in found.items()
     }
-    return {**models, 'raw_pixels': encoder.Pixels(run.vit.patch_size, run.transform)}
+    return {**models, 'raw_pixels': encoder.Pixels(run.vit.patch_size, transform)}
 
 
-def _pooled(run, encoders, train, test, last_blocks, options):
+def _pooled(encoders, train, test, last_blocks, options):
     """Rows of the evaluations of class labels, see `report.evaluate`."""
-    mean, std = run.transform['mean'], run.transform['std']
+    mean, std = (options['transform'][name] for name in ('mean', 'std'))
     if (tuple(mean), tuple(std)) != (photometry.MEAN, photometry.STD):
         options.setdefault('normalization', f'mean {mean}, std {std}')
     forwards = {
@@ -165,7 +168,7 @@ def _pooled(run, encoders, train, test, last_blocks, options):
         if isinstance(model, encoder.Model)
     }
     forwards['raw_pixels'] = features_lib.raw_pixels()
-    return report.evaluate(forwards, train, test, transform=run.transform, **options)
+    return report.evaluate(forwards, train, test, **options)
 
 
 def _score_classifier(run, test, limit):
