@@ -199,7 +199,7 @@ def _score_classifier(run, test, limit):
     )
     names = {'test': 'trained', 'ema': 'ema'}
     return [
-        report.row(names[name], 'classifier', method.pool, values, protocol)
+        report.class_row(names[name], 'classifier', method.pool, values, protocol)
         for name, values in scores.items()
     ]
 

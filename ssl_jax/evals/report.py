@@ -139,14 +139,14 @@ def _knn_rows(model, name, data, common, ks, mesh):
     rows = []
     for k, score in scores.items():
         ks = dict(k=k) if k <= len(train_y) else dict(k=k, k_used=len(train_y))
-        rows.append(_row(model, 'knn', name, {**ks, **score}, {**protocol, **ks}))
+        rows.append(class_row(model, 'knn', name, {**ks, **score}, {**protocol, **ks}))
     return rows
 
 
 def _monitors_row(model, name, features, common):
     values = {k: float(v) for k, v in monitors.monitors(features[:MONITORED]).items()}
     protocol = dict(eval='monitors', of=min(len(features), MONITORED), feature=name, **common)
-    return _row(model, 'monitors', name, values, protocol)
+    return class_row(model, 'monitors', name, values, protocol)
 
 
 def _linear_row(model, data, common, options):
@@ -163,10 +163,10 @@ def _linear_row(model, data, common, options):
     features = {name: FEATURES.get(name, name) for name in names}
     protocol = dict(eval='linear', features=features) | settings | common
     score = dict(top1=best['test_top1'], top5=best['test_top5'], best=best, sweep=sweep)
-    return _row(model, 'linear', best['feature'], score, protocol)
+    return class_row(model, 'linear', best['feature'], score, protocol)
 
 
-def _row(model, kind, feature, values, protocol):
+def class_row(model, kind, feature, values, protocol):
     digest = hashing.text_id(json.dumps(protocol, sort_keys=True))
     row = dict(model=model, eval=kind, feature=feature, **values)
     return dict(row, protocol=protocol, protocol_id=digest)
