@@ -224,7 +224,7 @@ PIL.Image.new('L', (8, 8)).save(JPEG, 'JPEG')
 @pytest.mark.parametrize(
     'data, kind, said',
     [
-        (photo()[:60], 'segmentation', 'cannot be read as a map'),
+        (photo()[:50], 'segmentation', 'cannot be read as a map'),
         (b'text', 'depth', r'cannot be read as a map \(no image\)'),
         (png(np.full((2, 2, 3), (1, 2, 3), np.uint8)), 'segmentation', 'colours perhaps'),
         (JPEG.getvalue(), 'segmentation', 'a JPEG, which changes values'),
