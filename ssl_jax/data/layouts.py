@@ -249,7 +249,8 @@ def _ade20k(names, read_text, asked):
 def _voc(names, read_text, asked):
     """JPEGImages, SegmentationClass (SegmentationClassAug), ImageSets/Segmentation/*.txt."""
     tops = sorted({n[: n.index('JPEGImages/')] for n in names if 'JPEGImages/' in n})
-    found = _by_folders([n for n in names if any(n.startswith(top) for top in tops)])
+    own = [n for n in names if any(n.startswith(top) for top in tops)] if tops else []
+    found = _by_folders(own)
     if not found or not found.maps:
         return None
     splits = {}

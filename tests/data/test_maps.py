@@ -2,6 +2,7 @@
 """Folders of pairs, known layouts and Parquet give images with class and depth maps."""
 
 import io
+import json
 import os
 import pickle
 
@@ -472,6 +473,23 @@ def test_columns_of_parquet_are_maps(tmp_path, name):
     assert 'label' not in source[0] and values(pickle.loads(pickle.dumps(source))) == [0, 1, 255]
     assert set(source.without_maps()[0]) == {'image'}
     assert sources.open_source(spec | {'ignore': None}).fingerprint != source.fingerprint
+
+
+def test_the_image_column_is_not_that_of_the_maps_where_metadata_calls_both_images(tmp_path):
+    columns = dict(annotation=[label(3)], image=[photo(7)])
+    features_of = {k: {'_type': 'Image'} for k in columns}
+    metadata = json.dumps({'info': {'features': features_of}})
+    rows = pa.table(columns).replace_schema_metadata({'huggingface': metadata})
+    pq.write_table(rows, tmp_path / 'x.parquet')
+    source = sources.open_source(str(tmp_path))
+    assert image_values(source) == [7] and values(source) == [3]
+
+
+def test_words_of_a_command_line_make_a_spec(tmp_path):
+    root = write(tmp_path, splits_of('kind first'))
+    words = dict(ignore='(1,2)', map_classes="('a','b','c','d','e')", split='train')
+    source = sources.open_source(sources.with_words(root, words))
+    assert values(source) == [0, 255, 255] and source.map_classes[4] == 'e'
 
 
 def test_a_row_of_parquet_without_a_map_is_named(tmp_path):
