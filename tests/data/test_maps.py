@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax.data import host, layouts, maps, scenes, sources, stream
-from ssl_jax.evals import features
+from ssl_jax.evals import features, pictures
 from ssl_jax.run import errors
 
 
@@ -111,6 +111,7 @@ def test_pretraining_on_pairs_sees_the_images_only_and_never_opens_a_map(tmp_pat
     assert sources.typical_size(source) == (6, 8)
     plain = list(features.batches(lambda x: x[:, 0, 0], source, transform=4, batch_size=5))
     assert plain[0]['mask'].all() and 'segmentation' not in plain[0]
+    assert pictures.spread_images(source, 4, 3).shape == (3, 4, 4, 3)
 
 
 def test_images_without_a_map_are_left_out_and_counted(tmp_path):
@@ -308,6 +309,14 @@ def test_black_and_white_masks_ask_for_their_meaning(tmp_path):
         _ = sources.open_source(root).map_classes
     source = sources.open_source(dict(path=root, label_values=(0, 255)))
     assert source.map_classes == ('0', '1') and source[0]['segmentation'].tolist() == [[0, 1]]
+
+
+def test_a_subset_keeps_the_names_and_can_go_without_maps(tmp_path):
+    root = write(tmp_path, splits_of('kind first') | {'classes.txt': 'a\nb\nc'})
+    some = features.Subset(sources.open_source(root), np.array([2, 1]))
+    assert some.map_classes == ('a', 'b', 'c') and values(some) == [2, 1]
+    assert set(maps.images_only(some)[0]) == {'image'} and 'segmentation' in some[0]
+    assert features.Subset(maps.images_only(some), [0]).map_classes is None
 
 
 def test_the_classes_of_two_sources_are_joined():
