@@ -92,6 +92,16 @@ def test_folders_are_known_by_the_names_that_people_use(tmp_path, pair):
     assert values(sources.open_source(root)) == [0, 1, 2]
 
 
+def test_a_split_may_be_a_part_of_the_names_of_folders(tmp_path):
+    files = {f'train_images/{k}.png': photo(k) for k in range(3)}
+    files |= {f'train_masks/{k}.png': label(k) for k in range(3)}
+    files |= {f'val_images/{k}.png': photo(k + 5) for k in range(2)}
+    root = write(tmp_path, files | {f'val_masks/{k}.png': label(k + 5) for k in range(2)})
+    assert values(sources.open_source(root)) == [0, 1, 2]
+    test = sources.open_source(root, 'test')
+    assert values(test) == [5, 6] and test.labels is None
+
+
 def test_class_folders_stay_class_folders(tmp_path):
     root = write(tmp_path, {f'{c}/{k}.png': photo(k) for c in ('cat', 'images') for k in range(2)})
     source = sources.open_source(root)
