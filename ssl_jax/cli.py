@@ -117,7 +117,9 @@ def _parser():
         '--last-blocks', type=int, default=0,
         help='probe class tokens of the last N blocks too (DINOv2: 4)',
     )  # fmt: skip
-    p.add_argument('fields', nargs='*', metavar='TASK.FIELD=VALUE', help='e.g. depth.steps=500')
+    p.add_argument(
+        'fields', nargs='*', metavar='NAME.FIELD=VALUE', help='e.g. depth.steps=500 data.ignore=11'
+    )
 
     p = command(show, help='reconstructions, features and curves of a run')
     p.add_argument('--workdir', required=True)

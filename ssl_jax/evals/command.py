@@ -46,7 +46,8 @@ def evaluate_run(
       last_blocks: see `encoder.make_forward`.
       size: of the images in pixels; default that of the run.
       tasks: names of `task.names()`, 'knn' or 'linear'; default those that the images allow.
-      words: TASK.FIELD=VALUE, see `task.settings`.
+      words: TASK.FIELD=VALUE, see `task.settings`; data.FIELD=VALUE, of both sets, see
+        `sources.open_source`.
       options: further arguments of `evaluate`.
 
     Returns:
@@ -64,9 +65,10 @@ def evaluate_run(
         return _report(rows, run, workdir, out)
     if tasks is not None:
         tasks = _known(tasks)
-    train, test_source = _opened(run, workdir, data, test, tasks)
+    of_data = [word for word in words if word.startswith('data.')]
+    train, test_source = _opened(run, workdir, data, test, tasks, of_data)
     tasks = tasks or _tasks_for(train)
-    settings = _settings(tasks, words)
+    settings = _settings(tasks, [word for word in words if word not in of_data])
     transform = {**run.transform, 'size': size or run.transform['size']}
     features_lib.check_size(transform['size'], run.vit.patch_size, 'size')
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
@@ -123,7 +125,7 @@ def _settings(tasks, words):
     return {name: task_lib.settings(name, fields) for name, fields in given.items()}
 
 
-def _opened(run, workdir, data, test, tasks):
+def _opened(run, workdir, data, test, tasks, words):
     """The images to learn from, and those to be scored on or None."""
     if data is None:
         data = run.config.data.eval_train
@@ -134,9 +136,11 @@ def _opened(run, workdir, data, test, tasks):
         raise errors.UserError(
             f'The run in {workdir} names no evaluation set; give labelled images with --data.'
         )
-    train, test_source = sources.open_source(data), None
+    given = dict(word.removeprefix('data.').split('=', 1) for word in words)
+    train, test_source = sources.open_source(sources.with_words(data, given)), None
     launch.log(*sources.lines(train))
     if test is not None:
+        test = sources.with_words(test, given)
         test_source = sources.in_classes(sources.open_source(test, 'test'), train.classes)
         launch.log(*sources.lines(test_source))
     return train, test_source
