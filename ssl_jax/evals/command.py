@@ -65,10 +65,11 @@ def evaluate_run(
         return _report(rows, run, workdir, out)
     if tasks is not None:
         tasks = _known(tasks)
-    of_data = [word for word in words if word.startswith('data.')]
+    settings, of_data = _settings(tasks or (), words)
     train, test_source = _opened(run, workdir, data, test, tasks, of_data)
-    tasks = tasks or _tasks_for(train)
-    settings = _settings(tasks, [word for word in words if word not in of_data])
+    if not tasks:
+        tasks = _tasks_for(train)
+        settings, _ = _settings(tasks, ())
     transform = {**run.transform, 'size': size or run.transform['size']}
     features_lib.check_size(transform['size'], run.vit.patch_size, 'size')
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
@@ -109,20 +110,21 @@ def _tasks_for(source):
 
 
 def _settings(tasks, words):
-    """{task: its settings} from words TASK.FIELD=VALUE."""
+    """({task: its settings}, {field of the data: text}) from words NAME.FIELD=VALUE."""
     given = {name: {} for name in tasks if name not in report.POOLED}
+    of_data = {}
     for word in words:
         name, equals, text = word.partition('=')
         task, dot, field = name.partition('.')
         if not (equals and dot):
-            raise errors.UserError(f"'{word}' is not TASK.FIELD=VALUE, such as seg.ks=(1,3).")
-        if task not in given:
+            raise errors.UserError(f"'{word}' is not NAME.FIELD=VALUE, such as depth.steps=500.")
+        if task != 'data' and task not in given:
             raise errors.UserError(
-                f"'{word}' sets the evaluation {task!r}{errors.nearest(task, given)} "
-                f'Name it with --tasks too.'
+                f"'{word}' sets {task!r}{errors.nearest(task, [*given, 'data'])} Name an "
+                f'evaluation with --tasks to set it.'
             )
-        given[task][field] = text
-    return {name: task_lib.settings(name, fields) for name, fields in given.items()}
+        (of_data if task == 'data' else given[task])[field] = text
+    return {name: task_lib.settings(name, found) for name, found in given.items()}, of_data
 
 
 def _opened(run, workdir, data, test, tasks, words):
@@ -136,11 +138,10 @@ def _opened(run, workdir, data, test, tasks, words):
         raise errors.UserError(
             f'The run in {workdir} names no evaluation set; give labelled images with --data.'
         )
-    given = dict(word.removeprefix('data.').split('=', 1) for word in words)
-    train, test_source = sources.open_source(sources.with_words(data, given)), None
+    train, test_source = sources.open_source(sources.with_words(data, words)), None
     launch.log(*sources.lines(train))
     if test is not None:
-        test = sources.with_words(test, given)
+        test = sources.with_words(test, words)
         test_source = sources.in_classes(sources.open_source(test, 'test'), train.classes)
         launch.log(*sources.lines(test_source))
     return train, test_source
