@@ -32,8 +32,7 @@ def evaluate_run(
 ) -> list[dict]:
     """`ssl_jax eval`: the encoder of a run beside the same one untrained, and raw pixels.
 
-    A fine-tuned run is scored instead, on `test`, `data` or its `data.eval_test`, unless `tasks` are
-    named.
+    Without `tasks` a fine-tuned run is scored instead, on `test`, `data` or its `data.eval_test`.
 
     Args:
       workdir: of the run, or a checkpoint folder.
