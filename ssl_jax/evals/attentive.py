@@ -74,7 +74,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     d = train.shape[2]
     protocol = dict(
         **transform_lib.protocol(work.transform),
-        normalization=f'mean {tuple(model.mean)}, std {tuple(model.std)}',
+        normalization=f'mean {work.transform["mean"]}, std {work.transform["std"]}',
         head=f'one query, {_num_heads(d)} attention heads of {d // _num_heads(d)}, linear',
         standardised='by mean and standard deviation of the fitted tokens',
         tokens='float16, no augmentation',

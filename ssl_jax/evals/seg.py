@@ -110,7 +110,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
             work.log(f'seg: {done} of {len(test_source)} test images, {left:.0f} s left')
     common = dict(
         **transform_lib.protocol(work.transform),
-        normalization=f'mean {tuple(model.mean)}, std {tuple(model.std)}',
+        normalization=f'mean {work.transform["mean"]}, std {work.transform["std"]}',
         maps='nearest, cut as the images',
         patch_size=train['patch_size'],
         standardised='by mean and standard deviation of the training patches not held out',
