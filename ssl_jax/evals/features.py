@@ -163,7 +163,6 @@ class Subset:
         self._source = source
         self._indices = indices
         self.classes = source.classes
-        self.map_classes = getattr(source, 'map_classes', None)
         content, plus, times = source.fingerprint.partition('+')
         self.fingerprint = f'{content}[{len(indices)}]{plus}{times}'
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import encoder
+from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import features, knn, linear, logreg, task
@@ -59,8 +60,9 @@ class Options:
 def run(options, look, state, step) -> dict[str, float]:
     """seg/miou in percent, where `data.eval_train` and `data.eval_test` have class maps."""
     del step
-    if look.method.classes or not (num_classes := _num_classes(look.train, look.test)):
+    if look.method.classes or not _mapped(look.train, look.test):
         return {}
+    num_classes = len(maps_lib.class_names(look.train, look.test))
     reading = look.reading(options.limit)
     vit, params = look.method.networks(state.params, state.extra)['encoder']
     model = encoder.Model(vit, params, reading['transform'], 'the run')
@@ -74,23 +76,28 @@ def run(options, look, state, step) -> dict[str, float]:
     return {'seg/miou': scores(counts)[0]['mIoU']}
 
 
-def _num_classes(*sources):
-    """Number of classes of the maps; 0 where a source has none or another's differ."""
-    names = {tuple(getattr(source, 'map_classes', None) or ()) for source in sources}
-    return len(names.pop()) if len(names) == 1 else 0
+def check(options, look) -> None:
+    """Ends a run before its first step if its two sets differ in the classes of their maps."""
+    del options
+    if not look.method.classes and _mapped(look.train, look.test):
+        maps_lib.class_names(look.train, look.test)
+
+
+def _mapped(*sources):
+    """Whether all sources have class maps."""
+    return all(getattr(source, 'map_classes', None) for source in sources)
 
 
 def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -> Iterator[dict]:
     """Rows 'kNN' and 'logistic regression', see `task`."""
     train_source, test_source = (features.limited(x, work.limit) for x in data.split())
-    num_classes = _num_classes(train_source, test_source)
-    if not num_classes or len(train_source) < 2:
-        named = [getattr(x, 'map_classes', None) for x in (train_source, test_source)]
+    if len(train_source) < 2 or not _mapped(train_source, test_source):
         raise errors.UserError(
-            f'seg needs two training images or more, and class maps with the same classes in both '
-            f'sets, not {len(train_source)} image(s) with {named[0]} and {named[1]}: see '
-            f'docs/evaluate.md.'
+            f'seg needs two training images or more and class maps in both sets: '
+            f'{train_source.describe(0)} ... are {len(train_source)} training images.'
         )
+    names = maps_lib.class_names(train_source, test_source)
+    num_classes = len(names)
     train = collect(model, work.batches, train_source, num_classes, settings.max_patches)
     held = np.isin(train['image'], linear.split(len(train_source), 0)[1])
     scaled = standardise(train, ~held)
@@ -124,7 +131,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     for head, found in zip(heads, counts, strict=True):
         values, iou = scores(found)
         more = dict(chosen=head['chosen'], sweep=head['sweep'])
-        more['iou'] = dict(zip(test_source.map_classes, iou, strict=True))
+        more['iou'] = dict(zip(names, iou, strict=True))
         yield task.row('seg', head['name'], values, {**common, **head['protocol']}, **more)
 
 

@@ -19,6 +19,7 @@ from ssl_jax.run import errors, metrics
 CLASSES = ('dark', 'red', 'green', 'blue')
 SIZE, PATCH = 24, 4
 MOMENTS = dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+METHOD = type('Method', (), dict(classes=()))
 
 
 class Blocks:
@@ -205,7 +206,7 @@ def test_a_label_beyond_the_classes_names_the_image(tmp_path):
 def test_sets_with_other_classes_are_an_error(tmp_path):
     test = Blocks(2)
     test.map_classes = ('sky', *CLASSES)
-    with pytest.raises(errors.UserError, match='class maps with the same classes in both sets'):
+    with pytest.raises(errors.UserError, match='give both the same map_classes'):
         evaluated(tmp_path, task.Data(Blocks(8), test))
 
 
@@ -253,6 +254,14 @@ def test_the_number_of_the_loop_is_that_of_the_frozen_encoder(run):
     assert seg.scores(counts)[0]['mIoU'] == pytest.approx(last, abs=0.2)
 
 
+def test_a_run_whose_sets_name_other_classes_ends_before_its_first_step():
+    look = type('Look', (), dict(train=Blocks(2), test=Blocks(2), method=METHOD))
+    seg.check(seg.Options(), look)
+    look.test.map_classes = ('sky', *CLASSES)
+    with pytest.raises(errors.UserError, match='give both the same map_classes'):
+        seg.check(seg.Options(), look)
+
+
 def test_images_without_class_maps_are_left_alone():
-    look = type('Look', (), dict(train=None, test=None, method=type('M', (), dict(classes=()))))
+    look = type('Look', (), dict(train=None, test=None, method=METHOD))
     assert seg.run(seg.Options(), look, None, 0) == {}
