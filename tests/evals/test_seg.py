@@ -2,12 +2,14 @@
 """Segmentation by frozen patches equals brute force, with one device or eight."""
 
 import functools
+import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+import processes
 import tiny
 from ssl_jax import encoder, sharding, train
 from ssl_jax.data import scenes
@@ -208,6 +210,38 @@ def test_sets_with_other_classes_are_an_error(tmp_path):
     test.map_classes = ('sky', *CLASSES)
     with pytest.raises(errors.UserError, match='give both the same map_classes'):
         evaluated(tmp_path, task.Data(Blocks(8), test))
+
+
+PROCESSES = """
+    import json, pathlib, sys
+    sys.path.insert(0, {here!r})
+    import test_attentive
+    import test_seg
+    from ssl_jax.evals import task
+    from ssl_jax.run import launch
+    launch.initialize_distributed()
+    import jax
+    folder = pathlib.Path({folder!r})
+    data = task.Data(test_seg.Blocks(20), test_seg.Blocks(6, seed=1))
+    rows = test_seg.evaluated(folder, data, devices=4)
+    rows.append(test_attentive.evaluated(folder, 4, epochs=2, limit=70, batch_size=32))
+    (folder / f'{{jax.process_index()}}.json').write_text(json.dumps(rows))
+    jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_yield_the_rows_of_one(rows, tmp_path):
+    here = str(pathlib.Path(__file__).parent)
+    for code, out in map(
+        processes.finish, processes.twice(PROCESSES.format(here=here, folder=str(tmp_path)), 2)
+    ):
+        assert code == 0, out
+    first, second = (json.loads((tmp_path / f'{i}.json').read_text()) for i in (0, 1))
+    assert first == second
+    for one, two in zip(rows, first[:2], strict=True):
+        assert one['protocol_id'] == two['protocol_id']
+        assert two['scores'] == pytest.approx(one['scores'], abs=0.02)
 
 
 @pytest.fixture(scope='module')
