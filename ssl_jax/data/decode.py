@@ -152,7 +152,7 @@ def check_png(data: bytes) -> bool:
 
 
 def _png(data):
-    """16-bit PNG, of which Pillow keeps the high bytes; None for others, whose checksums it checks."""
+    """16-bit PNG, of which Pillow keeps the high bytes; None for others. Checks the checksums."""
     has_exif = check_png(data)
     bits, colour = data[24:26].ljust(2, b'\0')
     if bits != 16:
