@@ -17,6 +17,8 @@ References:
 """
 
 import functools
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,7 @@ def probe(
     max_steps: int = MAX_STEPS,
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
+    log: Callable | None = None,
 ) -> tuple[list[dict], dict, dict]:
     """DINOv2's protocol: C is chosen on a tenth of the training set, then all of it is fitted.
 
@@ -57,6 +60,7 @@ def probe(
       max_steps: of L-BFGS, for each C.
       seed: of the choice of the tenth, see `linear.split`.
       mesh: splits the images over its data and fsdp axes, default one device.
+      log: called with a line of progress after 20 s and more.
 
     Returns:
       rows, best, protocol: one dict(c, val_top1, steps, gradient) per C; a copy of the best with
@@ -66,17 +70,24 @@ def probe(
     for name, x, y in (('train', train_x, train_y), ('test', test_x, test_y)):
         accuracy.check_labels(name, y, num_classes)
         check_finite(name, x)
+    if not cs or min(cs) <= 0 or max_steps < 1:
+        raise errors.UserError(f'cs={cs} must be above 0, at least one, and max_steps at least 1.')
     if len(train_y) < 2:
         raise errors.UserError('1 training image cannot be fitted and held out: give two or more.')
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     held = np.zeros(len(train_y), bool)
     held[linear.split(len(train_y), seed)[1]] = True
     x, y = (knn.put_rows(np.asarray(v), mesh) for v in (train_x, train_y.astype(np.int32)))
-    rows = []
+    rows, said = [], time.monotonic()
     fields = dict(num_classes=num_classes, max_steps=max_steps, mesh=mesh)
     for c, params, found in path(x, y, ~held, cs, **fields):
         ranks = np.asarray(_ranks(x, y, params, mesh=mesh))[: len(held)]
         rows.append(dict(c=c, val_top1=100.0 * float((ranks[held] < 1).mean()), **found))
+        if log and time.monotonic() - said > 20:
+            said = time.monotonic()
+            log(
+                f'logistic regression: {len(rows)} of {len(cs)} values of C, {found["steps"]} steps'
+            )
     at = min(range(len(rows)), key=lambda i: (-rows[i]['val_top1'], rows[i]['c']))
     params, found = fit(x, y, np.ones(len(held)), rows[at]['c'], **fields)
     best = dict(rows[at], **found)

@@ -116,7 +116,7 @@ def evaluate(
                 log(f'{model} {name}: few-shot kNN top-1 {top1}')
             rows.append(_monitors_row(model, name, test[model][name], common))
         if 'logreg' in tasks:
-            rows.append(_logreg_row(model, data, common, logreg_options or {}, mesh))
+            rows.append(_logreg_row(model, data, common, logreg_options or {}, mesh, log))
             log(f'{model} {rows[-1]["feature"]}: logistic regression top-1 {rows[-1]["top1"]:.2f}')
         if 'linear' in tasks and linear_options is not False:
             rows.append(_linear_row(model, data, common, linear_options or {}))
@@ -182,13 +182,13 @@ def _few_shot_rows(model, name, data, common, options, mesh):
     ]
 
 
-def _logreg_row(model, data, common, options, mesh):
+def _logreg_row(model, data, common, options, mesh, log):
     """Of DINOv2's feature, the class token, or the first that there is."""
     train, train_y, test, test_y = data
     name = 'cls' if 'cls' in train else next(iter(train))
     sweep, best, settings = logreg.probe(
         train[name], train_y, test[name], test_y,
-        num_classes=common['num_classes'], mesh=mesh, **options,
+        num_classes=common['num_classes'], mesh=mesh, log=log, **options,
     )  # fmt: skip
     protocol = dict(eval='logreg', feature=FEATURES.get(name, name)) | settings | common
     score = dict(top1=best['test_top1'], top5=best['test_top5'], best=best, sweep=sweep)

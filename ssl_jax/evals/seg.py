@@ -31,7 +31,7 @@ from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import features, knn, linear, logreg, task
 from ssl_jax.fields import Range
-from ssl_jax.run import errors
+from ssl_jax.run import errors, peers
 
 NEEDS = 'segmentation'
 METRICS = ('cosine', 'L2')
@@ -69,7 +69,8 @@ def run(options, look, state, step) -> dict[str, float]:
     read = functools.partial(features.batches, **reading)
     train = collect(model, read, features.limited(look.train, options.limit), num_classes)
     scaled = standardise(train, np.ones(len(train['x']), bool))
-    predict = _by_neighbours(train, look.mesh, num_classes, options.k, options.metric)
+    placed = knn.put_rows(train['x'], look.mesh)
+    predict = _by_neighbours(train, placed, look.mesh, num_classes, options.k, options.metric)
     counts = 0
     for x, labels in patches(model, read, features.limited(look.test, options.limit), num_classes):
         counts += confusion(_rows(labels), predict(scaled(_rows(x))), num_classes)
@@ -96,29 +97,33 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
             f'seg needs two training images or more and class maps in both sets: '
             f'{train_source.describe(0)} ... are {len(train_source)} training images.'
         )
+    if not settings.ks or min(settings.ks) < 1 or min(settings.cs, default=1) <= 0:
+        raise errors.UserError(
+            f'seg.ks={settings.ks} are numbers of neighbours, one or more, each 1 or more, and '
+            f'seg.cs={settings.cs} inverse strengths above 0.'
+        )
     names = maps_lib.class_names(train_source, test_source)
     num_classes = len(names)
-    train = collect(model, work.batches, train_source, num_classes, settings.max_patches)
+    read = functools.partial(_said, work)
+    train = collect(model, read, train_source, num_classes, settings.max_patches)
     held = np.isin(train['image'], linear.split(len(train_source), 0)[1])
     scaled = standardise(train, ~held)
     share = f'{len(train["x"])} of {train["total"]} training patches'
     work.log(f'seg: {share}')
-    heads = [_knn(train, held, settings, num_classes, work)]
+    placed = knn.put_rows(train['x'], work.mesh)
+    heads = [_knn(train, placed, held, settings, num_classes, work)]
     if settings.cs:
-        heads.append(_logreg(train, held, settings, num_classes, work))
-    counts, start, done = [0] * len(heads), time.monotonic(), 0
-    for x, labels in patches(model, work.batches, test_source, num_classes):
-        done += len(x)
+        heads.append(_logreg(train, placed, held, settings, num_classes, work))
+    counts = [0] * len(heads)
+    for x, labels in patches(model, read, test_source, num_classes):
         x, labels = scaled(_rows(x)), _rows(labels)
         for i, head in enumerate(heads):
             counts[i] += confusion(labels, head['predict'](x), num_classes)
-        left = (time.monotonic() - start) / done * (len(test_source) - done)
-        if left > 10:
-            work.log(f'seg: {done} of {len(test_source)} test images, {left:.0f} s left')
     common = dict(
         **transform_lib.protocol(work.transform),
         normalization=f'mean {work.transform["mean"]}, std {work.transform["std"]}',
         maps='nearest, cut as the images',
+        tokens='of patches, after the final norm',
         patch_size=train['patch_size'],
         standardised='by mean and standard deviation of the training patches not held out',
         patches=f'{share}, those with the smallest hashes',
@@ -135,16 +140,28 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         yield task.row('seg', head['name'], values, {**common, **head['protocol']}, **more)
 
 
-def _knn(train, held, settings, num_classes, work):
+def _said(work, forward, source, **options):
+    """`work.batches` with lines of progress."""
+    start = said = time.monotonic()
+    for i, batch in enumerate(work.batches(forward, source, **options)):
+        peers.progress()
+        yield batch
+        now, done = time.monotonic(), (i + 1) * len(batch['id'])
+        if now - said > 10 and done < len(source):
+            said, left = now, (now - start) / done * (len(source) - done)
+            work.log(f'seg: {done} of {len(source)} images, {left:.0f} s left')
+
+
+def _knn(train, placed, held, settings, num_classes, work):
     """k and metric chosen: dict(name, chosen, sweep, protocol, predict)."""
     sweep, use = [], (train['mode'] < num_classes) & ~held
     if not use.any():
         raise errors.UserError('No training patch has a class: the labels of all are ignored.')
-    x, labels = knn.put_rows(train['x'], work.mesh), train['labels']
+    labels = train['labels']
     ks = sorted({min(k, int(use.sum())) for k in settings.ks})
     for metric in METRICS:
         valid = knn.put_rows(use, work.mesh)
-        near = knn.search(x, valid, train['x'][held], ks[-1], work.mesh, metric)
+        near = knn.search(placed, valid, train['x'][held], ks[-1], work.mesh, metric)
         for k in ks:
             counts = confusion(labels[held], vote(labels, near[:, :k], num_classes), num_classes)
             sweep.append(dict(k=k, metric=metric, miou=scores(counts)[0]['mIoU']))
@@ -156,25 +173,24 @@ def _knn(train, held, settings, num_classes, work):
         chosen=chosen,
         sweep=sweep,
         protocol=dict(ks=list(settings.ks), metrics=METRICS, ties='the lowest class'),
-        predict=_by_neighbours(train, work.mesh, num_classes, **chosen),
+        predict=_by_neighbours(train, placed, work.mesh, num_classes, **chosen),
     )
 
 
-def _by_neighbours(train, mesh, num_classes, k, metric):
+def _by_neighbours(train, placed, mesh, num_classes, k, metric):
     """A function of rows (q, D) that returns labels (q, m)."""
     use = train['mode'] < num_classes
-    x, valid = knn.put_rows(train['x'], mesh), knn.put_rows(use, mesh)
-    k = min(k, int(use.sum()))
+    valid, k = knn.put_rows(use, mesh), min(k, int(use.sum()))
 
     def predict(queries):
-        return vote(train['labels'], knn.search(x, valid, queries, k, mesh, metric), num_classes)
+        near = knn.search(placed, valid, queries, k, mesh, metric)
+        return vote(train['labels'], near, num_classes)
 
     return predict
 
 
-def _logreg(train, held, settings, num_classes, work):
+def _logreg(train, x, held, settings, num_classes, work):
     """C chosen and all fitted, see `_knn`."""
-    x = knn.put_rows(train['x'], work.mesh)
     y = knn.put_rows(train['mode'].astype(np.int32), work.mesh)
     use, mesh = train['mode'] < num_classes, work.mesh
     fields = dict(num_classes=num_classes, max_steps=settings.max_steps, mesh=mesh)
