@@ -157,7 +157,7 @@ def default(method: str = 'mae') -> ConfigDict:
     c.data.train = ConfigDict(dict(source='scenes'))
     c.data.eval_train = None  # labelled images that evaluations learn from
     c.data.eval_test = None  # labelled images that they are scored on
-    c.eval.tasks = ConfigDict(dict(monitors={}, knn={}, accuracy={}, pictures={}))
+    c.eval.tasks = ConfigDict(dict(monitors={}, knn={}, seg={}, accuracy={}, pictures={}))
     c.xla = ConfigDict()  # {flag: value}, over those of `sharding.FLAGS`; None: XLA's own default
     c.method = ConfigDict(dict(name=method))
     c.method.update(fields.group(methods.get(method)))

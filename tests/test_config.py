@@ -246,7 +246,7 @@ def test_evaluations_take_any_option_and_none():
     c = changed('eval.tasks.pictures=None', 'eval.tasks.knn.ks=[5]', 'eval.tasks.mine.share=0.5')
     tasks = c.eval.tasks.to_dict()
     assert tasks == dict(
-        accuracy={}, knn=dict(ks=(5,)), mine=dict(share=0.5), monitors={}, pictures=None
+        accuracy={}, knn=dict(ks=(5,)), mine=dict(share=0.5), monitors={}, pictures=None, seg={}
     )
 
 

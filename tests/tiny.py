@@ -32,6 +32,7 @@ def base(method):
     c.data.num_threads = 2
     c.eval.tasks.pictures = None
     c.eval.tasks.knn = None
+    c.eval.tasks.seg = None
     c.log.every_steps = 1
     c.log.tensorboard = False
     c.compile_cache = False

@@ -112,36 +112,77 @@ def knn(
                 f'parameters in the checkpoint.'
             )
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    n, m = len(train_x), len(test_x)
-    shards = mesh.shape['data'] * mesh.shape['fsdp']
-    rows = -(-n // shards)  # of the database on one device
-    chunk = min(m, int(np.clip(CHUNK_ELEMENTS // rows, 16, 1024)))
-
-    def put(x, spec):
-        # Unlike device_put this works where the mesh spans processes: all hold the whole array.
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
-
-    def filled(x, multiple):
-        return np.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
-
-    # Every device has the same number of rows, every chunk of queries the same shape.
-    valid = np.arange(rows * shards) < n
-    database = [put(x, P(AXES)) for x in (filled(train_x, shards), filled(train_y, shards), valid)]
-    x, y = filled(test_x, chunk), filled(test_y, chunk)
+    n = len(train_x)
+    database = [put_rows(x, mesh) for x in (train_x, train_y, np.ones(n, bool))]
     fields = dict(temperature=float(temperature), num_classes=num_classes, mesh=mesh)
-    ranks = []
-    for start in range(0, m, chunk):
-        peers.progress()
-        some = slice(start, start + chunk)
-        query = put(x[some], P()), put(y[some], P())
-        ranks.append(_ranks(*database, *query, ks=tuple(min(k, n) for k in ks), **fields))
-        if len(ranks) > 1:  # read one late: the device stays busy, see checksums.IN_FLIGHT
-            ranks[-2] = np.asarray(ranks[-2])
-    ranks = np.concatenate([np.asarray(r) for r in ranks], axis=1)[:, :m]
+    fields['ks'] = tuple(min(k, n) for k in ks)
+    ranks = _chunked(lambda *query: _ranks(*database, *query, **fields), n, (test_x, test_y), mesh)
+    ranks = np.concatenate(ranks, axis=1)[:, : len(test_x)]
     return {
         k: {'top1': 100.0 * float((r < 1).mean()), 'top5': 100.0 * float((r < min(5, k)).mean())}
         for k, r in zip(ks, ranks, strict=True)
     }
+
+
+def put_rows(x: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Rows (n, ...) split over the data and fsdp axes, filled up with zeros to a multiple."""
+    return _put(_filled(x, mesh.shape['data'] * mesh.shape['fsdp']), P(AXES), mesh)
+
+
+def _put(x, spec, mesh):
+    # Unlike device_put this works where the mesh spans processes: all hold the whole array.
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+
+
+def _filled(x, multiple):
+    return np.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _chunked(f, n, queries, mesh):
+    """[f(*chunk)] as numpy arrays; every chunk of the queries has the same shape, the last padded.
+
+    A chunk has as many queries as a device can compare with its part of `n` rows.
+    """
+    m = len(queries[0])
+    rows = -(-n // (mesh.shape['data'] * mesh.shape['fsdp']))
+    chunk = min(m, int(np.clip(CHUNK_ELEMENTS // rows, 16, 1024)))
+    queries, out = [_filled(x, chunk) for x in queries], []
+    for start in range(0, m, chunk):
+        peers.progress()
+        out.append(f(*(_put(x[start : start + chunk], P(), mesh) for x in queries)))
+        if len(out) > 1:  # read one late: the device stays busy, see checksums.IN_FLIGHT
+            out[-2] = np.asarray(out[-2])
+    return [np.asarray(x) for x in out]
+
+
+def search(
+    train_x: jax.Array,
+    valid: jax.Array,
+    x: np.ndarray,
+    k: int,
+    mesh: jax.sharding.Mesh,
+    metric: str = 'cosine',
+) -> np.ndarray:
+    """Row numbers of the k nearest database rows of every query, nearest first.
+
+    Args:
+      train_x, valid: (n, d), bool (n,), see `put_rows`; rows that are not valid never count.
+      x: (q, d) queries, any number.
+      k: at most the number of valid rows.
+      metric: see `neighbours`.
+
+    Returns:
+      int32 (q, k).
+    """
+    rows = put_rows(np.arange(len(train_x), dtype=np.int32), mesh)
+    fields = dict(k=k, mesh=mesh, metric=metric)
+    out = _chunked(lambda q: _nearest(train_x, rows, valid, q, **fields), len(rows), (x,), mesh)
+    return np.concatenate(out)[: len(x)]
+
+
+@functools.partial(jax.jit, static_argnames=('k', 'mesh', 'metric'))
+def _nearest(train_x, rows, valid, x, *, k, mesh, metric):
+    return neighbours(train_x, rows, valid, x, k, mesh, metric)[1]
 
 
 @functools.partial(jax.jit, static_argnames=('ks', 'temperature', 'num_classes', 'mesh'))
@@ -188,24 +229,31 @@ def neighbours(
     x: jax.Array,
     k: int,
     mesh: jax.sharding.Mesh,
+    metric: str = 'cosine',
 ) -> tuple[jax.Array, jax.Array]:
-    """The k nearest database rows of every query, by cosine similarity.
+    """The k nearest database rows of every query.
 
     Args:
       train_x, train_y, valid: (n, d), int (n,), bool (n,), sharded over the data and fsdp axes;
         rows that are not valid never count.
       x: (q, d) queries.
       k: at most the number of valid rows.
+      metric: 'cosine' or 'L2'.
 
     Returns:
-      similarities (q, k), largest first, ties in database order, and labels (q, k).
+      similarities (q, k), cosines or negative squared distances, largest first, ties in database
+      order, and labels (q, k).
     """
 
     def nearest(train_x, train_y, valid, x):
         # Each device's best k suffice for the best k of all; the shards come back in database
         # order and top_k takes the first of equals, so ties fall as on one device.
-        query, keys = blocks.l2_normalize(x), blocks.l2_normalize(train_x)
+        query, keys = x, train_x
+        if metric == 'cosine':
+            query, keys = blocks.l2_normalize(x), blocks.l2_normalize(train_x)
         s = jnp.einsum('qd,nd->qn', query, keys, precision='highest')
+        if metric == 'L2':
+            s = 2 * s - jnp.square(keys).sum(axis=1) - jnp.square(query).sum(axis=1)[:, None]
         s, index = jax.lax.top_k(jnp.where(valid, s, -jnp.inf), min(k, s.shape[1]))
         s = jax.lax.all_gather(s, AXES, axis=1, tiled=True)
         labels = jax.lax.all_gather(train_y[index], AXES, axis=1, tiled=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kNN and linear probe of several encoders side by side: `ssl_jax eval`.
+"""Classification by features of several encoders side by side: `ssl_jax eval`.
 
 A number without its protocol cannot be compared: k, T, the features, the resolution and the sweep
 each move it by points. So every row has its full protocol and a short `protocol_id`; rows with
@@ -15,7 +15,7 @@ import numpy as np
 
 from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.evals import accuracy, knn, linear, monitors
+from ssl_jax.evals import accuracy, few_shot, knn, linear, logreg, monitors
 from ssl_jax.evals import features as features_lib
 from ssl_jax.evals import task as task_lib
 from ssl_jax.run import hashing, launch
@@ -36,7 +36,7 @@ SIDE_BY_SIDE = re.compile(r'cls_patch|cls\d+(_patch)?')
 # cls_pre: after BatchNorm hardly different from cls; grid: up to sixteen times as wide for little.
 NOT_LINEAR = re.compile(r'cls_pre|grid\d')
 MONITORED = 1024  # images
-POOLED = ('knn', 'linear')  # evaluations of features of whole images
+POOLED = ('knn', 'linear', 'few_shot', 'logreg')  # evaluations of features of whole images
 
 
 def evaluate(
@@ -48,13 +48,15 @@ def evaluate(
     batch_size: int = 256,
     mesh: jax.sharding.Mesh | None = None,
     limit: int | None = None,
+    tasks: tuple = ('knn', 'linear'),
     ks: tuple = knn.Options.ks,
     linear_options: dict | bool | None = None,
+    few_shot_options: dict | None = None,
+    logreg_options: dict | None = None,
     normalization: str = 'ImageNet mean and std',
     log: Callable | None = launch.log,
-    tasks: tuple = POOLED,
 ) -> list[dict]:
-    """Rows of kNN, linear probe and monitors for each forward; images are decoded once for all.
+    """Rows of each forward; images are decoded once for all.
 
     Args:
       forwards: {model: forward}, e.g. trained, untrained and raw_pixels, see `features`.
@@ -62,15 +64,17 @@ def evaluate(
         chosen by a hash of the image's index.
       transform, batch_size, mesh, limit: see `features.batches`; `limit` holds for each of the two
         sets.
+      tasks: of POOLED; monitors are always there.
       ks: see `knn.knn`.
       linear_options: more arguments of `linear.probe`; False leaves the probe out.
+      few_shot_options, logreg_options: more arguments of `few_shot.few_shot`, `logreg.probe`.
       normalization: of the channels by the forwards, for the protocol.
       log: called with each line of progress; None for silence.
-      tasks: of POOLED.
 
     Returns:
-      Dicts for JSON: model, eval ('knn', 'linear' or 'monitors'), feature, top1 and top5 in percent
-      (or the monitors), protocol, protocol_id; 'linear' also has the sweep and its best row.
+      Dicts for JSON: model, eval (of POOLED, or 'monitors'), feature, top1 and top5 in percent (or
+      the monitors), protocol, protocol_id; 'linear' and 'logreg' also have the sweep and its best
+      row, 'few_shot' the deviations over its tries.
     """
     log = log or (lambda line: None)
     for source in filter(None, (train_source, test_source)):
@@ -100,10 +104,18 @@ def evaluate(
             if SIDE_BY_SIDE.fullmatch(name):
                 continue
             if 'knn' in tasks:
-                scores = _knn_rows(model, name, data, common, ks, mesh)
-                rows += [*scores, _monitors_row(model, name, test[model][name], common)]
+                rows += (scores := _knn_rows(model, name, data, common, ks, mesh))
                 top1 = ', '.join(f'{row["top1"]:.2f}' for row in scores)
                 log(f'{model} {name}: kNN top-1 {top1}')
+            if 'few_shot' in tasks and not NOT_LINEAR.fullmatch(name):
+                options = few_shot_options or {}
+                rows += (scores := _few_shot_rows(model, name, data, common, options, mesh))
+                top1 = ', '.join(f'{row["shots"]} {row["top1"]:.2f}' for row in scores)
+                log(f'{model} {name}: few-shot kNN top-1 {top1}')
+            rows.append(_monitors_row(model, name, test[model][name], common))
+        if 'logreg' in tasks:
+            rows.append(_logreg_row(model, data, common, logreg_options or {}, mesh, log))
+            log(f'{model} {rows[-1]["feature"]}: logistic regression top-1 {rows[-1]["top1"]:.2f}')
         if 'linear' in tasks and linear_options is not False:
             rows.append(_linear_row(model, data, common, linear_options or {}))
             log(f'{model} {rows[-1]["feature"]}: linear top-1 {rows[-1]["top1"]:.2f}')
@@ -141,6 +153,44 @@ def _knn_rows(model, name, data, common, ks, mesh):
         ks = dict(k=k) if k <= len(train_y) else dict(k=k, k_used=len(train_y))
         rows.append(class_row(model, 'knn', name, {**ks, **score}, {**protocol, **ks}))
     return rows
+
+
+def _few_shot_rows(model, name, data, common, options, mesh):
+    """One row for each number of labelled images."""
+    train, train_y, test, test_y = data
+    options = dict(temperature=knn.Options.temperature, seed=0) | options
+    found = few_shot.few_shot(
+        train[name], train_y, test[name], test_y,
+        num_classes=common['num_classes'], mesh=mesh, **options,
+    )  # fmt: skip
+    protocol = dict(
+        eval='few_shot',
+        feature=FEATURES.get(name, name),
+        similarity='cosine of L2-normalised features',
+        weights='pixio',
+        temperature=options['temperature'],
+        seed=options['seed'],
+        deviation='of the sample of tries',
+        **common,
+    )
+    keys = ('shots', 'images', 'k', 'tries')
+    return [
+        class_row(model, 'few_shot', name, row, {**protocol, **{key: row[key] for key in keys}})
+        for row in found
+    ]
+
+
+def _logreg_row(model, data, common, options, mesh, log):
+    """Of DINOv2's feature, the class token, or the first that there is."""
+    train, train_y, test, test_y = data
+    name = 'cls' if 'cls' in train else next(iter(train))
+    sweep, best, settings = logreg.probe(
+        train[name], train_y, test[name], test_y,
+        num_classes=common['num_classes'], mesh=mesh, log=log, **options,
+    )  # fmt: skip
+    protocol = dict(eval='logreg', feature=FEATURES.get(name, name)) | settings | common
+    score = dict(top1=best['test_top1'], top5=best['test_top5'], best=best, sweep=sweep)
+    return class_row(model, 'logreg', name, score, protocol)
 
 
 def _monitors_row(model, name, features, common):
@@ -202,10 +252,11 @@ def table(rows: list[dict]) -> str:
             guess = 'always the most frequent class'
         out += ['', f'{images}, {p["num_classes"]} classes; {guess}: {p["chance"]:.2f}.']
     for row in scored:
-        if row['eval'] == 'linear' and row['best']['at_edge']:
+        if row['eval'] in ('linear', 'logreg') and row['best']['at_edge']:
+            what = 'rate {lr:g}' if row['eval'] == 'linear' else 'C {c:g}'
             out.append(
-                f'{row["model"]}: the best rate {row["best"]["lr"]:g} is at the edge of the sweep; '
-                f'a wider one may do better.'
+                f'{row["model"]}: the best {what.format(**row["best"])} is at the edge of the '
+                f'sweep; a wider one may do better.'
             )
     for row in rows:
         if row['eval'] == 'monitors':
@@ -228,6 +279,17 @@ def _brief(row):
         weights = {'pixio': 'exp(s/T)', 'dinov2': 'softmax(s/T)'}[p['weights']]
         k = f'k={p["k"]}' + (f' (all {p["k_used"]})' if 'k_used' in p else '')
         return f'{k}, T={p["temperature"]:g}, cosine, {weights}, {view}'
+    if row['eval'] == 'few_shot':
+        return (
+            f'{p["shots"]}: {p["images"]} labelled images, mean of {p["tries"]} tries, deviation '
+            f'{row["top1_std"]:.2f}, kNN k={p["k"]}, T={p["temperature"]:g}, seed {p["seed"]}, '
+            f'{view}'
+        )
+    if row['eval'] == 'logreg':
+        return (
+            f'C {row["best"]["c"]:.3g} of {len(p["cs"])} from {min(p["cs"]):g} to {max(p["cs"]):g} '
+            f'(held-out train), then all fitted, L2, L-BFGS, seed {p["seed"]}, {view}'
+        )
     sweep = f'{len(p["lrs"])} rates {min(p["lrs"]):g}..{max(p["lrs"]):g}'
     return (
         f'lr {row["best"]["lr"]:g} x {p["lr_scale"]:g} of {sweep} x {len(p["features"])} features '

@@ -102,7 +102,7 @@ def pca_patches(tokens: np.ndarray, grid: tuple[int, int], images: np.ndarray, p
 
 
 def curves(metrics_path, path) -> None:
-    """Draws loss, learning rate, kNN accuracy and images per second over steps.
+    """Draws loss, learning rate, kNN accuracy, segmentation and images per second over steps.
 
     Panels without data, incomplete lines and values that are not finite are left out, so this works
     at any moment of a run.
@@ -121,6 +121,7 @@ def curves(metrics_path, path) -> None:
         ('loss', 'training loss', only('loss')),
         ('lr', 'learning rate', only('lr')),
         ('knn', 'kNN top-1, %  (thin: other k)' if len(knn) > 1 else 'kNN top-1, %', knn),
+        ('seg', 'segmentation by kNN, mIoU, %', only('seg/miou')),
         ('speed', 'images per second', only('time/images_per_second')),
     ]
     panels = [p for p in panels if p[2]]

@@ -73,7 +73,7 @@ def test_none_turns_an_evaluation_off(tmp_path):
     'override, message',
     [
         ('kn.ks=(5,)', "There is no evaluation 'kn' for eval.tasks: did you mean 'knn'?"),
-        ('base.ks=(5,)', "There is no evaluation 'base' for eval.tasks: there is accuracy, knn, "),
+        ('report.ks=(5,)', "no evaluation 'report' for eval.tasks: there is accuracy, knn, "),
         ('knn.kss=(5,)', "There is no option 'eval.tasks.knn.kss': did you mean 'ks'?"),
         ('pictures.num_image=3', "'eval.tasks.pictures.num_image': did you mean 'num_images'?"),
         ('accuracy.top=3', "There is no option 'eval.tasks.accuracy.top': there is nothing."),

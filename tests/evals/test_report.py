@@ -47,6 +47,34 @@ def test_every_model_gets_knn_linear_and_monitors(rows):
         assert {r['eval'] for r in rows if r['model'] == model} == {'knn', 'linear', 'monitors'}
 
 
+def test_other_tasks_share_the_features_and_name_what_they_depend_on():
+    decoded, data = [], colours(90)
+
+    def once(images):
+        decoded.append(len(images))
+        return mean_colour(images)
+
+    more = dict(few_shot_options=dict(tries=2), logreg_options=dict(cs=(0.1, 1.0)))
+    rows = report.evaluate(
+        {'good': once}, data, colours(60, seed=1), tasks=('few_shot', 'logreg'), **OPTIONS | more
+    )
+    assert sum(decoded) == 150  # train and test, each image once
+    few = [row for row in rows if row['eval'] == 'few_shot' and row['feature'] == 'cls']
+    assert [row['shots'] for row in few] == [f'{n} per class' for n in (1, 2, 5, 10)] + [
+        '1 %',
+        '10 %',
+    ]
+    (logreg,) = (row for row in rows if row['eval'] == 'logreg')
+    assert (logreg['feature'], logreg['best']['c'] in (0.1, 1.0)) == ('cls', True)
+    assert min(logreg['top1'], few[3]['top1']) > 90
+    assert not {'knn', 'linear'} & {row['eval'] for row in rows}
+    assert len({row['protocol_id'] for row in rows}) == len(rows)
+    table = report.table(rows)
+    assert '5 per class: 15 labelled images, mean of 2 tries, deviation' in table
+    assert 'of 2 from 0.1 to 1 (held-out train)' in table
+    assert 'is at the edge of the sweep' in table
+
+
 def test_informative_features_beat_uninformative_ones(rows):
     top1 = {(r['model'], r['eval']): r['top1'] for r in rows if r['eval'] != 'monitors'}
     for kind in ('knn', 'linear'):

@@ -122,6 +122,11 @@ def test_curves_draw_the_panels_that_have_data(tmp_path):
     draw.curves(tmp_path / 'm.jsonl', tmp_path / 'four.png')
     assert read(tmp_path / 'one.png').shape == (330, 520, 3)
     assert read(tmp_path / 'four.png').shape == (660, 1040, 3)
+    for row in rows:
+        row['seg/miou'] = 30.0
+    write_rows(tmp_path / 'm.jsonl', rows)
+    draw.curves(tmp_path / 'm.jsonl', tmp_path / 'five.png')
+    assert read(tmp_path / 'five.png').shape == (990, 1040, 3)
     assert (read(tmp_path / 'four.png') != 255).any()
 
 
