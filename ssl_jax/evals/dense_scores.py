@@ -54,7 +54,8 @@ def depth_scores(pred: np.ndarray, gt: np.ndarray) -> dict[str, float]:
 
     AbsRel = mean(|p - g| / g), SqRel = mean((p - g)^2 / g), RMSE and RMSElog roots of the mean
     square of p - g and log p - log g, log10 the mean of |log10 p - log10 g|, SiLog =
-    sqrt(mean(e^2) - mean(e)^2 / 2) with e = log g - log p, dk the share with max(p/g, g/p) < 1.25^k.
+    sqrt(mean(e^2) - mean(e)^2 / 2) with e = log g - log p, dk the share of pixels with
+    max(p/g, g/p) < 1.25^k.
 
     Args:
       pred, gt: positive depths (n,).
@@ -118,22 +119,6 @@ def scored(gt: np.ndarray, region: Region) -> np.ndarray:
     inside = np.zeros_like(mask)
     inside[slice(*rows), slice(*columns)] = True
     return mask & inside
-
-
-def kb_crop(x: np.ndarray) -> np.ndarray:
-    """The 352 x 1216 pixels at the bottom centre of a map or image (H, W, ...), as for KITTI.
-
-    References:
-      Uhrig et al., arXiv 1708.06500 (the crop of the KITTI benchmark)
-    """
-    h, w = x.shape[:2]
-    if h < 352 or w < 1216:
-        raise errors.UserError(
-            f'An image of {w}x{h} is not of KITTI, which has at least 1216x352: give another '
-            f'dataset.'
-        )
-    left = (w - 1216) // 2
-    return x[h - 352 :, left : left + 1216]
 
 
 def corners(size: int, crop: int, stride: int, shifted: bool) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ssl_jax.evals import dense_scores, heads, task
+from ssl_jax.evals import dense_scores, head_spec, heads, task
 from ssl_jax.fields import Range
 from ssl_jax.run import errors
 
@@ -43,13 +43,13 @@ class Settings:
     seed: int = 0  # of the start and the crops
 
 
-def spec_of(settings: Settings, size: int) -> heads.Spec:
+def spec_of(settings: Settings, size: int) -> head_spec.Spec:
     """The head that the settings describe, for a model of `size` pixels."""
     region = region_of(settings)
     crop = tuple(settings.crop or (size, size))
     if len(crop) != 2 or not all(isinstance(n, int) and n > 0 for n in crop):
         raise errors.UserError(f'depth.crop={crop} is no (height, width): write (416,544).')
-    return heads.Spec(
+    return head_spec.Spec(
         task='depth',
         head=settings.head,
         crop=crop,
@@ -59,7 +59,7 @@ def spec_of(settings: Settings, size: int) -> heads.Spec:
         seed=settings.seed,
         min_depth=region.min_depth,
         max_depth=region.max_depth,
-        fixed=fixed_of(settings),
+        fixed=cuts(settings)[0],
         gradient=settings.gradient,
         channels=settings.channels,
     )
@@ -81,9 +81,17 @@ def region_of(settings: Settings) -> dense_scores.Region:
     return region
 
 
-def fixed_of(settings: Settings) -> str:
-    """The official cut of the images before all else, see `pairs.Crop`; '' for none."""
-    return ''
+def cuts(settings: Settings) -> tuple[str, str]:
+    """Crops before all else of (training, test) images and maps, see `pairs.cut_fixed`.
+
+    DINOv2's heads are trained on NYU without its white frame and tested on whole images; both
+    without the top and the sides of KITTI.
+    """
+    pixio = settings.head.startswith('pixio')
+    if settings.dataset == 'nyu':
+        return 'eigen', 'eigen' if pixio else ''
+    fixed = 'kb' if settings.dataset == 'kitti' and not pixio else ''
+    return fixed, fixed
 
 
 def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -> Iterator[dict]:
@@ -92,7 +100,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     train, test = data.split()
     head = heads.fit(model, train, spec, work)
     scores, shown, few = [], [], 0
-    for item, pred in heads.predictions(head, test, work):
+    for item, pred in heads.predictions(head, test, work, cuts(settings)[1]):
         mask = dense_scores.scored(item['depth'], region)
         if len(shown) < heads.SHOWN:
             shown.append((item, pred))
@@ -111,6 +119,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     protocol = dict(
         **spec.protocol(),
         dataset=settings.dataset,
+        fixed_test=cuts(settings)[1],
         region=dataclasses.asdict(region),
         scores='mean over images; SiLog = sqrt(mean e^2 - mean(e)^2 / 2); dk in percent',
         limit=work.limit,

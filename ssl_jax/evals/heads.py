@@ -23,12 +23,9 @@ from etils import epath
 
 from ssl_jax import sharding
 from ssl_jax import step as step_lib
-from ssl_jax.augment import photometry
 from ssl_jax.data import fingerprint, pairs
-from ssl_jax.evals import dense_scores, features
+from ssl_jax.evals import dense_scores, features, head_spec
 from ssl_jax.models import dense
-from ssl_jax.models import vit as vit_lib
-from ssl_jax.objectives import dense as losses
 from ssl_jax.run import checkpoint, errors, hashing, launch, peers, storage, trees
 
 SHOWN = 8  # test images of which predictions are kept
@@ -37,146 +34,11 @@ WINDOW_ELEMENTS = 2**26  # of the predictions of windows that are computed toget
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How an official code feeds, trains and tests a head.
-
-    The rate of step s of T is lr times a decay over all steps, 'poly' (1 - s/T)^power or 'cosine',
-    times a linear warm-up from `warmup_from`.
-    """
-
-    blocks: str  # 'last', 'four' (the last four) or 'spread' (four over the depth)
-    normed: bool  # whether their outputs go through the final norm
-    lr: float
-    weight_decay: float
-    decay: str = 'poly'
-    power: float = 1.0
-    warmup: float = 0.0  # share of the steps
-    warmup_from: float = 0.0  # share of the rate
-    pixio: bool = False  # schedule, loss and windows of Pixio; otherwise of mmcv, used by DINOv2
-    clip: float | None = None  # largest norm of the gradient
-    stride: float | None = 2 / 3  # of test windows, in crops; None: whole images
-    flip: bool = False  # whether the mirrored test image is averaged in
-
-
-_SEG = Recipe('last', True, 1e-3, 1e-4, warmup=1500 / 40000, warmup_from=1e-6, stride=341 / 512)
-_DEPTH = Recipe(
-    'last', False, 1e-4, 1e-2, 'cosine', warmup=12800 / 38400, warmup_from=1e-3,
-    clip=35.0, stride=None, flip=True,
-)  # fmt: skip
-_PIXIO = Recipe('last', True, 2e-4, 1e-2, power=0.9, pixio=True)
-_change = dataclasses.replace
-RECIPES = {
-    ('seg_head', 'linear'): _SEG,
-    ('seg_head', 'linear4'): _change(_SEG, blocks='four', stride=320 / 640),
-    ('seg_head', 'pixio_linear'): _PIXIO,
-    ('seg_head', 'pixio_dpt'): _change(_PIXIO, blocks='spread', lr=1e-4),
-    ('depth', 'linear'): _DEPTH,
-    ('depth', 'linear4'): _change(_DEPTH, blocks='spread'),
-    ('depth', 'dpt'): _change(_DEPTH, blocks='spread'),
-    ('depth', 'pixio_linear'): _change(_PIXIO, warmup=0.1),
-    ('depth', 'pixio_dpt'): _change(_PIXIO, blocks='spread', lr=1e-4, warmup=0.1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What a trained head depends on besides the encoder and the images."""
-
-    task: str  # 'seg_head' or 'depth'
-    head: str
-    crop: tuple[int, int]  # of training; the first is the side of test windows
-    steps: int
-    batch_size: int
-    lr: float
-    seed: int = 0
-    names: tuple = ()  # of the classes
-    min_depth: float = 0.0
-    max_depth: float = 0.0
-    fixed: str = ''  # see `pairs.Crop`
-    ratio: tuple[float, float] = (1.0, 1.0)  # of sizes that training images are resized to ...
-    base: int | None = None  # ... in multiples of this short side; test images have it
-    gradient: float = 0.0  # weight of `losses.gradient_loss`
-    channels: int = 256  # width of a DPT head
-
-    @property
-    def recipe(self) -> Recipe:
-        return RECIPES[self.task, self.head]
-
-    @property
-    def map(self) -> str:
-        """The map that is learned, by its name in the items of a source."""
-        return 'segmentation' if self.task == 'seg_head' else 'depth'
-
-    def module(self) -> Any:
-        """The network, of `models.dense`."""
-        depth = self.task == 'depth'
-        outputs, top = (1, self.max_depth) if depth else (len(self.names), None)
-        c = self.channels
-        if self.head == 'pixio_linear':
-            return dense.BNLinear(outputs, True, ('0', '1'), True, top)
-        if self.head == 'pixio_dpt':
-            return dense.PixioDPT(outputs, c, (c, 2 * c, 4 * c, 4 * c), top)
-        if self.head == 'dpt':
-            return dense.DPT(self.min_depth, c)
-        if depth:
-            return dense.DepthLinear(self.min_depth, self.max_depth)
-        return dense.BNLinear(outputs)
-
-    def rate(self, step: jax.Array) -> jax.Array:
-        """Learning rate of a step, from 0."""
-        r, total = self.recipe, self.steps
-        s = step.astype(jnp.float32)
-        warmup = r.warmup * total
-        if r.pixio:  # sets the rate after the step: of the step before, and of the first in full
-            s = jnp.maximum(s - 1, 0)
-            left = jnp.clip(1 - (s - warmup) / max(total - warmup, 1), 0, 1)
-            rate = jnp.where(s < warmup, s / max(warmup, 1), left**r.power)
-            return self.lr * jnp.where(step == 0, 1.0, rate)
-        left = jnp.clip(1 - s / total, 0, 1)
-        rate = jnp.sin(jnp.pi / 2 * left) ** 2 if r.decay == 'cosine' else left**r.power
-        start = jnp.clip(1 - s / max(warmup, 1e-9), 0, 1)  # 1 at the first step, 0 after the warm-up
-        return self.lr * rate * (1 - start * (1 - r.warmup_from))
-
-    def loss(self, out: jax.Array, batch: dict, step: jax.Array) -> jax.Array:
-        """Loss of the head's output for a batch of `pairs.train_pairs`."""
-        if self.task == 'seg_head':
-            return losses.cross_entropy(out, batch['segmentation'])
-        gt = batch['depth']
-        if self.recipe.pixio:
-            valid = losses.measured(gt, self.max_depth) & (gt >= self.min_depth)
-            return losses.silog(jnp.maximum(out, self.min_depth), gt, valid)
-        warm = step < min(100, self.steps // 10)
-        loss = losses.sig_loss(out, gt, warm, self.max_depth)
-        if self.gradient:
-            fn = functools.partial(losses.gradient_loss, max_depth=self.max_depth)
-            loss += self.gradient * jax.vmap(fn)(out, gt).mean()
-        return loss
-
-    def protocol(self) -> dict:
-        """What a row says of the head."""
-        values = dataclasses.asdict(self) | dataclasses.asdict(self.recipe) | {'lr': self.lr}
-        seg = ('min_depth', 'max_depth', 'gradient')
-        left_out = ('task', 'names', *(seg if self.task == 'seg_head' else ()))
-        values = {name: value for name, value in values.items() if name not in left_out}
-        loss = 'cross-entropy, 255 ignored'
-        if self.task == 'depth':
-            loss = 'SiLog' if self.recipe.pixio else 'SigLoss'
-        return dict(
-            values,
-            loss=loss,
-            optimizer='AdamW, betas 0.9 0.999, eps 1e-8',
-            augmentation='crop, flip 0.5; no photometric distortion',
-            windows='whole image' if self.recipe.stride is None else
-            'not shifted back, zero-padded' if self.recipe.pixio else 'last shifted back',
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
 class Head:
     """A trained head on its encoder."""
 
     model: Any  # `encoder.Model` or `encoder.Pixels`
-    spec: Spec
+    spec: head_spec.Spec
     variables: Any  # of `Spec.module`
     folder: epath.Path
 
@@ -184,60 +46,6 @@ class Head:
     def run(self) -> Callable:
         """`make_predict` on one device, compiled once."""
         return make_predict(self)
-
-
-def numbers(recipe: Recipe, depth: int) -> tuple[int, ...]:
-    """Blocks that a head sees, from 0, of an encoder with `depth`; see `Recipe`."""
-    if recipe.blocks == 'last':
-        return (depth - 1,)
-    if recipe.blocks == 'four':
-        return tuple(range(max(depth - 4, 0), depth))
-    if recipe.pixio and depth >= 4:
-        return tuple(depth // 4 * i - 1 for i in (1, 2, 3, 4))
-    if depth == 24:  # DINOv2 of ViT-L
-        return (4, 11, 17, 23)
-    return tuple(-(-depth * i // 4) - 1 for i in (1, 2, 3, 4))
-
-
-def taps(model: Any, images: jax.Array, recipe: Recipe) -> dense.Taps:
-    """Input of a head from the encoder, see `models.dense`.
-
-    Args:
-      model: `encoder.Model` or `encoder.Pixels`.
-      images: (B, H, W, 3), normalised, sides multiples of the patch size.
-      recipe: of the head.
-    """
-    vit = getattr(model, 'vit', None)
-    p = vit.patch_size if vit else model.patch_size
-    c, r = (vit.num_cls_tokens, vit.num_register_tokens) if vit else (0, 0)
-    blocks = numbers(recipe, vit.depth if vit else 4)
-    tokens = model(images, blocks=tuple(dict.fromkeys(blocks)))['blocks']
-    grid = [side // p for side in images.shape[1:3]]
-    out = []
-    for block in blocks:
-        x = tokens[block]
-        if recipe.normed and vit and not vit.pooled_norm:
-            x = vit_lib.final_norm(model.params, x, vit.eps)
-        x = x.astype(jnp.float32)
-        patch = x[:, c + r :].reshape(len(x), *grid, -1)
-        out.append((patch, x[:, :c].mean(axis=1) if c else None))
-    return out
-
-
-def _forward(model, spec, images):
-    """Taps and size of images (B, H, W, 3), uint8 or normalised.
-
-    Where the sides are no multiples of the patch size, zeros are added around, and the head's map
-    is stretched over the image, as in DINOv2.
-    """
-    if images.dtype == jnp.uint8:
-        t = model.transform
-        images = photometry.normalize(images, t['mean'], t['std'])
-    size = images.shape[1:3]
-    p = model.vit.patch_size if hasattr(model, 'vit') else model.patch_size
-    fill = [((-n % p) // 2, -n % p - (-n % p) // 2) for n in size]
-    images = jnp.pad(images, [(0, 0), *fill, (0, 0)])
-    return taps(model, images, spec.recipe), size
 
 
 def _with(model, params):
@@ -251,7 +59,7 @@ def _placed(model, mesh):
     return params and jax.device_put(params, sharding.infer(params, mesh))
 
 
-def optimizer(spec: Spec, params: Any) -> optax.GradientTransformation:
+def optimizer(spec: head_spec.Spec, params: Any) -> optax.GradientTransformation:
     """AdamW over all parameters of the head, biases and norms too, as in the official codes."""
 
     def used(path, _):  # what gets no gradient is left as it is
@@ -263,7 +71,7 @@ def optimizer(spec: Spec, params: Any) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def fit(model: Any, source: Any, spec: Spec, work: Any) -> Head:
+def fit(model: Any, source: Any, spec: head_spec.Spec, work: Any) -> Head:
     """Trains a head, or continues where an earlier call was cut off, to the same bits.
 
     Its state is in a folder of `work.folder` named by task, head and a hash of all that it depends
@@ -313,7 +121,7 @@ def _check_crop(spec, model):
 def _start(model, spec):
     """The train state of step 0."""
     images = jax.ShapeDtypeStruct((1, *spec.crop, 3), np.uint8)
-    shapes = jax.eval_shape(lambda x: _forward(model, spec, x)[0], images)
+    shapes = jax.eval_shape(lambda x: head_spec.forward(model, spec, x)[0], images)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     variables = spec.module().init(jax.random.key(spec.seed), zeros)
     params, extra = variables['params'], variables.get('batch_stats', {})
@@ -326,7 +134,7 @@ def _train(model, source, spec, work, state, saver):
     tx = optimizer(spec, state.params)
 
     def step(state, params, batch):
-        inputs, size = _forward(_with(model, params), spec, batch['image'])
+        inputs, size = head_spec.forward(_with(model, params), spec, batch['image'])
 
         def objective(head):
             variables = {'params': head, 'batch_stats': state.extra}
@@ -401,7 +209,7 @@ def load(folder: epath.PathLike, model: Any) -> Head:
     """
     folder = epath.Path(folder)
     spec = dict(checkpoint.read_meta(folder)['head'])
-    spec = Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()})
+    spec = head_spec.Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()})
     state = jax.eval_shape(functools.partial(_start, model, spec))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -414,7 +222,7 @@ def load(folder: epath.PathLike, model: Any) -> Head:
 
 def find(folder: epath.PathLike) -> list[epath.Path]:
     """Folders of trained heads in the folder of a model's evaluations."""
-    folder, tasks = epath.Path(folder), {task for task, _ in RECIPES}
+    folder, tasks = epath.Path(folder), {task for task, _ in head_spec.RECIPES}
     names = [n for n in storage.names(folder) if n.split('-')[0] in tasks]
     return [folder / n for n in sorted(names) if checkpoint.steps(folder / n)]
 
@@ -434,7 +242,7 @@ def make_predict(head: Head, mesh: jax.sharding.Mesh | None = None) -> Callable:
     variables = jax.device_put(head.variables, sharding.replicated(mesh))
 
     def once(params, variables, images):
-        return module.apply(variables, *_forward(_with(head.model, params), spec, images))
+        return module.apply(variables, *head_spec.forward(_with(head.model, params), spec, images))
 
     @jax.jit
     def run(params, variables, images):
@@ -501,12 +309,15 @@ def _predicted(head, images, run, batch_size):
 
 
 def _short_side(image, base):
-    """The image with a short side of `base` pixels, or as it is."""
+    """The image resized as training crops are with ratio 1, see `pairs.Crop`."""
     h, w = image.shape[:2]
-    if base is None or min(h, w) == base:
+    if base is None:
         return image
-    size = [max(round(n * base / min(h, w)), base) for n in (w, h)]
-    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BILINEAR))
+    scale = min(base / min(h, w), 4 * base / max(h, w))
+    size = [max(1, int(n * scale + 0.5)) for n in (w, h)]
+    if size == [w, h]:
+        return image
+    return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BICUBIC))
 
 
 def _stretched(maps, size):
@@ -518,7 +329,7 @@ def _stretched(maps, size):
 
 
 def predictions(
-    head: Head, source: Any, work: Any, view: Callable = lambda item: item
+    head: Head, source: Any, work: Any, fixed: str = ''
 ) -> Iterator[tuple[dict, np.ndarray]]:
     """(item, prediction) of all images of a source, in order, see `predict`.
 
@@ -526,27 +337,31 @@ def predictions(
       head: a trained one.
       source: test images with maps.
       work: `task.Work`.
-      view: item -> item, before the prediction.
+      fixed: crop of images and maps before the prediction, see `pairs.cut_fixed`.
     """
     source = features.limited(source, work.limit)
-    waiting, run = collections.deque(), make_predict(head, work.mesh)
+    waiting, run, read = collections.deque(), make_predict(head, work.mesh), 0
 
     def images():
+        nonlocal read
         for item in pairs.native(source):
-            waiting.append(view(item))
-            yield waiting[-1]['image']
+            read += 1
+            for key in ('image', head.spec.map):
+                item[key] = pairs.cut_fixed(item[key], fixed)
+            waiting.append(item)
+            yield item['image']
 
     elements = np.prod(head.spec.crop) * max(len(head.spec.names), 1)
     size = int(np.clip(WINDOW_ELEMENTS // elements, 1, work.batch_size))
     size = features.round_up(size, work.mesh)
     began = said = time.monotonic()
-    for i, (_, found) in enumerate(_predicted(head, images(), run, size), 1):
+    for _, found in _predicted(head, images(), run, size):
         peers.progress()
         now = time.monotonic()
         if now - said > LOG_SECONDS:
-            said, left = now, (len(source) - i) * (now - began) / i
+            said, left = now, (len(source) - read) * (now - began) / read
             name = f'{head.spec.task} {head.spec.head}'
-            work.log(f'{name}: {i}/{len(source)} images, {left:.0f} s left')
+            work.log(f'{name}: {read}/{len(source)} images, {left:.0f} s left')
         yield waiting.popleft(), found
 
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ssl_jax.evals import dense_scores, heads, task
+from ssl_jax.data import maps
+from ssl_jax.evals import dense_scores, head_spec, heads, task
 from ssl_jax.fields import Range
-from ssl_jax.run import errors
 
 NEEDS = 'segmentation'
 
@@ -38,12 +38,12 @@ class Settings:
     seed: int = 0  # of the start and the crops
 
 
-def spec_of(settings: Settings, size: int, names: tuple) -> heads.Spec:
+def spec_of(settings: Settings, size: int, names: tuple) -> head_spec.Spec:
     """The head that the settings describe, for a model of `size` pixels and the classes `names`."""
-    recipe = heads.RECIPES['seg_head', settings.head]
+    recipe = head_spec.RECIPES['seg_head', settings.head]
     crop = settings.crop or size
     base = (0 if recipe.pixio else crop) if settings.base is None else settings.base
-    return heads.Spec(
+    return head_spec.Spec(
         task='seg_head',
         head=settings.head,
         crop=(crop, crop),
@@ -60,7 +60,7 @@ def spec_of(settings: Settings, size: int, names: tuple) -> heads.Spec:
 
 def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -> Iterator[dict]:
     """Trains the head on the training images and scores it on the test images, see `task`."""
-    names = _classes(data)
+    names = maps.class_names(*filter(None, (data.train, data.test)))
     spec = spec_of(settings, model.size, names)
     train, test = data.split()
     head = heads.fit(model, train, spec, work)
@@ -90,20 +90,3 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         },
         folder=str(head.folder),
     )
-
-
-def _classes(data):
-    """Names of the classes of the maps, which both sources must share."""
-    names = tuple(getattr(data.train, 'map_classes', None) or ())
-    if not names:
-        raise errors.UserError(
-            f'{data.train.describe(0)} has a class map but its source names no classes: see '
-            f'docs/evaluate.md for how to give them.'
-        )
-    others = names if data.test is None else tuple(getattr(data.test, 'map_classes', ()))
-    if others != names:
-        raise errors.UserError(
-            f'The class maps for testing have other classes ({len(others)}) than those for '
-            f'training ({len(names)}): give both the same list.'
-        )
-    return names

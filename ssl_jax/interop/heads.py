@@ -25,7 +25,7 @@ def rows(variables: Any) -> list[tables.Row]:
       variables: {'params': ..., 'batch_stats': ...} of the module, arrays or their shapes.
     """
     found = []
-    for path, x in trees.named(variables).items():
+    for path in trees.named(variables):
         kind, _, name = path.partition('/')
         parent, _, leaf = name.rpartition('/')
         how = 'same'

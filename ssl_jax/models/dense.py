@@ -127,7 +127,10 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         c = x.shape[-1]
-        scale, bias = self.param('scale', nn.initializers.ones, (c,)), self.param('bias', zeros, (c,))
+        scale, bias = (
+            self.param('scale', nn.initializers.ones, (c,)),
+            self.param('bias', zeros, (c,)),
+        )
         running = [
             self.variable('batch_stats', name, make, (c,))
             for name, make in (('mean', jnp.zeros), ('var', jnp.ones))
@@ -174,8 +177,8 @@ class DepthLinear(nn.Module):
     """One linear layer for each patch with its class token, to bins of depth or to a depth.
 
     The depth is the mean of the bins, evenly spaced from `min_depth` to `max_depth`, under weights
-    of each bin: relu(logit) + 0.1 ('linear'), exp(logit) ('softmax') or its sigmoid, over their sum. With one
-    bin it is relu(logit) + `min_depth`.
+    of each bin: relu(logit) + 0.1 ('linear'), exp(logit) ('softmax') or its sigmoid, over their
+    sum. With one bin it is relu(logit) + `min_depth`.
 
     References:
       DINOv2 `hub/depth/decode_heads.py: BNHead`
@@ -196,9 +199,11 @@ class DepthLinear(nn.Module):
         if self.bins == 1:
             x = nn.relu(x) + self.min_depth
         else:
-            x = {'linear': lambda x: nn.relu(x) + 0.1, 'softmax': nn.softmax, 'sigmoid': nn.sigmoid}[
-                self.norm
-            ](x)
+            x = {
+                'linear': lambda x: nn.relu(x) + 0.1,
+                'softmax': nn.softmax,
+                'sigmoid': nn.sigmoid,
+            }[self.norm](x)
             centres = jnp.linspace(self.min_depth, self.max_depth, self.bins)
             x = jnp.dot(x, centres[:, None], precision='highest') / x.sum(axis=-1, keepdims=True)
         return (bilinear(x, size, False) if size else x)[..., 0]
@@ -360,8 +365,7 @@ class DPT(nn.Module):
         channels = self.channels or tuple(max(d // n, 1) for n in (8, 4, 2, 1))
         maps = _Reassemble(channels, name='reassemble_blocks')(taps)
         maps = [
-            _ConvModule(self.features, bias=False, name=f'convs_{i}')(x)
-            for i, x in enumerate(maps)
+            _ConvModule(self.features, bias=False, name=f'convs_{i}')(x) for i, x in enumerate(maps)
         ]
         x = _Fusion(name='fusion_blocks_0')(maps[3])
         for i in (1, 2, 3):

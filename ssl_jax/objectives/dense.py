@@ -29,7 +29,10 @@ def measured(depth: jax.Array, max_depth: float | None = None) -> jax.Array:
 
 
 def sig_loss(
-    pred: jax.Array, gt: jax.Array, warm_up: jax.Array | bool = False, max_depth: float | None = None
+    pred: jax.Array,
+    gt: jax.Array,
+    warm_up: jax.Array | bool = False,
+    max_depth: float | None = None,
 ) -> jax.Array:
     """DINOv2's scale-invariant loss, sqrt(var(g) + 0.15 mean(g)^2) with g = log(pred) - log(gt).
 
@@ -77,7 +80,7 @@ def gradient_loss(pred: jax.Array, gt: jax.Array, max_depth: float | None = None
 
 
 def silog(pred: jax.Array, gt: jax.Array, valid: jax.Array, weight: float = 0.5) -> jax.Array:
-    """Pixio's scale-invariant log loss, sqrt(mean(g^2) - weight mean(g)^2), g = log(gt) - log(pred).
+    """Pixio's scale-invariant loss, sqrt(mean(g^2) - weight mean(g)^2), g = log(gt) - log(pred).
 
     Args:
       pred, gt: positive depths where `valid`.

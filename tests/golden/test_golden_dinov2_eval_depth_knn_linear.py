@@ -61,8 +61,7 @@ def run(f, name):
             'depth_resized': resized[:, None],
             'sigloss': sig,
             'gradient_loss_4d_as_called': grad4,
-            'gradient_loss_2d_image0': GRADIENT_WEIGHT
-            * losses.gradient_loss(resized[0], gt[0, 0]),
+            'gradient_loss_2d_image0': GRADIENT_WEIGHT * losses.gradient_loss(resized[0], gt[0, 0]),
             'sigloss_warmup_first_call': losses.sig_loss(resized, gt[:, 0], warm_up=True),
         }
         return out, jax.grad(lambda v: sum(terms(v)))(variables)

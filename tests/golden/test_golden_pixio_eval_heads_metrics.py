@@ -10,8 +10,7 @@ import pytest
 
 from golden import load
 from ssl_jax import encoder
-from ssl_jax.evals import dense_scores, knn
-from ssl_jax.evals import heads as heads_lib
+from ssl_jax.evals import dense_scores, head_spec, knn
 from ssl_jax.interop import heads, tables
 from ssl_jax.models import dense, vit
 from ssl_jax.objectives import dense as losses
@@ -50,12 +49,12 @@ def build(name):
     f = load(STEM)
     h, (task, kind) = f.hyper, name.split('_')
     outputs, top = (h['nclass'], None) if task == 'seg' else (1, 1.0)
-    recipe = heads_lib.RECIPES['seg_head' if task == 'seg' else 'depth', f'pixio_{kind}']
+    recipe = head_spec.RECIPES['seg_head' if task == 'seg' else 'depth', f'pixio_{kind}']
     if kind == 'linear':
         module = dense.BNLinear(outputs, True, ('0', '1'), True, top)
     else:
         module = dense.PixioDPT(outputs, h['features'], tuple(h['out_channels']), top)
-    inputs = jax.jit(lambda x: heads_lib.taps(model(), x, recipe))(f.images())
+    inputs = jax.jit(lambda x: head_spec.taps(model(), x, recipe))(f.images())
     abstract = jax.eval_shape(module.init, jax.random.key(0), inputs)
     return module, recipe, inputs, heads.from_torch(f.under(f'w/{name}'), abstract)
 
@@ -86,7 +85,10 @@ def test_golden_pixio_eval_heads_metrics_outputs_losses_statistics_and_gradients
         out, changed = module.apply(now, inputs, size, True, mutable=['batch_stats'])
         return objective(f, name, out), (out, changed)
 
-    f.check(f'out/{name}/eval', as_torch(jax.jit(module.apply, static_argnums=2)(variables, inputs, size)))
+    f.check(
+        f'out/{name}/eval',
+        as_torch(jax.jit(module.apply, static_argnums=2)(variables, inputs, size)),
+    )
     grad_fn = jax.value_and_grad(train, has_aux=True)
     (loss, (out, changed)), grads = grad_fn(variables['params'])
     f.check(f'out/{name}/train', as_torch(out))
@@ -120,7 +122,7 @@ def slide(f, name):
 
     @jax.jit
     def predict(windows):
-        out = module.apply(variables, heads_lib.taps(model(), windows, recipe), (crop, crop))
+        out = module.apply(variables, head_spec.taps(model(), windows, recipe), (crop, crop))
         return jax.nn.softmax(out) if name.startswith('seg') else out * f.hyper['max_depth']
 
     (found,) = dense_scores.sliding(
