@@ -52,7 +52,7 @@ def sig_loss(
     mean = g.sum() / jnp.maximum(n, 1)
     var = jnp.where(valid, jnp.square(g - mean), 0).sum() / jnp.maximum(n - 1, 1)
     square = var + SIG_MEAN * jnp.square(mean)
-    whole = jnp.sqrt(jnp.where(n > 1, square, 1.0)) * (n > 1)  # the root of 0 has no gradient
+    whole = _root(square)
     return jnp.where(warm_up, SIG_MEAN**0.5 * jnp.abs(mean), whole)
 
 
@@ -92,4 +92,9 @@ def silog(pred: jax.Array, gt: jax.Array, valid: jax.Array, weight: float = 0.5)
     n = jnp.maximum(valid.sum(), 1)
     g = jnp.where(valid, jnp.log(jnp.where(valid, gt, 1)) - jnp.log(jnp.where(valid, pred, 1)), 0)
     square = jnp.square(g).sum() / n - weight * jnp.square(g.sum() / n)
-    return jnp.sqrt(jnp.where(square > 0, square, 1.0)) * (square > 0)
+    return _root(square)
+
+
+def _root(x):
+    """The square root, of what is not positive 0 with gradient 0."""
+    return jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0)
