@@ -5,16 +5,20 @@ Modules of `models.dense` have these names already, up to `x_0` for `x.0`, `scal
 layout of kernels.
 """
 
+import json
+import pathlib
 import re
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from ssl_jax.interop import tables
-from ssl_jax.run import trees
+from ssl_jax.interop import files, tables
+from ssl_jax.run import checkpoint, trees
 
 STATS = {'mean': 'running_mean', 'var': 'running_var'}
 COUNT = 'num_batches_tracked'  # of a BatchNorm in torch: steps it has seen
+METADATA = 'ssl_jax_head'  # key in the safetensors header, of the settings of the head
 EXPAND = re.compile(r'(^|/)resize_layers_[01]/kernel$')
 
 
@@ -64,3 +68,27 @@ def from_torch(state_dict: dict[str, np.ndarray], abstract: Any, prefix: str = '
     own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     own = {k: v for k, v in own.items() if not k.endswith(COUNT)}
     return tables.from_torch(rows(abstract), own, abstract)
+
+
+def write(source: epath.Path, folder: pathlib.Path, dtype: str = 'float32') -> str:
+    """Writes a trained head as safetensors, beside the encoder that it was trained on.
+
+    The keys are those of the official file: 'decode_head.' before those of DINOv2's heads, 'head.'
+    before those of Pixio's.
+
+    Args:
+      source: folder of the head, of `evals.heads.fit`.
+      folder: to write into.
+      dtype: 'float32' or 'bfloat16'.
+
+    Returns:
+      The name of the file.
+    """
+    found, meta = checkpoint.restore_model(source)
+    variables = {'params': found['params'], 'batch_stats': found['extra'] or {}}
+    prefix = 'head.' if meta['head']['head'].startswith('pixio') else 'decode_head.'
+    tensors = to_torch(variables, prefix, meta['step'])
+    name = f'{epath.Path(source).name}.safetensors'
+    metadata = {'format': 'pt', METADATA: json.dumps(meta['head'])}
+    files.write(folder / name, tensors, metadata, dtype)
+    return name

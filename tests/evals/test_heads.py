@@ -54,7 +54,8 @@ class Halves:
 def model(**fields):
     fields = dict(embed_dim=32, depth=4, num_heads=2, mlp_ratio=2.0, num_cls_tokens=1) | fields
     net = vit.ViT(patch_size=PATCH, img_size=SIZE, **fields)
-    return encoder.Model(net, vit.init_params(net, jax.random.key(0)), LOOK, 'tiny')
+    init = jax.jit(functools.partial(vit.init_params, net))  # op by op it would compile for long
+    return encoder.Model(net, init(jax.random.key(0)), LOOK, 'tiny')
 
 
 def work(folder, devices=1, **options):
@@ -89,7 +90,7 @@ def test_a_head_on_raw_pixels_finds_the_depth_that_colours_show(tmp_path):
         assert shown['prediction_0'].shape == (SIZE, SIZE)
 
 
-SLOW = {('seg_head', 'pixio_dpt'), ('depth', 'pixio_linear')}  # they compile for long, or are alike
+SLOW = {('seg_head', 'pixio_dpt'), ('depth', 'pixio_dpt'), ('depth', 'pixio_linear')}
 KINDS = [
     pytest.param(*kind, marks=[pytest.mark.slow] if kind in SLOW else [])
     for kind in head_spec.RECIPES
@@ -117,7 +118,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize('module, settings', [(seg_head, SEG), (depth, DEPTH)])
+@pytest.mark.parametrize(
+    'module, settings',
+    [(seg_head, SEG), pytest.param(depth, DEPTH, marks=pytest.mark.slow)],
+)
 def test_a_killed_training_continues_to_the_same_bits(module, settings, tmp_path, monkeypatch):
     settings = dataclasses.replace(settings, steps=10)
     if module is seg_head:

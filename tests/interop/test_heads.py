@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads in the names of official files, and DINOv2's DPT head against that of transformers."""
 
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
+import tiny
+from ssl_jax import cli, encoder, sharding
+from ssl_jax.data import scenes
+from ssl_jax.evals import depth, seg_head, task
+from ssl_jax.evals import heads as trained
 from ssl_jax.interop import heads
 from ssl_jax.models import dense
 
@@ -131,3 +138,32 @@ def test_dinov2_dpt_head_gives_the_depths_of_transformers():
         want = theirs['head'](theirs['neck'](states, H, W)).numpy() + 0.25
     assert want.std() > 1e-3
     np.testing.assert_allclose(depth, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_export_writes_the_heads_of_the_checkpoint_beside_its_encoder(tmp_path):
+    tiny.save(tiny.config(), tmp_path / 'run', step=2)
+    model = encoder.load_model(tmp_path / 'run')
+    folder = trained.epath.Path(tmp_path / 'run' / 'evals' / '2' / 'trained')
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    work = task.Work(mesh, model.transform, folder, log=lambda *_: None)
+    source = scenes.Scenes(4, 32)
+    settings = seg_head.Settings(head='pixio_linear', steps=2, batch_size=2)
+    specs = [
+        seg_head.spec_of(settings, 32, source.map_classes),
+        depth.spec_of(depth.Settings(steps=2, batch_size=2), 32),
+    ]
+    kept = [trained.fit(model, source, spec, work) for spec in specs]
+    out = tmp_path / 'out'
+    cli.main(['export', '--workdir', str(tmp_path / 'run'), '--to', 'official', '--out', str(out)])
+    for head, prefix in zip(kept, ('head.', 'decode_head.'), strict=True):
+        with safetensors.safe_open(out / f'{head.folder.name}.safetensors', 'numpy') as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            stated = json.loads(file.metadata()[heads.METADATA])
+        assert stated['head'] == head.spec.head
+        back = heads.from_torch(found, head.variables, prefix)
+        want = {kind: x for kind, x in head.variables.items() if x}
+        jax.tree.map(np.testing.assert_array_equal, back, want)
+    assert found['decode_head.conv_depth.weight'].shape == (256, 2 * 32, 1, 1)
+    assert len(json.loads((out / 'provenance.json').read_text())['heads']) == 2
+    again = encoder.load_model(out, num_heads=4)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
