@@ -2,7 +2,8 @@
 """Which file is the map of which image: folders of pairs, and the layouts of known data sets.
 
 Names are relative, with '/'. A pair is a file below a folder with a name of IMAGES and one below a
-folder with a name of MAPS in its place, otherwise alike but for the extension.
+folder with a name of MAPS in its place, otherwise alike but for the extension; a split may stand
+before or after the name, as in `train_images/` and `train_masks/`.
 """
 
 import dataclasses
@@ -10,13 +11,13 @@ import os
 import re
 from collections.abc import Callable
 
-from ssl_jax.data import files, maps
+from ssl_jax.data import files, maps, splits
 from ssl_jax.run import errors
 
 # Lower-case names of folders.
 IMAGES = {
     *('images', 'image', 'img', 'imgs', 'rgb', 'jpegimages', 'leftimg8bit', 'images_png'),
-    *('photos', 'color', 'colour'),
+    *('photos', 'color', 'colour', 'frames', 'image_2'),
 }
 MAPS = {
     'segmentation': (
@@ -172,8 +173,17 @@ def _complete(pairs):
 
 
 def _role(part):
+    """('image' or a kind of map, its rank, split) of a folder such as `masks` or `train_masks`.
+
+    None for another folder.
+    """
     part = part.lower()
-    return 'image' if part in IMAGES else _KIND.get(part)
+    for name in (part, *part.replace('-', '_').split('_')):
+        if name in IMAGES or name in _KIND:
+            rest = part.replace(name, '', 1).strip('_-')
+            if not rest or splits.role(rest):
+                return ('image' if name in IMAGES else _KIND[name]), _RANK.get(name), rest
+    return None
 
 
 def _by_folders(names):
@@ -181,13 +191,14 @@ def _by_folders(names):
 
     None if no folder of maps lies beside one of images.
     """
-    places, sides = {}, {}  # folder -> (folders above, role, rank, folders below)
+    places, sides = {}, {}  # folder -> (folders above and split, role, rank, folders below)
     for parent in {name.rpartition('/')[0] for name in names}:
         parts = parent.split('/')
         at = next((k for k, part in enumerate(parts) if _role(part)), None)
         if at is not None:
-            role, top = _role(parts[at]), tuple(parts[:at])
-            places[parent] = top, role, _RANK.get(parts[at].lower()), tuple(parts[at + 1 :])
+            role, order, split = _role(parts[at])
+            top = (*parts[:at], split)
+            places[parent] = top, role, order, tuple(parts[at + 1 :])
             sides.setdefault(top, set()).add(role)
     if not any('image' in roles and len(roles) > 1 for roles in sides.values()):
         return None
@@ -249,10 +260,11 @@ def _ade20k(names, read_text, asked):
 def _voc(names, read_text, asked):
     """JPEGImages, SegmentationClass (SegmentationClassAug), ImageSets/Segmentation/*.txt."""
     tops = sorted({n[: n.index('JPEGImages/')] for n in names if 'JPEGImages/' in n})
-    found = _by_folders([n for n in names if any(n.startswith(top) for top in tops)])
+    own = [n for n in names if any(n.startswith(top) for top in tops)] if tops else []
+    found = _by_folders(own)
     if not found or not found.maps:
         return None
-    splits = {}
+    by_split = {}
     known = {os.path.splitext(n)[0]: n for n in found.maps}
     for split in ('train', 'val', 'test', 'trainval', 'train_aug', 'trainaug'):
         for top in tops:
@@ -260,10 +272,10 @@ def _voc(names, read_text, asked):
             ids = [f'{top}JPEGImages/{line.split()[0]}' for line in (text or '').splitlines()]
             own = [known[i] for i in ids if i in known]
             if own:
-                splits[split] = splits.get(split, []) + own
-    if not splits:
+                by_split[split] = by_split.get(split, []) + own
+    if not by_split:
         return None
-    return dataclasses.replace(found, layout='voc', splits=splits, **_KNOWN['voc'])
+    return dataclasses.replace(found, layout='voc', splits=by_split, **_KNOWN['voc'])
 
 
 def _cityscapes(names, read_text, asked):
@@ -282,19 +294,19 @@ def _cityscapes(names, read_text, asked):
     pairs = {image: {'segmentation': labels[k]} for k, image in images.items() if k in labels}
     if not pairs:
         return None
-    splits = {}
+    by_split = {}
     for key, image in images.items():
         if key in labels:
-            splits.setdefault(key.split('/')[0], []).append(image)
+            by_split.setdefault(key.split('/')[0], []).append(image)
     alone = [image for key, image in images.items() if key not in labels]
     known = _KNOWN['cityscapes'] if ids else {'classes': tuple(CITYSCAPES)}
-    return Pairs('cityscapes', pairs, alone, splits, **known)
+    return Pairs('cityscapes', pairs, alone, by_split, **known)
 
 
 def _nyuv2(names, read_text, asked):
     """sync/SCENE/{rgb_*.jpg,sync_depth_*.png}, official_splits/test/SCENE/..."""
     own = [n for n in names if '/rgb_' in n or '/sync_depth_' in n]
-    known, pairs, alone, splits = set(own), {}, [], {}
+    known, pairs, alone, by_split = set(own), {}, [], {}
     for name in own:
         folder, base = os.path.split(name)
         found = re.fullmatch(r'rgb_(\d+)\.(jpg|png)', base)
@@ -306,13 +318,17 @@ def _nyuv2(names, read_text, asked):
             continue
         pairs[name] = {'depth': depth}
         split = re.search(r'(?:^|/)official_splits/(\w+)/', name)
-        splits.setdefault(split[1] if split else 'sync', []).append(name)
+        by_split.setdefault(split[1] if split else 'sync', []).append(name)
     if not pairs:
         return None
-    if 'sync' in splits:  # of the official images for training few lie there, in sync/ all
-        splits = {'official_train': splits.pop('train', []), 'train': splits.pop('sync'), **splits}
-    splits = {k: v for k, v in splits.items() if v}
-    return Pairs('nyuv2', pairs, alone, splits, **_KNOWN['nyuv2'])
+    if 'sync' in by_split:  # of the official images for training few lie there, in sync/ all
+        by_split = {
+            'official_train': by_split.pop('train', []),
+            'train': by_split.pop('sync'),
+            **by_split,
+        }
+    by_split = {k: v for k, v in by_split.items() if v}
+    return Pairs('nyuv2', pairs, alone, by_split, **_KNOWN['nyuv2'])
 
 
 _KITTI_IMAGE = re.compile(r'(?:^|/)(\w+_sync/image_0[23])/data/(\d+)\.(?:png|jpg)$')
@@ -336,12 +352,12 @@ def _kitti(names, read_text, asked):
     pairs = {image: {'depth': depths[k][1]} for k, image in images.items() if k in depths}
     if not pairs:
         return None
-    splits = {}
+    by_split = {}
     for key, image in images.items():
         if key in depths and depths[key][0]:
-            splits.setdefault(depths[key][0], []).append(image)
+            by_split.setdefault(depths[key][0], []).append(image)
     alone = [image for key, image in images.items() if key not in depths]
-    return Pairs('kitti', pairs, alone, splits or None, **_KNOWN['kitti'])
+    return Pairs('kitti', pairs, alone, by_split or None, **_KNOWN['kitti'])
 
 
 LAYOUTS = {

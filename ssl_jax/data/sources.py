@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax import fields
 from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes
 from ssl_jax.run import errors, hashing, threads
 
@@ -84,7 +85,8 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
     """Opens the images that `spec` names.
 
     Args:
-      spec: a path (a folder of images, a Parquet file or a folder of them, an ArrayRecord file), or
+      spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them, an
+        ArrayRecord file), or
         a mapping with `source`, a name in SOURCES, and the arguments of that class. Values that are
         None or '' count as not given. Arguments of other sources are allowed, so that a config can
         switch `source` and leave the rest.
@@ -116,6 +118,12 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
             raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
     spec['purpose'] = purpose
     return SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
+
+
+def with_words(spec: str | os.PathLike | Mapping, words: Mapping[str, str]) -> dict:
+    """A spec with fields as a command line gives them, {'ignore': '11', 'layout': 'voc'}."""
+    spec = {'path': os.fspath(spec)} if isinstance(spec, (str, os.PathLike)) else dict(spec)
+    return spec | {k: fields.tuples(fields.literal(text)) for k, text in words.items()}
 
 
 def _kind(path):

@@ -2,6 +2,7 @@
 """Folders of pairs, known layouts and Parquet give images with class and depth maps."""
 
 import io
+import json
 import os
 import pickle
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax.data import host, layouts, maps, scenes, sources, stream
-from ssl_jax.evals import features
+from ssl_jax.evals import features, pictures
 from ssl_jax.run import errors
 
 
@@ -91,6 +92,16 @@ def test_folders_are_known_by_the_names_that_people_use(tmp_path, pair):
     assert values(sources.open_source(root)) == [0, 1, 2]
 
 
+def test_a_split_may_be_a_part_of_the_names_of_folders(tmp_path):
+    files = {f'train_images/{k}.png': photo(k) for k in range(3)}
+    files |= {f'train_masks/{k}.png': label(k) for k in range(3)}
+    files |= {f'val_images/{k}.png': photo(k + 5) for k in range(2)}
+    root = write(tmp_path, files | {f'val_masks/{k}.png': label(k + 5) for k in range(2)})
+    assert values(sources.open_source(root)) == [0, 1, 2]
+    test = sources.open_source(root, 'test')
+    assert values(test) == [5, 6] and test.labels is None
+
+
 def test_class_folders_stay_class_folders(tmp_path):
     root = write(tmp_path, {f'{c}/{k}.png': photo(k) for c in ('cat', 'images') for k in range(2)})
     source = sources.open_source(root)
@@ -110,6 +121,7 @@ def test_pretraining_on_pairs_sees_the_images_only_and_never_opens_a_map(tmp_pat
     assert sources.typical_size(source) == (6, 8)
     plain = list(features.batches(lambda x: x[:, 0, 0], source, transform=4, batch_size=5))
     assert plain[0]['mask'].all() and 'segmentation' not in plain[0]
+    assert pictures.spread_images(source, 4, 3).shape == (3, 4, 4, 3)
 
 
 def test_images_without_a_map_are_left_out_and_counted(tmp_path):
@@ -309,6 +321,14 @@ def test_black_and_white_masks_ask_for_their_meaning(tmp_path):
     assert source.map_classes == ('0', '1') and source[0]['segmentation'].tolist() == [[0, 1]]
 
 
+def test_a_subset_keeps_the_names_and_can_go_without_maps(tmp_path):
+    root = write(tmp_path, splits_of('kind first') | {'classes.txt': 'a\nb\nc'})
+    some = features.Subset(sources.open_source(root), np.array([2, 1]))
+    assert some.map_classes == ('a', 'b', 'c') and values(some) == [2, 1]
+    assert set(maps.images_only(some)[0]) == {'image'} and 'segmentation' in some[0]
+    assert features.Subset(maps.images_only(some), [0]).map_classes is None
+
+
 def test_the_classes_of_two_sources_are_joined():
     def source(*names):
         found = scenes.Scenes(1, 16)
@@ -472,6 +492,23 @@ def test_columns_of_parquet_are_maps(tmp_path, name):
     assert 'label' not in source[0] and values(pickle.loads(pickle.dumps(source))) == [0, 1, 255]
     assert set(source.without_maps()[0]) == {'image'}
     assert sources.open_source(spec | {'ignore': None}).fingerprint != source.fingerprint
+
+
+def test_the_image_column_is_not_that_of_the_maps_where_metadata_calls_both_images(tmp_path):
+    columns = dict(annotation=[label(3)], image=[photo(7)])
+    features_of = {k: {'_type': 'Image'} for k in columns}
+    metadata = json.dumps({'info': {'features': features_of}})
+    rows = pa.table(columns).replace_schema_metadata({'huggingface': metadata})
+    pq.write_table(rows, tmp_path / 'x.parquet')
+    source = sources.open_source(str(tmp_path))
+    assert image_values(source) == [7] and values(source) == [3]
+
+
+def test_words_of_a_command_line_make_a_spec(tmp_path):
+    root = write(tmp_path, splits_of('kind first'))
+    words = dict(ignore='(1,2)', map_classes="('a','b','c','d','e')", split='train')
+    source = sources.open_source(sources.with_words(root, words))
+    assert values(source) == [0, 255, 255] and source.map_classes[4] == 'e'
 
 
 def test_a_row_of_parquet_without_a_map_is_named(tmp_path):

@@ -132,14 +132,17 @@ def test_the_short_side_becomes_a_factor_of_the_base():
 
 
 def test_a_crop_lies_anywhere_and_half_of_all_are_flipped():
-    row = np.arange(16, dtype=np.uint8)
-    arrays = {'image': np.stack([np.tile(row, (16, 1))] * 3, -1)}
+    y, x = np.mgrid[:16, :16].astype(np.uint8)
+    arrays = {'image': np.stack([x, y, y], -1)}
     rng = np.random.default_rng(0)
     crop = pairs.Crop((4, 4))
-    rows = [pairs.cropped(arrays, crop, rng)['image'][0, :, 0] for _ in range(400)]
+    images = [pairs.cropped(arrays, crop, rng)['image'] for _ in range(400)]
+    rows = [image[0, :, 0] for image in images]
     flipped = np.array([r[0] > r[1] for r in rows])
     assert 0.4 < flipped.mean() < 0.6
-    assert {int(min(r)) for r in rows} == set(range(13))
+    corners = {tuple(image.min((0, 1)).tolist()[:2]) for image in images}
+    assert {x for x, _ in corners} == {y for _, y in corners} == set(range(13))
+    assert len(corners) > 130  # of 169
     assert not any(
         (r := pairs.cropped(arrays, pairs.Crop((4, 4), flip=0), rng)['image'][0, :, 0])[0] > r[1]
         for _ in range(50)
