@@ -205,7 +205,7 @@ def load(folder: epath.PathLike, model: Any) -> Head:
       model: the encoder that it was trained on.
 
     Raises:
-      UserError: there is none, or it is of another encoder.
+      UserError: there is none, or it does not fit the encoder.
     """
     folder = epath.Path(folder)
     spec = dict(checkpoint.read_meta(folder)['head'])
