@@ -320,7 +320,7 @@ def features(args):
 
 def export(args):
     """`ssl_jax export`."""
-    from ssl_jax.evals import report
+    from ssl_jax.evals import heads, report
     from ssl_jax.interop import export as export_lib
     from ssl_jax.run import storage, weights
 
@@ -328,9 +328,12 @@ def export(args):
     rows, table = f'{args.workdir}/eval_{opened.step}.json', []
     if storage.exists(rows):
         table = report.table(json.loads(storage.read(rows))).splitlines()
+    # Of the evaluations seg_head and depth of this checkpoint.
+    trained = heads.find(f'{args.workdir}/evals/{opened.step}/trained')
     out = export_lib.export(
-        opened, args.to, args.out, what=args.what, dtype=args.dtype, evaluation=table
-    )
+        opened, args.to, args.out,
+        what=args.what, dtype=args.dtype, evaluation=table, trained_heads=trained,
+    )  # fmt: skip
     print(f'written to {out}: {", ".join(storage.names(out))}')
 
 

@@ -123,10 +123,10 @@ def batches(
                 out = forward(sharding.to_global(batch['image'], mesh, rows, batch_size))
             # Fetched one batch late: the device computes while the host decodes.
             if pending is not None:
-                yield _fetch(pending)
+                yield fetch(pending)
             pending = {'features': out, **kept}
         if pending is not None:
-            yield _fetch(pending)
+            yield fetch(pending)
 
 
 def left_out(batch: dict) -> list[int]:
@@ -149,7 +149,7 @@ def round_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     return -(-batch_size // shards) * shards
 
 
-def _fetch(tree):
+def fetch(tree):
     """Numpy arrays of the whole batch."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)

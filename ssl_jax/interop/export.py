@@ -13,7 +13,7 @@ import pathlib
 
 from etils import epath
 
-from ssl_jax.interop import card, files, layouts, onnx, processors, program
+from ssl_jax.interop import card, files, heads, layouts, onnx, processors, program
 from ssl_jax.run import checkpoint, errors, hashing, storage, trees
 
 LAYOUTS = tuple(card.LIBRARIES)
@@ -25,7 +25,7 @@ METADATA = 'ssl_jax'  # key in the safetensors header, of `layouts.to_dict`
 PACKAGES = ('ssl_jax', 'jax', 'flax', 'numpy', 'orbax-checkpoint')
 
 
-def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
+def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=(), trained_heads=()):
     """Writes weights in the names and shapes of a PyTorch library, or a program with its weights.
 
     The folder of a library holds model.safetensors, config.json, preprocessor_config.json,
@@ -43,6 +43,8 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
         classifier of a fine-tuned run (official names).
       dtype: 'float32' or 'bfloat16'.
       evaluation: lines of a table for the model card.
+      trained_heads: folders of heads for dense prediction, written beside the encoder of a library
+        under their official names, see `heads.write`.
 
     Returns:
       The path of the folder.
@@ -110,6 +112,8 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=()):
             _json(folder / 'config.json', config)
             if processor is not None:
                 _json(folder / processors.FILE, processor)
+            if trained_heads:
+                more = {'heads': [heads.write(x, folder, dtype) for x in trained_heads]}
         if to == 'onnx':
             use, more = onnx.write(folder, w, params, opened.transform, opened.method)
         w = dataclasses.replace(w, layout=to)
