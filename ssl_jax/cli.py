@@ -103,19 +103,24 @@ def _parser():
     compiled(p)
     fields(p)
 
-    p = command(eval_, help='kNN and linear probe of a run, beside two baselines')
+    p = command(eval_, help='what the frozen features of a run can do, beside two baselines')
     p.add_argument('--workdir', required=True, help='the run, or a bare checkpoint folder')
     data(p, "labelled images to learn from; default: the run's eval set")
+    p.add_argument('--tasks', help='e.g. knn,linear,seg,depth,retrieval,pck,video')
     p.add_argument(
         '--test', action=_Once, help='labelled images to score; default: a fifth of --data'
     )
     p.add_argument('--step', type=int, help='which checkpoint; default: the newest')
     p.add_argument('--limit', type=_positive, help='most images of each set')
+    p.add_argument('--size', type=_positive, help='pixels; default: those of the run')
     p.add_argument('--out', help='the JSON file; default: WORKDIR/eval_<step>.json')
     p.add_argument(
         '--last-blocks', type=int, default=0,
         help='probe class tokens of the last N blocks too (DINOv2: 4)',
     )  # fmt: skip
+    p.add_argument(
+        'fields', nargs='*', metavar='NAME.FIELD=VALUE', help='e.g. depth.steps=500 data.ignore=11'
+    )
 
     p = command(show, help='reconstructions, features and curves of a run')
     p.add_argument('--workdir', required=True)
@@ -282,9 +287,9 @@ def finetune(args):
 
 def eval_(args):
     """`ssl_jax eval`."""
-    from ssl_jax.evals import report
+    from ssl_jax.evals import command
 
-    report.evaluate_run(
+    command.evaluate_run(
         args.workdir,
         data=_data(args),
         test=args.test,
@@ -292,6 +297,9 @@ def eval_(args):
         limit=args.limit,
         out=args.out,
         last_blocks=args.last_blocks,
+        size=args.size,
+        tasks=args.tasks and tuple(filter(None, args.tasks.split(','))),
+        words=args.fields,
     )
 
 
@@ -383,10 +391,10 @@ def check(args):
 def demo(args):
     """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
     from ssl_jax import train
-    from ssl_jax.evals import report
+    from ssl_jax.evals import command
 
     train.command('scenes_mae', [], args.workdir)
-    rows = report.evaluate_run(args.workdir)
+    rows = command.evaluate_run(args.workdir)
     linear = {row['model']: row['top1'] for row in rows if row['eval'] == 'linear'}
     print(
         f'learned: a linear probe on the features names {linear["trained"]:.1f} % of the scenes, '

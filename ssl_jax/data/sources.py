@@ -7,6 +7,9 @@ A source is anything with
   __getitem__(i)   dict(image=bytes | uint8 array, label=int, segmentation=uint8 (H, W),
                    depth=float32 (H, W)); all but `image` only if the source has them
   classes          tuple of names in label order, or None if there are no labels
+  map_classes      (optional) names of the classes of `segmentation` in order of their index, or
+                   None; 255 counts nowhere
+  without_maps()   (optional) the source without `segmentation` and `depth`
   labels           (optional) int32 array of all labels, -1 where one is missing, or None
   notes            (optional) sentences for the log: what was chosen, what is left out
   describe(i)      where image i comes from, for messages
@@ -25,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.data import files, fingerprint, folder, host, parquet, records, scenes
+from ssl_jax import fields
+from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes
 from ssl_jax.run import errors, hashing, threads
 
 
@@ -81,7 +85,8 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
     """Opens the images that `spec` names.
 
     Args:
-      spec: a path (a folder of images, a Parquet file or a folder of them, an ArrayRecord file), or
+      spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them, an
+        ArrayRecord file), or
         a mapping with `source`, a name in SOURCES, and the arguments of that class. Values that are
         None or '' count as not given. Arguments of other sources are allowed, so that a config can
         switch `source` and leave the rest.
@@ -113,6 +118,12 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
             raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
     spec['purpose'] = purpose
     return SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
+
+
+def with_words(spec: str | os.PathLike | Mapping, words: Mapping[str, str]) -> dict:
+    """A spec with fields as a command line gives them, {'ignore': '11', 'layout': 'voc'}."""
+    spec = {'path': os.fspath(spec)} if isinstance(spec, (str, os.PathLike)) else dict(spec)
+    return spec | {k: fields.tuples(fields.literal(text)) for k, text in words.items()}
 
 
 def _kind(path):
@@ -211,6 +222,8 @@ def typical_size(source: Any) -> tuple[int, int]:
     Raises:
       UserError: no image can be decoded.
     """
+
+    source = maps.images_only(source)
 
     def size(i):
         try:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from ssl_jax import sharding
 from ssl_jax.augment import photometry
 from ssl_jax.data import host
+from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.methods import base
 from ssl_jax.run import errors, hashing, launch, metrics, peers
@@ -108,7 +109,7 @@ def batches(
       numpy arrays of one batch as a dict: features (B, d), id (B,), -1 for padding, mask (B,),
       False where a row is padding or did not decode, and label (B,) where the source has labels.
     """
-    source = limited(source, limit)
+    source = limited(source if maps else maps_lib.images_only(source), limit)
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     batch_size = round_up(min(batch_size, len(source)), mesh)
     rows = sharding.process_rows(mesh, batch_size)
@@ -188,6 +189,13 @@ class Subset:
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def map_classes(self):
+        return getattr(self._source, 'map_classes', None)
+
+    def without_maps(self) -> 'Subset':
+        return Subset(maps_lib.images_only(self._source), self._indices)
+
     def __getitem__(self, i: int) -> dict:
         return self._source[int(self._indices[i])]
 
@@ -203,9 +211,14 @@ class Edited(Subset):
       edit: (uint8 (H, W, 3), position in `indices`) -> uint8 (h, w, 3), a pure function.
     """
 
+    map_classes = None
+
     def __init__(self, source, indices: np.ndarray, edit: Callable):
-        super().__init__(source, indices)
+        super().__init__(maps_lib.images_only(source), indices)
         self.classes, self._edit = None, edit
+
+    def without_maps(self) -> 'Edited':
+        return self
 
     def __getitem__(self, i: int) -> dict:
         return {'image': self._edit(host.decode(super().__getitem__(i)['image']), i)}

@@ -12,15 +12,13 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
 
-from ssl_jax import encoder, sharding
-from ssl_jax.augment import photometry
 from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import accuracy, knn, linear, monitors
 from ssl_jax.evals import features as features_lib
-from ssl_jax.run import errors, hashing, launch, storage, weights
+from ssl_jax.evals import task as task_lib
+from ssl_jax.run import hashing, launch
 
 FEATURES = {
     'cls': 'mean of the class tokens after the final norm',
@@ -38,6 +36,7 @@ SIDE_BY_SIDE = re.compile(r'cls_patch|cls\d+(_patch)?')
 # cls_pre: after BatchNorm hardly different from cls; grid: up to sixteen times as wide for little.
 NOT_LINEAR = re.compile(r'cls_pre|grid\d')
 MONITORED = 1024  # images
+POOLED = ('knn', 'linear')  # evaluations of features of whole images
 
 
 def evaluate(
@@ -53,6 +52,7 @@ def evaluate(
     linear_options: dict | bool | None = None,
     normalization: str = 'ImageNet mean and std',
     log: Callable | None = launch.log,
+    tasks: tuple = POOLED,
 ) -> list[dict]:
     """Rows of kNN, linear probe and monitors for each forward; images are decoded once for all.
 
@@ -66,6 +66,7 @@ def evaluate(
       linear_options: more arguments of `linear.probe`; False leaves the probe out.
       normalization: of the channels by the forwards, for the protocol.
       log: called with each line of progress; None for silence.
+      tasks: of POOLED.
 
     Returns:
       Dicts for JSON: model, eval ('knn', 'linear' or 'monitors'), feature, top1 and top5 in percent
@@ -98,11 +99,12 @@ def evaluate(
         for name in train[model]:
             if SIDE_BY_SIDE.fullmatch(name):
                 continue
-            scores = _knn_rows(model, name, data, common, ks, mesh)
-            rows += [*scores, _monitors_row(model, name, test[model][name], common)]
-            top1 = ', '.join(f'{row["top1"]:.2f}' for row in scores)
-            log(f'{model} {name}: kNN top-1 {top1}')
-        if linear_options is not False:
+            if 'knn' in tasks:
+                scores = _knn_rows(model, name, data, common, ks, mesh)
+                rows += [*scores, _monitors_row(model, name, test[model][name], common)]
+                top1 = ', '.join(f'{row["top1"]:.2f}' for row in scores)
+                log(f'{model} {name}: kNN top-1 {top1}')
+        if 'linear' in tasks and linear_options is not False:
             rows.append(_linear_row(model, data, common, linear_options or {}))
             log(f'{model} {rows[-1]["feature"]}: linear top-1 {rows[-1]["top1"]:.2f}')
     return rows
@@ -137,14 +139,14 @@ def _knn_rows(model, name, data, common, ks, mesh):
     rows = []
     for k, score in scores.items():
         ks = dict(k=k) if k <= len(train_y) else dict(k=k, k_used=len(train_y))
-        rows.append(_row(model, 'knn', name, {**ks, **score}, {**protocol, **ks}))
+        rows.append(class_row(model, 'knn', name, {**ks, **score}, {**protocol, **ks}))
     return rows
 
 
 def _monitors_row(model, name, features, common):
     values = {k: float(v) for k, v in monitors.monitors(features[:MONITORED]).items()}
     protocol = dict(eval='monitors', of=min(len(features), MONITORED), feature=name, **common)
-    return _row(model, 'monitors', name, values, protocol)
+    return class_row(model, 'monitors', name, values, protocol)
 
 
 def _linear_row(model, data, common, options):
@@ -161,10 +163,10 @@ def _linear_row(model, data, common, options):
     features = {name: FEATURES.get(name, name) for name in names}
     protocol = dict(eval='linear', features=features) | settings | common
     score = dict(top1=best['test_top1'], top5=best['test_top5'], best=best, sweep=sweep)
-    return _row(model, 'linear', best['feature'], score, protocol)
+    return class_row(model, 'linear', best['feature'], score, protocol)
 
 
-def _row(model, kind, feature, values, protocol):
+def class_row(model, kind, feature, values, protocol):
     digest = hashing.text_id(json.dumps(protocol, sort_keys=True))
     row = dict(model=model, eval=kind, feature=feature, **values)
     return dict(row, protocol=protocol, protocol_id=digest)
@@ -172,6 +174,10 @@ def _row(model, kind, feature, values, protocol):
 
 def table(rows: list[dict]) -> str:
     """The rows as text, the protocol beside each number; monitors are listed below."""
+    others = [row for row in rows if 'scores' in row]
+    rows = [row for row in rows if 'scores' not in row]
+    if others:
+        return '\n\n'.join(([table(rows)] if rows else []) + [task_lib.table(others)])
     scored = [row for row in rows if row['eval'] != 'monitors']
     lines = [('model', 'eval', 'feature', 'top-1', 'top-5', 'id', 'protocol')]
     for row in scored:
@@ -228,122 +234,3 @@ def _brief(row):
         f'(held-out train), {p["optimizer"].split()[0]}, {p["epochs"]} epochs, '
         f'batch {p["batch_size"]}, BN, no augmentation, seed {p["seed"]}, {view}'
     )
-
-
-def evaluate_run(
-    workdir,
-    *,
-    data=None,
-    test=None,
-    step: int | None = None,
-    limit: int | None = None,
-    out=None,
-    last_blocks: int = 0,
-    **options,
-) -> list[dict]:
-    """`ssl_jax eval`: the encoder of a run beside the same one untrained, and raw pixels.
-
-    A fine-tuned run is scored instead, on `test`, `data` or its `data.eval_test`.
-
-    Args:
-      workdir: of the run, or a checkpoint folder.
-      data: labelled images, a path or spec of `sources.open_source`; default the run's
-        `data.eval_train` and `data.eval_test`.
-      test: labelled test images; default a fifth of `data`.
-      step: of the checkpoint; default the newest.
-      limit: number of images of each set at most.
-      out: the JSON file; default eval_<step>.json in `workdir`.
-      last_blocks: see `encoder.make_forward`.
-      options: further arguments of `evaluate`.
-
-    Returns:
-      The rows, see `evaluate`.
-    """
-    workdir = epath.Path(workdir)
-    run = weights.open_run(workdir, step)
-    if run.method is not None and run.method.classes:
-        if last_blocks or (data is not None and test is not None):
-            raise errors.UserError(
-                'This run is a classifier, which is scored and not probed: give the labelled '
-                'images with --test alone.'
-            )
-        rows = _score_classifier(run, data if test is None else test, limit)
-        return _report(rows, run, workdir, out)
-    config, transform = run.config, run.transform
-    if data is None:
-        data, test = config.data.eval_train, test or config.data.eval_test
-        if data is None:
-            raise errors.UserError(
-                f'The run in {workdir} names no evaluation set; give labelled images with --data.'
-            )
-    train_source, test_source = sources.open_source(data), None
-    launch.log(*sources.lines(train_source))
-    if test is not None:
-        test_source = sources.in_classes(sources.open_source(test, 'test'), train_source.classes)
-        launch.log(*sources.lines(test_source))
-    mean, std, size = transform['mean'], transform['std'], transform['size']
-    features_lib.check_size(size, run.vit.patch_size, 'size')
-    if (tuple(mean), tuple(std)) != (photometry.MEAN, photometry.STD):
-        options.setdefault('normalization', f'mean {mean}, std {std}')
-    mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
-    # Not with the seed of the run: any fresh encoder, not the start of this one.
-    encoders = {'trained': run.networks()['encoder'], 'untrained': run.untrained(config.seed + 1)}
-    forwards = {}
-    for name, (vit, params) in encoders.items():
-        params = jax.device_put(params, sharding.infer(params, mesh))
-        forwards[name] = encoder.make_forward(
-            vit, params, mean=mean, std=std, last_blocks=last_blocks
-        )
-    forwards['raw_pixels'] = features_lib.raw_pixels()
-    launch.log(
-        f'{config.name or config.method.name}, step {run.step}, {transform_lib.describe(transform)}'
-    )
-    if names := train_source.classes:
-        launch.log(f'{len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}')
-    rows = evaluate(
-        forwards, train_source, test_source, transform=transform, mesh=mesh, limit=limit, **options
-    )
-    return _report(rows, run, workdir, out)
-
-
-def _score_classifier(run, test, limit):
-    """Rows of a fine-tuned run, on `test` or its own test images.
-
-    'trained' are the weights of the checkpoint, 'ema' their average if the run keeps one.
-    """
-    test = run.config.data.eval_test if test is None else test
-    if test is None:
-        raise errors.UserError(
-            'This classifier names no test images; give labelled ones with --test.'
-        )
-    method, view = run.method, run.transform
-    source = sources.in_classes(sources.open_source(test, 'test'), method.classes)
-    launch.log(*sources.lines(source))
-    mesh = sharding.make_mesh(data=1, fsdp=-1)
-    params, extra = (jax.device_put(x, sharding.infer(x, mesh)) for x in (run.params, run.extra))
-    scores = accuracy.accuracy(
-        method, params, extra, source, transform=view, mesh=mesh, limit=limit
-    )
-    protocol = dict(
-        eval='classifier',
-        **transform_lib.protocol(view),
-        normalization=f'mean {tuple(view["mean"])}, std {tuple(view["std"])}',
-        test=dict(images=scores['test']['n'], data=fingerprint.content(source.fingerprint)),
-        num_classes=method.num_classes,
-        chance=100.0 / method.num_classes,
-    )
-    names = {'test': 'trained', 'ema': 'ema'}
-    return [
-        _row(names[name], 'classifier', method.pool, values, protocol)
-        for name, values in scores.items()
-    ]
-
-
-def _report(rows, run, workdir, out):
-    """The rows with the run's name, written and printed by process 0."""
-    rows = [dict(row, run=str(workdir), step=run.step) for row in rows]
-    if launch.is_main():
-        out = epath.Path(out) if out else workdir / f'eval_{run.step}.json'
-        storage.atomic_write(out, json.dumps(rows, indent=1) + '\n')
-        launch.show(f'\n{table(rows)}\n\nwritten to {out}')
-    return rows

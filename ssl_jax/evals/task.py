@@ -147,3 +147,49 @@ def run(name: str, model: Any, data: Data, settings: Any, work: Work) -> list[di
     if launch.is_main():
         storage.atomic_write(path, json.dumps(rows, indent=1) + '\n')
     return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of `row`, a block for each evaluation: the numbers, and below them their protocols."""
+    blocks = []
+    for name in dict.fromkeys(row['eval'] for row in rows):
+        found = [row for row in rows if row['eval'] == name]
+        metrics = list(dict.fromkeys(key for row in found for key in row['scores']))
+        lines = [('model', 'eval', 'feature', *metrics, 'id')]
+        for r in found:
+            scores = [_number(r['scores'].get(key)) for key in metrics]
+            lines.append((r['model'], name, r['feature'], *scores, r['protocol_id']))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, tuple('-' * width for width in widths))
+        texts = [
+            '  '.join(
+                cell.rjust(width) if 3 <= i < len(line) - 1 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        protocols = {r['protocol_id']: r['protocol'] for r in found}
+        texts += [f'{key}: {_phrase(protocol)}' for key, protocol in protocols.items()]
+        blocks.append('\n'.join(texts))
+    return '\n\n'.join(blocks)
+
+
+def _number(value):
+    """Four significant digits, or two decimals above 10."""
+    if value is None:
+        return ''
+    return f'{value:.2f}' if abs(value) >= 10 else f'{value:.4g}'
+
+
+def _phrase(protocol):
+    """A protocol in one line; what the table says already is left out."""
+    words = []
+    for key, value in protocol.items():
+        if key in ('eval', 'feature'):
+            continue
+        if isinstance(value, dict):
+            value = ' '.join(str(x) for x in value.values())
+        elif isinstance(value, (list, tuple)):
+            value = ' '.join(str(x) for x in value)
+        words.append(f'{key.replace("_", " ")} {value}')
+    return ', '.join(words)

@@ -69,8 +69,9 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable]:
                 except (errors.UserError, OSError) as e:
                     error = e
             waits = launch.main_says(waits)
-        if launch.main_says(error is not None) and error is None:
-            error = LockedError(f'Process 0 could not lock {workdir}; see what it printed.')
+        sentence = launch.consult(error and str(error), lambda found: found[0])
+        if sentence and error is None:
+            error = LockedError(sentence)
         if error is not None:
             raise error
         yield held or _always

@@ -337,7 +337,8 @@ def test_a_sound_bucket_is_left_as_it_was(bucket):
     assert storage.names(bucket.root) == []
 
 
-def test_a_bucket_that_may_not_be_written_is_bad_with_what_to_do(bucket):
+def test_a_bucket_that_may_not_be_written_is_bad_with_what_to_do(bucket, monkeypatch):
+    monkeypatch.setenv('SSL_JAX_BUCKET_PATIENCE', '1')
     bucket.fault(status=403, methods='POST,PUT')
     found = disk_rows(f'{bucket.root}/w')
     assert found['workdir'].verdict == found['lock'].verdict == 'bad'

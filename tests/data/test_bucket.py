@@ -237,6 +237,22 @@ def test_splits_are_chosen_and_index_maps_found_as_on_a_disk(bucket, tmp_path):
         sources.open_source(dict(spec, segmentation=f'{root}/map'))
 
 
+def test_pairs_are_found_as_on_a_disk(bucket, tmp_path):
+    index = io.BytesIO()
+    PIL.Image.fromarray(np.full((12, 12), 3, np.uint8)).save(index, 'PNG')
+    for split, name in (('train', 'a'), ('val', 'b')):
+        write(tmp_path / f'copy/images/{split}/{name}.png', png(1))
+        write(tmp_path / f'copy/labels/{split}/{name}.png', index.getvalue())
+    write(tmp_path / 'copy/classes.txt', b'one\ntwo\nthree\nfour\n')
+    upload(tmp_path / 'copy', bucket.root)
+    found = [sources.open_source(root) for root in (str(tmp_path / 'copy'), bucket.root)]
+    for source in found:
+        assert len(source) == 1 and source[0]['segmentation'].max() == 3
+        assert source.map_classes == ('one', 'two', 'three', 'four')
+    one, two = (source.fingerprint.partition('+')[0] for source in found)
+    assert one == two
+
+
 @pytest.mark.parametrize(
     'pattern, count',
     [

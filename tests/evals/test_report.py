@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from ssl_jax.data import sources
-from ssl_jax.evals import features, report
+from ssl_jax.evals import command, features, report
 
 OPTIONS = dict(
     transform=8, ks=(1, 5), linear_options=dict(epochs=3, batch_size=32, lrs=(0.1, 1.0)), log=None
@@ -115,7 +115,7 @@ def test_unlabelled_images_are_refused():
 def test_a_run_is_evaluated_beside_an_untrained_twin_and_raw_pixels(tmp_path, capsys):
     tiny.save(tiny.config(), tmp_path, step=7)
     data = dict(source='scenes', n=60, size=32)
-    rows = report.evaluate_run(tmp_path, data=data, ks=(5,), batch_size=8, linear_options=False)
+    rows = command.evaluate_run(tmp_path, data=data, ks=(5,), batch_size=8, linear_options=False)
     assert {r['model'] for r in rows} == {'trained', 'untrained', 'raw_pixels'}
     assert json.loads((tmp_path / 'eval_7.json').read_text()) == rows
     # The twin has other weights, so the features differ.
@@ -127,4 +127,4 @@ def test_a_run_is_evaluated_beside_an_untrained_twin_and_raw_pixels(tmp_path, ca
 def test_a_run_without_an_evaluation_set_asks_for_one(tmp_path):
     tiny.save(tiny.config(), tmp_path)
     with pytest.raises(ValueError, match='--data'):
-        report.evaluate_run(tmp_path)
+        command.evaluate_run(tmp_path)

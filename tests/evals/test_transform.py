@@ -15,7 +15,7 @@ from ssl_jax import encoder, methods, train
 from ssl_jax.data import folder as folder_lib
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.evals import accuracy, base, feature_file, features, knn, pictures, report
+from ssl_jax.evals import accuracy, base, command, feature_file, features, knn, pictures, report
 from ssl_jax.interop import export, processors
 from ssl_jax.run import errors, metrics, weights
 from ssl_jax.viz import show
@@ -72,7 +72,7 @@ def test_eval_features_show_and_fine_tuning_see_what_the_folder_states(squeezed,
     want = processors.transform_of(0, SQUEEZED)
     assert (want['mode'], want['interpolation']) == ('squash', 'bilinear')
     data = str(save_images(tmp_path / 'data'))
-    rows = report.evaluate_run(workdir, data=data, **NO_LINEAR)
+    rows = command.evaluate_run(workdir, data=data, **NO_LINEAR)
     assert rows[0]['protocol']['interpolation'] == 'bilinear, antialiased (Pillow)'
     assert 'both sides 32' in rows[0]['protocol']['crop']
     assert '(resize 32, bilinear, both sides 32' in report.table(rows)
@@ -92,7 +92,7 @@ def test_eval_features_show_and_fine_tuning_see_what_the_folder_states(squeezed,
     assert any('test/top1' in row for row in metrics.read(tmp_path / 'tuned'))
     tuned = weights.open_run(tmp_path / 'tuned')
     assert tuned.transform == want
-    report.evaluate_run(tmp_path / 'tuned', test=data)
+    command.evaluate_run(tmp_path / 'tuned', test=data)
     assert len(seen) >= 2 and all(transform == want for transform in seen)
     again = export.export(tuned, 'official', tmp_path / 'out', what='full')
     fields = json.loads((again / processors.FILE).read_text())
@@ -146,7 +146,7 @@ def test_eval_and_show_of_a_size_that_is_no_multiple_are_one_sentence(squeezed, 
     weights.import_weights(tmp_path / 'hf', tmp_path / 'w', log=None)
     data = str(save_images(tmp_path / 'data'))
     with pytest.raises(errors.UserError, match='size=30 is not a multiple.*use 32'):
-        report.evaluate_run(tmp_path / 'w', data=data, **NO_LINEAR)
+        command.evaluate_run(tmp_path / 'w', data=data, **NO_LINEAR)
     with pytest.raises(errors.UserError, match='size=30 is not a multiple.*use 32'):
         show.show(tmp_path / 'w', data, tmp_path / 'pictures')
 

@@ -13,7 +13,7 @@ import tiny_weights
 from ssl_jax import cli, encoder, methods
 from ssl_jax.augment import photometry
 from ssl_jax.data import sources
-from ssl_jax.evals import report
+from ssl_jax.evals import command
 from ssl_jax.interop import export, files, layouts
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.run import weights
@@ -91,7 +91,7 @@ def test_without_the_sidecar_features_are_what_the_head_sees(run, tmp_path):
 def test_eval_scores_the_imported_classifier_as_it_scores_the_run(run, tmp_path):
     out = export.export(weights.open_run(run('patch')), 'official', tmp_path / 'out', what='full')
     weights.import_weights(out, tmp_path / 'w', log=None)
-    rows = [report.evaluate_run(w, test=SCENES) for w in (run('patch'), tmp_path / 'w')]
+    rows = [command.evaluate_run(w, test=SCENES) for w in (run('patch'), tmp_path / 'w')]
     assert rows[0][0]['top1'] == rows[1][0]['top1'] and rows[1][0]['model'] == 'trained'
 
 

@@ -21,7 +21,7 @@ import tiny
 from ssl_jax import cli, methods
 from ssl_jax.augment import photometry
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.evals import report
+from ssl_jax.evals import command
 from ssl_jax.interop import export, families, files, layouts
 from ssl_jax.models import decoder as decoder_lib
 from ssl_jax.models import vit as vit_lib
@@ -330,7 +330,7 @@ def evaluated(exported, tmp_path_factory):
     (root / 'hf' / 'preprocessor_config.json').write_text(json.dumps(processor))
     weights.import_weights(root / 'hf', root / 'w', log=None)
     data = dict(source='scenes', n=30, size=32)
-    rows = report.evaluate_run(root / 'w', data=data, ks=(5,), linear_options=False)
+    rows = command.evaluate_run(root / 'w', data=data, ks=(5,), linear_options=False)
     return rows, root / 'w'
 
 

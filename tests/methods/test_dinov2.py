@@ -156,6 +156,7 @@ def test_the_masked_patches_always_fit_the_buffer():
     np.testing.assert_array_equal(taken.valid.sum(axis=1), counts)
 
 
+@pytest.mark.slow
 def test_the_high_resolution_stage_takes_the_whole_run_and_resizes_positions(tmp_path):
     low = tiny.dinov2()
     tiny.save(low, tmp_path / 'low')
@@ -185,6 +186,7 @@ def distilled(teacher, **fields):
     return config
 
 
+@pytest.mark.slow
 def test_distillation_keeps_the_teacher_and_moves_student_and_average(tmp_path):
     tiny.save(tiny.dinov2(), tmp_path / 'big', seed=3)
     config = distilled(tmp_path / 'big', total_steps=4)

@@ -18,7 +18,7 @@ from ssl_jax.augment import mixup, photometry
 from ssl_jax.data import host, loader, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import accuracy
-from ssl_jax.evals import report as evaluate
+from ssl_jax.evals import command as eval_command
 from ssl_jax.interop import export
 from ssl_jax.run import checkpoint, metrics, start, weights
 from ssl_jax.run import clock as clock_lib
@@ -231,14 +231,14 @@ def test_a_restart_continues_to_the_same_bits_with_the_average(unbroken, tmp_pat
 
 def test_eval_of_the_run_says_its_accuracy(unbroken, capsys):
     workdir = unbroken[1]
-    found = evaluate.evaluate_run(workdir)
+    found = eval_command.evaluate_run(workdir)
     logged = [r for r in metrics.read(workdir) if 'test/top1' in r][-1]
     assert [row['model'] for row in found] == ['trained', 'ema']
     assert found[0]['top1'] == pytest.approx(logged['test/top1'])
     assert found[1]['top1'] == pytest.approx(logged['ema/top1'])
     assert 'the head of the run, one crop, 32 px' in capsys.readouterr().out
     with pytest.raises(ValueError, match='scored and not probed'):
-        evaluate.evaluate_run(workdir, data='a', test='b')
+        eval_command.evaluate_run(workdir, data='a', test='b')
 
 
 def test_export_has_the_names_of_the_official_classifier(unbroken, tmp_path):

@@ -30,6 +30,7 @@ def rows(workdir):
     return [{k: v for k, v in r.items() if k != 'time'} for r in metrics.read(workdir)]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_0_and_the_restart_ends_as_an_unbroken_run(tmp_path):
     fields = 'total_steps=60, checkpoint__every_minutes=None'
     process, unbroken = (start(run_code(tmp_path / name, fields)) for name in 'ab')
@@ -232,6 +233,7 @@ UPDATE = """
 """
 
 
+@pytest.mark.slow
 def test_loss_and_update_on_two_processes_are_those_of_one(tmp_path):
     files = [tmp_path / f'{n}.npz' for n in (1, 2)]
     processes = [start(UPDATE.format(file=str(files[0])), 4)]
