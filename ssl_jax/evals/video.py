@@ -53,9 +53,9 @@ def evaluate(model, data: task.Data, settings: Settings, work: task.Work):
     """One row: J & F, J and F in percent, and J & F of repeating the labels of the first frame."""
     source = data.train
     background = settings.background
-    names = getattr(source, 'map_classes', None) or ()
-    if background is None and 'background' in names:
-        background = names.index('background')
+    if background is None:
+        names = tuple(getattr(source, 'map_classes', None) or ())
+        background = names.index('background') if 'background' in names else None
     found = sequences(source, work.limit)
     short = [name for name, frames in found.items() if len(frames) < 3]
     if short:

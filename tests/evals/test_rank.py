@@ -12,7 +12,7 @@ from ssl_jax import cli
 from ssl_jax.evals import monitors, rank
 
 
-def spectrum(values, n=400, seed=0):
+def spectrum(values, n=200, seed=0):
     """Centred features (n, d) with these eigenvalues of the covariance."""
     rng = np.random.default_rng(seed)
     d = len(values)
@@ -39,6 +39,15 @@ def test_alpha_of_known_spectra(a):
     bent = np.arange(1, 129.0) ** -a
     bent[:3], bent[100:] = 7.0, 1e-4
     assert rank.alpha(spectrum(bent)) == pytest.approx(a, abs=1e-6)
+
+
+def test_alpha_of_a_noisy_spectrum_weights_ranks_by_their_inverse():
+    rng = np.random.default_rng(0)
+    values = np.sort(np.arange(1, 129.0) ** -1.5 * np.exp(rng.normal(size=128)))[::-1]
+    k = np.arange(4, 101)
+    x, w = np.stack([-np.log(k), np.ones(97)], axis=1), (1 / k)[:, None]
+    want = np.linalg.solve(x.T @ (w * x), x.T @ (w[:, 0] * np.log(values[3:100])))[0]
+    assert rank.alpha(spectrum(values)) == pytest.approx(want, abs=1e-6)
 
 
 def test_alpha_of_two_numbers_is_nothing():

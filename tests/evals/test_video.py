@@ -96,7 +96,7 @@ def test_one_and_eight_devices_give_the_same_numbers(tmp_path):
     for devices in (1, 8):
         work = frozen.work(tmp_path / str(devices), devices=devices)
         data = task.Data(frozen.Maps(*moving_bar(5, step=5, noise=30)))
-        (row,) = frozen.run('video', frozen.untrained(), data, work, short_side=40)
+        (row,) = frozen.run('video', frozen.untrained(), data, work, short_side=32)
         scores.append(row['scores'])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
