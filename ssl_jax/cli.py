@@ -5,6 +5,7 @@
     ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+    ssl_jax rank --workdir W                                 # which checkpoint, without labels
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
@@ -126,6 +127,11 @@ def _parser():
     data(p, "images to reconstruct; default: the run's training set")
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
     p.add_argument('--num', type=_positive, default=8, help='number of images')
+
+    p = command(rank, help='numbers of every checkpoint of a run, without labels')
+    p.add_argument('--workdir', required=True)
+    data(p, "images; default: the run's training set")
+    p.add_argument('--limit', type=_positive, help='most images; default: 1024')
 
     p = command(features, help='features of every image in a Parquet file')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
@@ -303,6 +309,13 @@ def show(args):
 
     for path in show_lib.show(args.workdir, data=_data(args), out=args.out, num=args.num):
         print(path)
+
+
+def rank(args):
+    """`ssl_jax rank`."""
+    from ssl_jax.evals import rank as rank_lib
+
+    rank_lib.rank(args.workdir, data=_data(args), limit=args.limit)
 
 
 def features(args):

@@ -5,7 +5,8 @@ A `forward` is any function of uint8 images (B, H, W, 3) that returns {name: flo
 nested dicts of it, such as `encoder.make_forward` and `raw_pixels`.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,13 @@ from jax.experimental import multihost_utils
 
 from ssl_jax import sharding
 from ssl_jax.augment import photometry
+from ssl_jax.data import host
 from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.methods import base
-from ssl_jax.run import errors, hashing, launch
+from ssl_jax.run import errors, hashing, launch, metrics, peers
+
+PROGRESS_SECONDS = 10
 
 
 class Stopped(Exception):
@@ -129,6 +133,22 @@ def batches(
             yield fetch(pending)
 
 
+def told(batches: Iterable[dict], total: int, log: Callable, what: str = 'images') -> Iterator:
+    """The batches again; says in the log how far they are, if they take long."""
+    done, began, shown = 0, None, time.monotonic()
+    for batch in batches:
+        peers.progress()
+        yield batch
+        done += int((batch['id'] >= 0).sum())
+        now = time.monotonic()
+        if began is None:
+            began = now, done  # the first batch compiles
+        elif now - shown >= PROGRESS_SECONDS and done < total:
+            left = (total - done) * (now - began[0]) / (done - began[1])
+            log(f'{done:,} of {total:,} {what}, {metrics.duration(left)} left')
+            shown = now
+
+
 def left_out(batch: dict) -> list[int]:
     """Images of a batch that did not decode."""
     return batch['id'][~batch['mask'] & (batch['id'] >= 0)].tolist()
@@ -181,6 +201,27 @@ class Subset:
 
     def describe(self, i: int) -> str:
         return self._source.describe(int(self._indices[i]))
+
+
+class Edited(Subset):
+    """The images `indices` of another source, edited on the host; without labels and maps.
+
+    Args:
+      source, indices: see `Subset`; an image may be named several times.
+      edit: (uint8 (H, W, 3), position in `indices`) -> uint8 (h, w, 3), a pure function.
+    """
+
+    map_classes = None
+
+    def __init__(self, source, indices: np.ndarray, edit: Callable):
+        super().__init__(maps_lib.images_only(source), indices)
+        self.classes, self._edit = None, edit
+
+    def without_maps(self) -> 'Edited':
+        return self
+
+    def __getitem__(self, i: int) -> dict:
+        return {'image': self._edit(host.decode(super().__getitem__(i)['image']), i)}
 
 
 def limited(source, limit: int | None):

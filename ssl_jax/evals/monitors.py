@@ -52,8 +52,7 @@ def monitors(features: jax.Array) -> dict[str, jax.Array]:
     With z the L2-normalised rows:
       std:     sqrt(d) * mean over dimensions of the standard deviation of z over the batch;
                1 for directions spread evenly over the sphere, 0 if all are the same.
-      rankme:  exp(-sum p log p), p = sigma / |sigma|_1 + eps, sigma the singular values of the
-               features, not centred; between 1 and min(B, d).
+      rankme:  see `rankme`.
       cosine:  mean cosine of two different rows; 1 if all point the same way.
 
     Args:
@@ -63,7 +62,6 @@ def monitors(features: jax.Array) -> dict[str, jax.Array]:
       float32 scalars: std, rankme, rankme_max = min(B, d), cosine.
 
     References:
-      RankMe: Garrido et al., arXiv 2210.02885, eq. 1
       std: Chen and He, arXiv 2011.10566, figure 2
     """
     b, d = features.shape
@@ -71,16 +69,28 @@ def monitors(features: jax.Array) -> dict[str, jax.Array]:
         raise errors.UserError(f'Monitors compare images with each other: pass 2 or more, not {b}.')
     x = features.astype(jnp.float32)
     z = x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    sigma = jnp.linalg.svd(x, compute_uv=False)
-    p = sigma / jnp.maximum(sigma.sum(), 1e-30) + EPS
     # |sum z|^2 holds every pair twice and every row with itself.
     cosine = (jnp.square(z.sum(axis=0)).sum() - jnp.square(z).sum()) / (b * (b - 1))
     return {
         'std': jnp.sqrt(d) * z.std(axis=0).mean(),
-        'rankme': jnp.exp(-(p * jnp.log(p)).sum()),
+        'rankme': rankme(x),
         'rankme_max': jnp.float32(min(b, d)),
         'cosine': cosine,
     }
+
+
+def rankme(features: jax.Array) -> jax.Array:
+    """exp(-sum p log p), p = sigma / |sigma|_1 + eps; between 1 and min(B, d).
+
+    Args:
+      features: (B, d), not centred; sigma are its singular values.
+
+    References:
+      RankMe: Garrido et al., arXiv 2210.02885, eq. 1
+    """
+    sigma = jnp.linalg.svd(features.astype(jnp.float32), compute_uv=False)
+    p = sigma / jnp.maximum(sigma.sum(), 1e-30) + EPS
+    return jnp.exp(-(p * jnp.log(p)).sum())
 
 
 def suspect(v: dict[str, float]) -> str | None:

@@ -111,11 +111,11 @@ def curves(metrics_path, path) -> None:
       metrics_path: `metrics.jsonl`; it need not exist yet.
       path: of the PNG.
     """
-    series = _series(metrics_path)
-    knn = {k: v for k, v in series.items() if 'knn' in k.split('/')}
+    found = series(metrics_path)
+    knn = {k: v for k, v in found.items() if 'knn' in k.split('/')}
 
     def only(key):
-        return {k: v for k, v in series.items() if k == key}
+        return {k: v for k, v in found.items() if k == key}
 
     panels = [
         ('loss', 'training loss', only('loss')),
@@ -138,6 +138,28 @@ def curves(metrics_path, path) -> None:
         else:
             _plot(axes, kind, *next(iter(data.values())))
         _decorate(axes, kind, data)
+    figure.tight_layout(pad=1.6, w_pad=2.2, h_pad=2.2)
+    _save(figure, path)
+
+
+def ranking(panels: dict[str, dict[str, tuple]], path) -> None:
+    """Draws numbers of checkpoints over their steps, one panel each.
+
+    Args:
+      panels: {title: {name: (steps, values)}}.
+      path: of the PNG.
+    """
+    columns = min(3, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure = _figure(400 * columns, 300 * height)
+    for i, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(height, columns, i + 1)
+        axes.set_title(title, loc='left', fontsize=11, color=INK, pad=8)
+        for colour, (name, (x, y)) in zip(COLOURS * len(lines), lines.items(), strict=False):
+            axes.plot(x, y, color=colour, linewidth=1.8, marker='o', ms=4, label=name)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8, loc='best', labelcolor=INK)
+        _decorate(axes, 'rank', lines)
     figure.tight_layout(pad=1.6, w_pad=2.2, h_pad=2.2)
     _save(figure, path)
 
@@ -207,7 +229,7 @@ def _scientific(x, _):
     return f'{digits}e{int(exponent)}'
 
 
-def _series(path):
+def series(path) -> dict[str, np.ndarray]:
     """{key: (steps, values)} of all finite numbers, nested keys joined by '/', steps ascending."""
     values = {}
     for row in metrics.read(path):

@@ -142,13 +142,13 @@ def test_torn_last_line_and_rows_without_a_step_change_nothing(tmp_path):
 def test_values_that_are_not_finite_are_passed_over(tmp_path):
     rows = [{'step': 1, 'loss': 0.5}, {'step': 2, 'loss': 'nan'}, {'step': 3, 'loss': float('inf')}]
     write_rows(tmp_path / 'm.jsonl', rows)
-    steps, values = draw._series(tmp_path / 'm.jsonl')['loss']
+    steps, values = draw.series(tmp_path / 'm.jsonl')['loss']
     assert (steps.tolist(), values.tolist()) == ([1], [0.5])
 
 
 def test_the_last_row_of_a_step_counts(tmp_path):
     write_rows(tmp_path / 'm.jsonl', [{'step': s, 'loss': x} for s, x in ((2, 5), (1, 7), (2, 6))])
-    steps, values = draw._series(tmp_path / 'm.jsonl')['loss']
+    steps, values = draw.series(tmp_path / 'm.jsonl')['loss']
     assert (steps.tolist(), values.tolist()) == ([1, 2], [7, 6])
 
 
