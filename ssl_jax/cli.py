@@ -5,6 +5,7 @@
     ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+    ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
@@ -121,6 +122,17 @@ def _parser():
     data(p, "images to reconstruct; default: the run's training set")
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
     p.add_argument('--num', type=_positive, default=8, help='number of images')
+
+    p = command(explore, help='a local web page to try an encoder on your images')
+    p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
+    data(p, 'folder of images, Parquet, ArrayRecord files', required=True)
+    p.add_argument('--port', type=_positive, default=7860, help='default: 7860')
+    p.add_argument(
+        '--host', default='127.0.0.1', help='0.0.0.0: everyone who reaches this machine may look'
+    )
+    p.add_argument(
+        '--limit', type=_positive, default=2000, help='most images to search; default: 2000'
+    )
 
     p = command(features, help='features of every image in a Parquet file')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
@@ -295,6 +307,13 @@ def show(args):
 
     for path in show_lib.show(args.workdir, data=_data(args), out=args.out, num=args.num):
         print(path)
+
+
+def explore(args):
+    """`ssl_jax explore`."""
+    from ssl_jax.app import page
+
+    page.explore(args.model, _data(args), args.host, args.port, args.limit)
 
 
 def features(args):

@@ -6,17 +6,21 @@ Images come from the folder by index, or as the bytes of a file; nothing is open
 
 import dataclasses
 import functools
+import io
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 
 from ssl_jax import encoder
 from ssl_jax.data import host, sources
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import feature_file, features
 from ssl_jax.run import errors, launch, metrics, weights
+from ssl_jax.viz import draw
 from ssl_jax.viz import tokens as tokens_lib
 
 LIMIT = 2000  # images that neighbours are searched among, unless told otherwise
@@ -39,6 +43,16 @@ class Picture:
     index: int = -1  # in the folder; -1 of an upload
 
 
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head that was trained on the frozen encoder."""
+
+    name: str
+    predict: Callable  # uint8 (H, W, 3) -> uint8 (H, W) classes, or float32 (H, W) depth
+    classes: tuple = ()  # of a segmentation; () of depth
+    unit: str = 'm'  # of depth
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Look:
     """A model and a folder of images."""
@@ -47,7 +61,8 @@ class Look:
     source: Any
     ids: np.ndarray  # (n,) indices of the images that decoded, at most the limit
     features: dict[str, np.ndarray]  # {name of FEATURES: (n, D) of unit length}
-    trained: tuple | None  # (method, params, extra) where patches can be reconstructed
+    trained: tuple | None = None  # (method, params, extra) where patches can be reconstructed
+    heads: tuple = ()  # of `Head`
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
@@ -218,9 +233,9 @@ def _mean(look, block):
         batch = [_cached(look, k).image for k in ids[i : i + BATCH]]
         batch += batch[-1:] * (min(BATCH, len(ids)) - len(batch))  # one compilation
         found = _tokens(look, np.stack(batch), block)[: len(ids[i : i + BATCH])]
-        shown = found[:OTHERS] if shown is None else shown
+        shown = found[: OTHERS + 1] if shown is None else shown
         total = total + found.sum(axis=0)
-    return total / len(ids), shown, ids[:OTHERS]
+    return total / len(ids), shown, ids[: OTHERS + 1]
 
 
 def pca(look: Look, shown: Picture, block: str = FINAL) -> list[tuple]:
@@ -231,11 +246,12 @@ def pca(look: Look, shown: Picture, block: str = FINAL) -> list[tuple]:
     """
     mean, other, ids = _mean(look, block)
     found = tokens(look, shown.image[None], block)
-    joined = np.concatenate([found, tokens_lib.centred(other, mean)])
+    keep = [k for k, i in enumerate(ids) if i != shown.index][:OTHERS]
+    joined = np.concatenate([found, tokens_lib.centred(other[keep], mean)])
     front = tokens_lib.foreground(joined, look.grid)
     whole = tokens_lib.colours(joined, look.grid)
     part = tokens_lib.colours(joined, look.grid, front)
-    pictures = [shown, *(_cached(look, i) for i in ids)]
+    pictures = [shown, *(_cached(look, ids[k]) for k in keep)]
     return [(p.name, p.image, *x) for p, *x in zip(pictures, whole, part, strict=True)]
 
 
@@ -344,3 +360,19 @@ def _chosen(method):
 
 def _uint8(x):
     return (np.clip(np.nan_to_num(np.asarray(x, np.float32)), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+# Trained heads.
+
+
+def predictions(look: Look, shown: Picture) -> list[tuple[str, np.ndarray]]:
+    """(name of a head, the image beside its prediction with a legend, uint8 (H, W, 3))."""
+    out = []
+    for head in look.heads:
+        made, drawn = head.predict(shown.image)[None], io.BytesIO()
+        if head.classes:
+            draw.segmentation_rows(shown.image[None], None, made, head.classes, drawn)
+        else:
+            draw.depth_rows(shown.image[None], None, made, drawn, head.unit)
+        out.append((head.name, np.asarray(PIL.Image.open(drawn).convert('RGB'))))
+    return out

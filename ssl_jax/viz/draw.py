@@ -117,7 +117,7 @@ def pca_patches(
 
 def segmentation_rows(
     images: np.ndarray,
-    truth: np.ndarray,
+    truth: np.ndarray | None,
     prediction: np.ndarray,
     classes: Sequence[str],
     path,
@@ -127,23 +127,25 @@ def segmentation_rows(
 
     Args:
       images: (B, H, W, 3) uint8 or in [0, 1].
-      truth, prediction: (B, H, W) index of the class, 255 for ignored, which is white.
+      truth, prediction: (B, H, W) index of the class, 255 for ignored, which is white; without
+        truth (None) it is left out.
       classes: names in index order.
       path: of the PNG.
       note: a line below.
     """
     colours = class_colours(len(classes))
-    columns = [_uint8(images), colours[np.asarray(truth)], colours[np.asarray(prediction)]]
-    found = np.union1d(truth, prediction)
+    maps = {'truth': truth, 'prediction': prediction}
+    maps = {name: np.asarray(x) for name, x in maps.items() if x is not None}
+    columns = [_uint8(images), *(colours[x] for x in maps.values())]
+    found = np.unique(np.concatenate([x.reshape(-1) for x in maps.values()]))
     legend = [(colours[i], str(classes[i])) for i in found if i < len(classes)]
     legend += [(colours[IGNORED], 'ignored')] * bool((found == IGNORED).any())
-    names = ['image', 'truth', 'prediction']
-    _sheet(list(zip(*columns, strict=True)), names, path, note=note, legend=legend)
+    _sheet(list(zip(*columns, strict=True)), ['image', *maps], path, note=note, legend=legend)
 
 
 def depth_rows(
     images: np.ndarray,
-    truth: np.ndarray,
+    truth: np.ndarray | None,
     prediction: np.ndarray,
     path,
     unit: str = 'm',
@@ -153,20 +155,22 @@ def depth_rows(
 
     Args:
       images: (B, H, W, 3) uint8 or in [0, 1].
-      truth, prediction: (B, H, W), 0 where nothing was measured, which is white.
+      truth, prediction: (B, H, W), 0 where nothing was measured, which is white; without truth
+        (None) it is left out, and the scale is that of the prediction.
       path: of the PNG.
       unit: of both.
       note: a line below.
     """
-    maps = [np.asarray(x, np.float32) for x in (truth, prediction)]
-    measured = maps[0][maps[0] > 0]
+    maps = {'truth': truth, 'prediction': prediction}
+    maps = {name: np.asarray(x, np.float32) for name, x in maps.items() if x is not None}
+    first = next(iter(maps.values()))
+    measured = first[first > 0]
     low, high = (measured.min(), measured.max()) if len(measured) else (0.0, 1.0)
     columns = [_uint8(images)]
-    for depth in maps:
+    for depth in maps.values():
         columns.append(np.where((depth > 0)[..., None], heat(depth, low, high), np.uint8(255)))
-    names = ['image', f'truth, {unit}', f'prediction, {unit}']
-    rows = list(zip(*columns, strict=True))
-    _sheet(rows, names, path, note=note, bar=(f'{low:.3g} {unit}', f'{high:.3g} {unit}'))
+    names, bar = ['image', *maps], (f'{low:.3g} {unit}', f'{high:.3g} {unit}')
+    _sheet(list(zip(*columns, strict=True)), names, path, note=note, bar=bar)
 
 
 def class_colours(count: int) -> np.ndarray:
