@@ -153,9 +153,7 @@ def build(look: views.Look):
                     elem_id='number',
                     value=offered[0],
                 )
-                own = gr.File(
-                    label='or an image of your own', type='binary', height=120, elem_id='own'
-                )
+                own = gr.UploadButton('An image of your own', type='binary', elem_id='own')
                 shelf = gr.Gallery(
                     [views.picture(look, i).image for i in offered],
                     label='or one of these',
@@ -164,7 +162,7 @@ def build(look: views.Look):
                     elem_id='shelf',
                     **row,
                 )
-            with gr.Column(scale=3), gr.Tabs():
+            with gr.Column(scale=3), gr.Tabs(overflow_behavior='wrap'):
                 drawn = []  # (function of the picture and other inputs, those, outputs)
                 if look.trained:
                     with gr.Tab('Reconstruction', id='reconstruction'):
