@@ -130,14 +130,16 @@ def _open(data):
     return heif.HeifImageFile(io.BytesIO(data))  # no plugin for all of Pillow
 
 
-def _png(data):
-    """16-bit PNG, of which Pillow keeps the high bytes; None for others. Checks the checksums.
+def check_png(data: bytes) -> bool:
+    """Checks the checksums of the pixels of a PNG; returns whether it has EXIF data.
 
     Pillow stops at the last row: in a file that was allocated and not fully written, zeros may
     decode to that point.
+
+    Raises:
+      DecodeError: a checksum is wrong.
     """
-    at, bits, colour = 8, *data[24:26].ljust(2, b'\0')
-    name, has_exif = b'', False
+    at, name, has_exif = 8, b'', False
     while at < len(data) and name != b'IEND':
         name, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], 'big')
         has_exif |= name == b'eXIf'
@@ -146,6 +148,13 @@ def _png(data):
             if len(data) < end + 4 or zlib.crc32(memoryview(data)[at + 4 : end]) != stored:
                 raise pixels.corrupt('PNG', 'a wrong checksum')
         at = end + 4
+    return has_exif
+
+
+def _png(data):
+    """16-bit PNG, of which Pillow keeps the high bytes; None for others. Checks the checksums."""
+    has_exif = check_png(data)
+    bits, colour = data[24:26].ljust(2, b'\0')
     if bits != 16:
         return None
     try:

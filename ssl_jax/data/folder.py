@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of images, with class folders or without."""
+"""A folder of images, with class folders or without, with maps or without."""
 
 import os
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
-from ssl_jax.data import files, fingerprint, splits
+from ssl_jax.data import files, fingerprint, host, layouts, maps, splits
 from ssl_jax.run import errors, storage
 
 
-class Folder:
+class Folder(maps.WithMaps):
     """A folder of images, flat or nested, on a disk or in a bucket, with class folders or without.
 
     The folders at the level where images divide give the labels, in sorted order, if all images
@@ -21,11 +20,20 @@ class Folder:
     tells them apart. The order is that of the relative names as bytes, so the same on every
     machine.
 
+    Folders such as `images/` and `labels/` (see `layouts`) are images and their maps, as are the
+    layouts of some known data sets. Images without a map are left out then, and counted.
+
     Args:
       path: the folder.
       split: a subfolder of it or the name of a split, e.g. 'train', or 'all'.
-      segmentation: a folder with index maps (PNG) under the same relative names.
-      classes: names of the classes (of the index maps, if `segmentation` is given).
+      segmentation, depth: folders with maps under the same relative names but for the extension.
+      layout: a name of `layouts.LAYOUTS`; default: what the folders say.
+      pairs: a text file with 'IMAGE MAP' in each line, which is the split: of depth maps if the
+        layout is one of depth or `depth_scale` is given, else of class maps.
+      classes: names of the classes in label order; of the maps if there are no class folders.
+      map_classes: names of the classes of the maps in order of their index. Default: those of the
+        layout, else the lines of `classes.txt` in the folder, else numbers.
+      ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`.
       purpose: what the images are for, see `splits.PURPOSES`; it chooses the split if `split` does
         not.
     """
@@ -36,14 +44,45 @@ class Folder:
         path: str | os.PathLike,
         split: str | None = None,
         segmentation: str | None = None,
+        depth: str | None = None,
+        layout: str | None = None,
+        pairs: str | None = None,
         classes: Sequence | None = None,
+        map_classes: Sequence | None = None,
+        ignore: int | Sequence[int] | None = None,
+        reduce_zero_label: bool | None = None,
+        label_values: Sequence[int] | None = None,
+        depth_scale: float | None = None,
         purpose: str = 'train',
     ):
         path = os.fspath(path)
         self.remote = storage.is_remote(path)
         within = split if split and files.exists(os.path.join(path, split)) else ''
         self.path = os.path.join(path, within) if within else path
-        names, left = files.walk(self.path, files.is_image)
+        every, left = files.walk(self.path, _is_image_or_map)
+        names = [name for name in every if files.is_image(name)]
+        meaning = dict(
+            ignore=ignore,
+            reduce_zero_label=reduce_zero_label,
+            label_values=label_values,
+            depth_scale=depth_scale,
+        )
+        found = None
+        if segmentation or depth:
+            where = {'segmentation': segmentation, 'depth': depth}
+            where = {kind: folder for kind, folder in where.items() if folder}
+            known = {kind: _stems(folder, within) for kind, folder in where.items()}
+            found = layouts.given(names, known, files.printable(self.path))
+        elif pairs:
+            kind = 'depth' if layout in layouts.OF_DEPTH or depth_scale else 'segmentation'
+            text = files.read_bytes(pairs).decode('utf-8', 'replace')
+            found = layouts.listed(every, text, pairs, kind, layout)
+        elif names:
+            found = layouts.find(every, layout, files.printable(self.path), self._read_text)
+        if found is None:
+            for name in every:
+                if not files.is_image(name):
+                    files.leave(left, 'of extension .npy', name)
         notes, drop = files.left_out(left), None
         if not names and left:
             raise FileNotFoundError(
@@ -54,26 +93,49 @@ class Folder:
             raise FileNotFoundError(
                 f'The folder {files.printable(self.path)} is empty: give a folder with images.'
             )
-        if not within:
+        root, inside = self.path, ''
+        if found:
+            notes = [_paired(found, names), *notes]
+            names = sorted(found.maps, key=os.fsencode)
+        if found and found.splits:
+            names, said = _listed_split(found.splits, names, split, purpose, path)
+            notes = said + notes
+        elif not within and not pairs:
             names, inside, drop, said = _one_split(path, names, split, purpose)
             if inside:
-                within, self.path = inside, os.path.join(path, inside)
+                self.path = os.path.join(path, inside)
             notes = said + notes
         self._files = names
         self.ignored = sum(count for count, _ in left.values())
-        self.labels, self.classes, said = _labels(names, drop)
-        if self.labels is None and drop is not None and not said:  # all splits are flat
-            self.labels, self.classes, said = _labels(names)
+        self.labels, self.classes, said = None, None, []
+        if not (found and found.layout):  # whose folders are cities or scenes
+            self.labels, self.classes, said = _labels(names, drop)
+            if not (found or said) and self.labels is None and drop is not None:  # flat splits
+                self.labels, self.classes, said = _labels(names)
         self.notes = (*notes, *said)
-        self._segmentation = None
-        if segmentation:
-            self._segmentation = os.path.join(segmentation, within) if within else segmentation
-            files.require(self._segmentation)
-        if classes is not None:
-            _, names, _ = files.classes_of(self.labels, classes)
-            self.classes = names or tuple(str(c) for c in classes)
+        if classes is not None and found and self.labels is None:
+            map_classes = map_classes or classes
+        elif classes is not None:
+            _, given, _ = files.classes_of(self.labels, classes)
+            self.classes = given or tuple(str(c) for c in classes)
         paths = [os.path.join(self.path, f) for f in self._files]
-        self.fingerprint = fingerprint.of_files('folder', paths, *self._files)
+        if not found:
+            self.fingerprint = fingerprint.of_files('folder', paths, *self._files)
+            return
+        whole = [f'{inside}/{name}' if inside else name for name in names]
+        self._kinds = tuple(next(iter(found.maps.values())))
+        self._map_files = {
+            kind: [_joined(root, found.maps[name][kind]) for name in whole] for kind in self._kinds
+        }
+        stated = {k: v for k, v in meaning.items() if v is not None}
+        self._meaning = maps.Meaning(**{**found.meaning, **stated}).check()
+        map_classes = map_classes or found.classes
+        map_classes = map_classes or files.read_class_names(os.path.join(root, 'classes.txt'))
+        self._names = self._meaning.names(map_classes)
+        paths += [file for kind in self._kinds for file in self._map_files[kind]]
+        self.fingerprint = fingerprint.of_files(
+            'pairs', paths, *self._files, *self._kinds, self._meaning.key, self._names
+        )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -82,13 +144,74 @@ class Folder:
         item = {'image': files.read_bytes(os.path.join(self.path, self._files[i]))}
         if self.labels is not None:
             item['label'] = int(self.labels[i])
-        if self._segmentation:
-            path = os.path.join(self._segmentation, os.path.splitext(self._files[i])[0] + '.png')
-            item['segmentation'] = _read_map(path)
-        return item
+        return item | self._maps(i)
 
     def describe(self, i: int) -> str:
         return files.printable(os.path.join(self.path, self._files[i]))
+
+    def _map_file(self, kind, i):
+        path = self._map_files[kind][i]
+        where = files.printable(path)
+        try:
+            return files.read_bytes(path), where
+        except (FileNotFoundError, host.DecodeError):
+            raise errors.UserError(f'The map {where} is missing: add it.') from None
+
+    def _read_text(self, name):
+        """The content of a text file of the folder, None if there is none."""
+        try:
+            return files.read_bytes(os.path.join(self.path, name)).decode('utf-8', 'replace')
+        except (OSError, host.DecodeError):
+            return None
+
+
+def _is_image_or_map(name):
+    return files.is_image(name) or name.lower().endswith('.npy')
+
+
+def _joined(root, path):
+    """`path` is relative, or one that the user gave."""
+    return path if path.startswith('/') or storage.is_remote(path) else os.path.join(root, path)
+
+
+def _stems(folder, within):
+    """{relative name of a map without extension: its path}."""
+    folder = os.path.abspath(folder) if not storage.is_remote(folder) else folder
+    folder = os.path.join(folder, within) if within else folder
+    names, _ = files.walk(folder, _is_image_or_map)
+    names.sort(key=layouts.rank, reverse=True)  # the best of two last
+    return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
+
+
+def _paired(found, names):
+    """A sentence on what is whose map."""
+    image, own = next(iter(found.maps.items()))
+    what = {'segmentation': 'class maps', 'depth': 'depth maps'}
+    said = f'layout {found.layout}' if found.layout else 'maps'
+    said += f': {len(found.maps):,} images with {" and ".join(what[kind] for kind in own)}'
+    said += f', {files.printable(image)} with {files.printable(next(iter(own.values())))} for one'
+    of_maps = {file for maps_of in found.maps.values() for file in maps_of.values()}
+    alone = len(set(found.alone))
+    others = len(set(names) - of_maps - set(found.maps) - set(found.alone))
+    if alone:
+        said += f'; leaves out {alone:,} images without a map (give their folder to use them all)'
+    if others:
+        said += f'; leaves out {others:,} files that are neither'
+    return said
+
+
+def _listed_split(found, names, split, purpose, path):
+    """(names of the split to use, sentences for the log) where a data set says its splits."""
+    own = {name: splits.role(name) if name in splits.ROLES else 'other' for name in found}
+    choices = splits.choose(own, split, purpose, files.printable(path))
+    if choices is None:
+        return names, []
+    chosen = {name for part in choices[0] for name in found[part]}
+    counts = {name: len(found[name]) for name in found}
+    used = {name: n for name, n in counts.items() if name in choices[0]}
+    left = {name: n for name, n in counts.items() if name not in choices[0]}
+    said = [f'images: {splits.note(used, left, purpose)}'] if left else []
+    return [name for name in names if name in chosen], said
 
 
 def _one_split(path, names, split, purpose):
@@ -160,15 +283,3 @@ def _labels(names, drop=None):
     index = {name: k for k, name in enumerate(classes)}
     labels = np.array([index[own[parent]] for parent in parents], np.int32)
     return labels, tuple(files.printable(name) for name in classes), []
-
-
-def _read_map(path):
-    """A PNG as it is, without a palette."""
-    try:
-        data = np.frombuffer(files.read_bytes(path), np.uint8)
-        found = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if len(data) else None
-    except FileNotFoundError:
-        found = None
-    if found is None:
-        raise FileNotFoundError(f'{files.printable(path)} is missing or no PNG: add the map.')
-    return found

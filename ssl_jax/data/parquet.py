@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in Parquet files in Hugging Face layout.
-
-Parquet has no fast access to one row: a row group must be read and decompressed whole. So the
-*encoded* image bytes are held as Arrow: in memory if they are small, else, and those of a bucket,
-in an Arrow file that is written once and memory-mapped. Decoded images are never kept.
-"""
+"""Images in Parquet files in Hugging Face layout, with maps or without."""
 
 import bisect
 import functools
 import json
 import os
 import re
-import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ssl_jax.data import files, fingerprint, shards
-from ssl_jax.run import bucket, errors, launch, storage, threads
+from ssl_jax.data import columns, files, fingerprint, host, maps, shards
+from ssl_jax.run import errors, hashing, storage, threads
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
 MEMORY_BYTES = 2 << 30
-AT_ONCE = 16  # files, or row groups of one, that are read from a bucket at once,
-AHEAD_BYTES = 1 << 30  # if the groups are not too large for that
-
 _IMAGE_NAMES = ('image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'pixel_values', 'images')
 _PATH_NAMES = ('file_name', 'filename', 'file', 'path', 'filepath', 'image_path', 'image_file')
 _LABEL_NAMES = ('label', 'labels', 'fine_label', 'target', 'class', 'cls')
+_MAP_NAMES = {  # of columns with image files
+    'segmentation': (
+        *('segmentation', 'label_map', 'annotation', 'mask', 'segmentation_map', 'semantic'),
+        *('semantic_segmentation', 'label', 'labels', 'annotations', 'masks'),
+    ),
+    'depth': ('depth', 'depth_map'),
+}
 
 
-class Parquet:
+class Parquet(maps.WithMaps):
     """One Parquet file, a glob, or a folder of shards.
 
     The image column is struct(bytes, path), raw bytes, or paths; where `bytes` is null, `path` is
@@ -46,6 +44,10 @@ class Parquet:
         or train/0000.parquet; 'all' takes every file. Without it a folder of several splits gives
         that of `purpose`.
       image_column, label_column: default: the metadata's, else the usual names.
+      segmentation_column, depth_column: of files with maps; default: the usual names.
+      map_classes: names of the classes of the maps in order of their index; default: numbers, or
+        without labels `classes.txt`.
+      ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`.
       cache_dir: where the Arrow file of a large data set, or of one in a bucket, goes; default
         ~/.cache/ssl_jax.
       purpose: what the images are for, see `splits.PURPOSES`.
@@ -58,6 +60,13 @@ class Parquet:
         split: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        segmentation_column: str | None = None,
+        depth_column: str | None = None,
+        map_classes: Sequence | None = None,
+        ignore: int | Sequence[int] | None = None,
+        reduce_zero_label: bool | None = None,
+        label_values: Sequence[int] | None = None,
+        depth_scale: float | None = None,
         cache_dir: str | None = None,
         purpose: str = 'train',
     ):
@@ -82,101 +91,67 @@ class Parquet:
         self.fingerprint = fingerprint.of_files(
             'parquet', self.files, *map(os.path.basename, self.files), *self._ends
         )
-        self._cache, in_bucket = None, storage.is_remote(self.files[0])
+        cache_dir = cache_dir or os.path.expanduser('~/.cache/ssl_jax')
+
+        def held(name):
+            size = sum(columns.size_of(m, name) for m in metadata)
+            large = storage.is_remote(self.files[0]) or size > MEMORY_BYTES
+            cache = os.path.join(cache_dir, f'{self.fingerprint}-{name}.arrow') if large else None
+            return columns.Column(self.files, name, self._ends, cache, size)
+
         kind = _image_kind(schemas[0].field(self._image).type)
-        self.remote = in_bucket and kind == 'paths'
-        self._size = sum(_image_bytes(m, self._image) for m in metadata)
-        if in_bucket or self._size > MEMORY_BYTES:
-            cache_dir = cache_dir or os.path.expanduser('~/.cache/ssl_jax')
-            self._cache = os.path.join(cache_dir, f'{self.fingerprint}-{self._image}.arrow')
-        self._load()
+        self.remote = storage.is_remote(self.files[0]) and kind == 'paths'
+        self._images = held(self._image)
+        self._images.load()
+        own = _map_columns(schemas, self._image, segmentation_column, depth_column)
+        self._kinds = tuple(own)
+        self._map_columns = {kind: held(name) for kind, name in own.items()}
+        self._meaning = maps.Meaning(ignore, bool(reduce_zero_label), label_values, depth_scale)
+        if map_classes is None and own and self.labels is None:
+            map_classes = files.read_class_names(self.files[0])
+        self._names = self._meaning.check().names(map_classes)
+        if own:
+            said = ' and '.join(f'{kind} from the column {name!r}' for kind, name in own.items())
+            self.notes = (*self.notes, f'maps: {said}')
+            content, plus, times = self.fingerprint.partition('+')
+            content = hashing.digest(content, *own.items(), self._meaning.key, self._names)
+            self.fingerprint = f'{content}{plus}{times}'
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> dict:
         i = range(len(self))[i]
-        chunk = bisect.bisect_right(self._chunk_ends, i)
-        row = i - (self._chunk_ends[chunk - 1] if chunk else 0)
-        data = self._values[chunk][row].as_py()
-        if data is None:
-            value = self._chunks[chunk][row].as_py()
-            data = value.get('path') if isinstance(value, dict) else None
-        if not isinstance(data, bytes):
-            data = self._read_beside(i, data)
-        item = {'image': data}
+        item = {'image': self._images.get(i)}
         if self.labels is not None:
             item['label'] = int(self.labels[i])
-        return item
-
-    def _read_beside(self, i, path):
-        if not path:
-            return b''
-        if not path.startswith(('gs://', 's3://')):
-            file = self.files[bisect.bisect_right(self._ends, i)]
-            path = os.path.join(os.path.dirname(file), path.removeprefix('file://'))
-        return files.read_bytes(path)
+        return item | self._maps(i)
 
     def describe(self, i: int) -> str:
         file = bisect.bisect_right(self._ends, i)
         row = i - (self._ends[file - 1] if file else 0)
         return f'{files.printable(self.files[file])} row {row}'
 
-    def __getstate__(self):
-        # A worker process opens the files again: nothing large is sent to it.
-        opened = ('_chunks', '_values', '_chunk_ends')
-        return {k: v for k, v in self.__dict__.items() if k not in opened}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._load()
-
-    def _load(self):
-        if self._cache:
-            if not os.path.exists(self._cache):
-                self._write_cache()
-            # The batches hold the map; it lives as long as they do.
-            reader = pa.ipc.open_file(pa.memory_map(self._cache))
-            batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
-            self._chunks = [b.column(0) for b in batches]
-        else:
-            column = [_column(f, self._image) for f in self.files]
-            self._chunks = [chunk for c in column for chunk in c.chunks]
-        self._values = [_field(c) for c in self._chunks]
-        self._chunk_ends = np.cumsum([len(c) for c in self._chunks]).tolist()
-
-    def _write_cache(self):
-        launch.show(f'Writing {self._cache}, once, for random access to {self.files[0]} ...')
-        folder = os.path.dirname(self._cache)
-        os.makedirs(folder, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < self._size:
-            raise errors.UserError(
-                f'{folder} has {free / 2**30:.1f} GiB free, and a copy of the images of '
-                f'{self.files[0]} ... takes {self._size / 2**30:.1f} GiB: set cache_dir '
-                f'(data.train.cache_dir=DIR) to a larger disk, or give ArrayRecord files, which '
-                f'need no copy.'
-            )
-        schema = pa.schema([_open(self.files[0]).schema_arrow.field(self._image)])
-        with (
-            storage.atomic_file(self._cache) as temporary,  # two processes may both write
-            pa.OSFile(temporary, 'wb') as sink,
-            pa.ipc.new_file(sink, schema) as writer,
-        ):
-            for file in self.files:
-                for batch in _batches(file, self._image):
-                    column = batch.column(0).cast(schema.types[0])
-                    writer.write_batch(pa.RecordBatch.from_arrays([column], [self._image]))
+    def _map_file(self, kind, i):
+        column = self._map_columns[kind]
+        where = f'{self.describe(i)}, column {column.name!r},'
+        try:
+            data = column.get(i)
+        except (FileNotFoundError, host.DecodeError) as e:
+            raise errors.UserError(f'{where} names a file that is missing ({e}).') from None
+        if not data:
+            raise errors.UserError(f'{where} has no map: fill it or leave the row out.')
+        return data, where
 
     def _read_labels(self, schemas, features):
         """(int32 labels, class names, sentences for the log); None twice without labels."""
         if self._label is None:
             return None, None, []
-        columns, kinds = _each(functools.partial(_column, name=self._label), self.files), {}
+        parts, kinds = _each(functools.partial(columns.read, name=self._label), self.files), {}
         for k, (file, schema) in enumerate(zip(self.files, schemas, strict=True)):
             if self._label in schema.names:
-                columns[k] = _plain(columns[k])
-                kinds.setdefault(_label_kind(columns[k]), file)
+                parts[k] = _plain(parts[k])
+                kinds.setdefault(_label_kind(parts[k]), file)
         kinds.pop('nothing', None)
         if not kinds:
             return None, None, []
@@ -190,7 +165,7 @@ class Parquet:
         if kind not in ('text', 'bool', 'numbers'):
             return None, None, [f'no labels: the column {self._label!r} holds {kind}']
         to = pa.large_string() if kind == 'text' else pa.int64()
-        labels = pa.chunked_array([chunk for c in columns for chunk in c.cast(to).chunks], to)
+        labels = pa.chunked_array([chunk for c in parts for chunk in c.cast(to).chunks], to)
         if kind == 'text':
             found = pc.unique(labels).to_pylist()
             names = sorted(name for name in found if name)
@@ -204,43 +179,14 @@ class Parquet:
 
 def _each(function, shards):
     """[function(file) for each file], some at once in a bucket, which answers late."""
-    return list(threads.at_once(function, shards, AT_ONCE if storage.is_remote(shards[0]) else 1))
-
-
-def _open(file, metadata=None):
-    """A pq.ParquetFile on a disk or in a bucket."""
-    where = bucket.Ranges(file, files.size_and_stamp(file)[0]) if storage.is_remote(file) else file
-    return pq.ParquetFile(where, metadata=metadata, pre_buffer=storage.is_remote(file))
-
-
-def _column(file, name):
-    """A column of a file; nulls if it has none of that name."""
-    opened = _open(file)
-    if name not in opened.schema_arrow.names:
-        return pa.chunked_array([pa.nulls(opened.metadata.num_rows)])
-    return opened.read(columns=[name]).column(0)
-
-
-def _batches(file, name):
-    """A column of a file in batches; in a bucket the row groups are read ahead, some at once."""
-    opened = _open(file)
-    if not storage.is_remote(file):
-        yield from opened.iter_batches(64, columns=[name])
-        return
-
-    def read(group):
-        return _open(file, opened.metadata).read_row_group(group, columns=[name])
-
-    groups = range(opened.num_row_groups)
-    largest = max((opened.metadata.row_group(g).total_byte_size for g in groups), default=1)
-    count = max(1, min(AT_ONCE, AHEAD_BYTES // max(1, largest)))
-    for table in threads.at_once(read, groups, count):
-        yield from table.to_batches(64)
+    return list(
+        threads.at_once(function, shards, columns.AT_ONCE if storage.is_remote(shards[0]) else 1)
+    )
 
 
 def _metadata(file):
     try:
-        return _open(file).metadata
+        return columns.opened(file).metadata
     except pa.ArrowInvalid as e:
         reason = str(e).split('\n')[0].rstrip('.')
         raise errors.UserError(f'{file} is not a readable Parquet file: {reason}.') from None
@@ -266,12 +212,36 @@ def _features(schemas, shards):
     return known
 
 
+def _map_columns(schemas, image, segmentation, depth):
+    """{'segmentation': column, 'depth': column} of those that there are."""
+    kinds, found = {f.name: _image_kind(f.type) for f in schemas[0]}, {}
+    for kind, named in (('segmentation', segmentation), ('depth', depth)):
+        usual = [n for n in _MAP_NAMES[kind] if kinds.get(n) in ('bytes', 'structs') and n != image]
+        name = named or next(iter(usual), None)
+        if name is None:
+            continue
+        for schema in schemas:
+            if name not in schema.names:
+                hint = errors.nearest(name, schema.names)
+                raise errors.UserError(f'There is no column {name!r} in every file{hint}')
+        if kinds[name] not in ('bytes', 'structs', 'paths'):
+            raise errors.UserError(
+                f'The column {name!r} holds {kinds[name]}: give one map in each row, as the bytes '
+                f'of an image file or as its path.'
+            )
+        found[kind] = name
+    return found
+
+
 def _image_column(schema, features, file):
+    kinds = {f.name: _image_kind(f.type) for f in schema}
+    of_maps = {name for names in _MAP_NAMES.values() for name in names}
+    held = [n for n, kind in kinds.items() if kind in ('bytes', 'structs')]
+    held = [n for n in held if n not in of_maps] or held
     tagged = [k for k, v in features.items() if v.get('_type') == 'Image' and k in schema.names]
+    tagged = [n for n in tagged if n not in of_maps] or tagged
     if tagged:
         return tagged[0]
-    kinds = {f.name: _image_kind(f.type) for f in schema}
-    held = [n for n, kind in kinds.items() if kind in ('bytes', 'structs')]
     paths = [n for n in (*_IMAGE_NAMES, *_PATH_NAMES) if kinds.get(n) == 'paths']
     usual = [n for n in _IMAGE_NAMES if n in held]
     odd = [n for n in _IMAGE_NAMES if n in schema.names]  # `_check_columns` says what is odd
@@ -341,7 +311,7 @@ def _check_columns(image, label, schemas, shards):
 
 def _check_path(column, file):
     """Raises where the first text in the column is no path."""
-    for batch in _open(file).iter_batches(64, columns=[column]):
+    for batch in columns.opened(file).iter_batches(64, columns=[column]):
         text = next((x for x in batch.column(0).to_pylist() if x), None)
         if text is None:
             continue
@@ -356,15 +326,6 @@ def _check_path(column, file):
                 f'({text[:30]!r}): give the bytes of the image files (base64 decoded) or paths.'
             )
         return
-
-
-def _field(column):
-    """The bytes or paths of a column; null where they are in the other field of a struct."""
-    # as_py() of a struct builds a dict and takes 20 us, of its bytes 2 us.
-    if not pa.types.is_struct(column.type):
-        return column
-    names = [f.name for f in column.type]
-    return column.field('bytes' if 'bytes' in names else 'path')
 
 
 def _plain(column):
@@ -391,15 +352,10 @@ def _label_kind(column):
 
 
 def _label_column(schemas, features):
-    columns = {name for schema in schemas for name in schema.names}
+    known = {f.name: f.type for schema in schemas for f in schema}
     tagged = [k for k, v in features.items() if v.get('_type') == 'ClassLabel']
-    names = [n for n in (*tagged, *_LABEL_NAMES) if n in columns]
+    names = [n for n in (*tagged, *_LABEL_NAMES) if n in known]
+    maps_of = [n for n in names if n in _MAP_NAMES['segmentation']]
+    maps_of = [n for n in maps_of if _image_kind(known[n]) in ('bytes', 'structs')]
+    names = [n for n in names if n not in maps_of]
     return names[0] if names else None
-
-
-def _image_bytes(metadata, column):
-    """Uncompressed size of the image column in one file."""
-    groups = [metadata.row_group(g).to_dict() for g in range(metadata.num_row_groups)]
-    chunks = [chunk for group in groups for chunk in group['columns']]
-    images = [c for c in chunks if c['path_in_schema'].split('.')[0] == column]
-    return sum(c['total_uncompressed_size'] for c in images)

@@ -79,6 +79,7 @@ class Scenes:
     """
 
     classes = CLASSES
+    map_classes = ('background', *CLASSES)
 
     def __init__(self, n: int = 4096, size: int = 96, seed: int = 0, split: str = 'train'):
         if n < 1 or size < 16:

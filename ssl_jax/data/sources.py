@@ -7,6 +7,9 @@ A source is anything with
   __getitem__(i)   dict(image=bytes | uint8 array, label=int, segmentation=uint8 (H, W),
                    depth=float32 (H, W)); all but `image` only if the source has them
   classes          tuple of names in label order, or None if there are no labels
+  map_classes      (optional) names of the classes of `segmentation` in order of their index, or
+                   None; 255 counts nowhere
+  without_maps()   (optional) the source without `segmentation` and `depth`
   labels           (optional) int32 array of all labels, -1 where one is missing, or None
   notes            (optional) sentences for the log: what was chosen, what is left out
   describe(i)      where image i comes from, for messages
@@ -25,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.data import files, fingerprint, folder, host, parquet, records, scenes
+from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes
 from ssl_jax.run import errors, hashing, threads
 
 
@@ -211,6 +214,8 @@ def typical_size(source: Any) -> tuple[int, int]:
     Raises:
       UserError: no image can be decoded.
     """
+
+    source = maps.images_only(source)
 
     def size(i):
         try:

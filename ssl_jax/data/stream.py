@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ssl_jax.data import host, loader
+from ssl_jax.data import host, loader, maps
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.run import errors, hashing, launch, storage, uploads
 
@@ -91,7 +91,8 @@ def train_stream(
             f'{n} images are fewer than one batch of {batch_size}: add images or set '
             f'batch_size to {n} or less.'
         )
-    threads = num_threads or max(1, _threads(source, 64) // max(1, num_workers))
+    threads = num_threads or max(1, num_reading(source, 64) // max(1, num_workers))
+    source = maps.images_only(source)
     samples = _TrainSamples(source, batch_size, rows, views, seed, start_step, repeats)
     return loader.stream(samples, threads, num_workers)
 
@@ -109,20 +110,21 @@ def eval_stream(
     the source has them. The last batch is padded to the same shape; `mask` is False there and
     where an image could not be read or decoded (then it is black, and its other keys are 0);
     'id' is -1 for padding.
-    Images are decoded at full size, with the pixels that Pillow gives.
+    Images are decoded at full size, with the pixels that Pillow gives. Maps are cut as the images;
+    one that cannot be read, or of another size than its image, is an error.
 
     Args:
-      source: see `ssl_jax.data.sources`.
+      source: see `ssl_jax.data.sources`; `maps.images_only` of it where the maps are not needed.
       transform: see `data.transform`; a number of pixels stands for ours of that size.
       batch_size: the global one.
       rows: sorted rows of each global batch to load; default all.
     """
     samples = _EvalSamples(source, batch_size, rows, transform_lib.of(transform))
-    return loader.stream(samples, _threads(source, 16))
+    return loader.stream(samples, num_reading(source, 16))
 
 
-def _threads(source, most):
-    """A thread per core; more where it waits for a bucket most of the time."""
+def num_reading(source: Any, most: int) -> int:
+    """Threads that read: one per core; more where it waits for a bucket most of the time."""
     if getattr(source, 'remote', False):
         return min(64, 4 * launch.cores())
     return min(most, launch.cores())
@@ -218,13 +220,52 @@ def _say(line):
 
 def _reason(source, i):
     try:
-        host.decode(_read(source, i)['image'])
+        host.decode(read(source, i)['image'])
     except (host.DecodeError, OSError) as e:
         return str(e)
     return 'could not be read at first, but can be now'
 
 
-class _Samples:
+def generator(seed: int, g: int) -> np.random.Generator:
+    """Random numbers of sample `g`."""
+    key = np.array([seed & (2**64 - 1), g], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def first_good(
+    source: Any, seed: int, g: int, repeats: int = 1, min_size: int | None = None
+) -> tuple[int, dict, np.ndarray, np.ndarray]:
+    """The first image for sample `g` that can be decoded.
+
+    Args:
+      source, seed, repeats: see `train_stream`.
+      g: number of the sample.
+      min_size: see `host.decode`.
+
+    Returns:
+      (index, item, pixels, indices of those that could not be decoded, padded with -1).
+
+    Raises:
+      UserError: MAX_TRIES images could not be decoded.
+    """
+    n = len(source)
+    bad = np.full(MAX_TRIES, -1, np.int64)
+    i = sample_index(g // repeats, n, seed)
+    for attempt in range(MAX_TRIES):
+        if attempt:
+            i = hashing.mix(seed, g, attempt) % n
+        try:
+            item = read(source, i)
+            return i, item, host.decode(item['image'], min_size), bad
+        except (host.DecodeError, OSError) as e:
+            bad[attempt], reason = i, str(e)
+    raise errors.UserError(
+        f'{MAX_TRIES} images in a row could not be decoded, the last being '
+        f'{source.describe(i)} ({reason}): check the data set.'
+    )
+
+
+class Samples:
     """Random access to (step, row): element e is row rows[e % B] of step e // B."""
 
     def __init__(self, source, batch_size, rows):
@@ -236,7 +277,7 @@ class _Samples:
         return self._sample(step, self.rows[row])
 
 
-class _TrainSamples(_Samples):
+class _TrainSamples(Samples):
     def __init__(self, source, batch_size, rows, views, seed, start_step, repeats):
         super().__init__(source, batch_size, rows)
         self._views, self._seed, self._start, self._repeats = views, seed, start_step, repeats
@@ -249,9 +290,8 @@ class _TrainSamples(_Samples):
 
     def _sample(self, step, row):
         g = (self._start + step) * self._batch_size + row
-        i, item, image, bad = self._first_good(g)
-        key = np.array([self._seed & (2**64 - 1), g], np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key))
+        i, item, image, bad = first_good(self._source, self._seed, g, self._repeats, self._min_size)
+        rng = generator(self._seed, g)
         sample = {}
         for v in self._views:
             crops = [host.random_resized_crop(image, rng, v.size, v.scale) for _ in range(v.count)]
@@ -261,26 +301,8 @@ class _TrainSamples(_Samples):
             sample['label'] = np.int32(item['label'])
         return sample
 
-    def _first_good(self, g):
-        """(index, item, pixels, 'bad') of the first image for sample `g` that can be decoded."""
-        n = len(self._source)
-        bad = np.full(MAX_TRIES, -1, np.int64)
-        i = sample_index(g // self._repeats, n, self._seed)
-        for attempt in range(MAX_TRIES):
-            if attempt:
-                i = hashing.mix(self._seed, g, attempt) % n
-            try:
-                item = _read(self._source, i)
-                return i, item, host.decode(item['image'], self._min_size), bad
-            except (host.DecodeError, OSError) as e:
-                bad[attempt], reason = i, str(e)
-        raise errors.UserError(
-            f'{MAX_TRIES} images in a row could not be decoded, the last being '
-            f'{self._source.describe(i)} ({reason}): check the data set.'
-        )
 
-
-class _EvalSamples(_Samples):
+class _EvalSamples(Samples):
     """Images cut by a transform; beyond the end, padding."""
 
     def __init__(self, source, batch_size, rows, transform):
@@ -295,10 +317,12 @@ class _EvalSamples(_Samples):
         if i >= len(self._source):
             return self._blank(-1)
         try:
-            item = _read(self._source, i)
-            image = transform_lib.cut(host.decode(item['image']), self._transform)
+            item = read(self._source, i)
+            whole = host.decode(item['image'])
         except (host.DecodeError, OSError):
             return self._blank(i)
+        maps.check_size(whole, item, tuple(MAPS), self._source.describe(i))
+        image = transform_lib.cut(whole, self._transform)
         sample = {'image': image, 'id': np.int64(i), 'mask': np.bool_(True)}
         if 'label' in item:
             sample['label'] = np.int32(item['label'])
@@ -326,7 +350,7 @@ class _EvalSamples(_Samples):
         return frozenset()
 
 
-def _read(source, i):
+def read(source: Any, i: int) -> dict:
     """source[i], read again after a pause on errors that may pass.
 
     A missing or forbidden file is an error at once.

@@ -64,7 +64,8 @@ def cut(image: np.ndarray, transform: dict, interpolation: str | None = None) ->
     """Resizes and cuts out the square that the encoder sees.
 
     Args:
-      image: uint8 (H, W, 3); with 'nearest' also a map (H, W) of uint8, int32 or float32.
+      image: uint8 (H, W, 3); with 'nearest' also a map (H, W), of classes in uint8, whose border
+        is 255, or of int32 or float32, whose border is 0.
       transform: see the top of this file.
       interpolation: instead of that of the transform.
     """
@@ -85,6 +86,8 @@ def cut(image: np.ndarray, transform: dict, interpolation: str | None = None) ->
         whole = np.asarray(pixels.resize((w, h), method))
         part = whole[top : top + rows, left : left + columns]
     out = np.zeros((size, size, *image.shape[2:]), image.dtype)
+    if image.ndim == 2 and image.dtype == np.uint8:  # a class map: no class counts in the border
+        out[:] = 255
     if transform['mode'] == 'border' and image.ndim == 3:
         out[:] = [round(255 * m) for m in transform['mean']]
     out[top - y : top - y + rows, left - x : left - x + columns] = part

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from ssl_jax import sharding
 from ssl_jax.augment import photometry
+from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.methods import base
 from ssl_jax.run import errors, hashing, launch
@@ -104,7 +105,7 @@ def batches(
       numpy arrays of one batch as a dict: features (B, d), id (B,), -1 for padding, mask (B,),
       False where a row is padding or did not decode, and label (B,) where the source has labels.
     """
-    source = limited(source, limit)
+    source = limited(source if maps else maps_lib.images_only(source), limit)
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     batch_size = round_up(min(batch_size, len(source)), mesh)
     rows = sharding.process_rows(mesh, batch_size)
@@ -122,10 +123,10 @@ def batches(
                 out = forward(sharding.to_global(batch['image'], mesh, rows, batch_size))
             # Fetched one batch late: the device computes while the host decodes.
             if pending is not None:
-                yield _fetch(pending)
+                yield fetch(pending)
             pending = {'features': out, **kept}
         if pending is not None:
-            yield _fetch(pending)
+            yield fetch(pending)
 
 
 def left_out(batch: dict) -> list[int]:
@@ -148,7 +149,7 @@ def round_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     return -(-batch_size // shards) * shards
 
 
-def _fetch(tree):
+def fetch(tree):
     """Numpy arrays of the whole batch."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
@@ -167,6 +168,13 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def map_classes(self):
+        return getattr(self._source, 'map_classes', None)
+
+    def without_maps(self) -> 'Subset':
+        return Subset(maps_lib.images_only(self._source), self._indices)
 
     def __getitem__(self, i: int) -> dict:
         return self._source[int(self._indices[i])]

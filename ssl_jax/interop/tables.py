@@ -7,6 +7,9 @@ a leading block axis, torch has one tensor per block. `how` is the change of lay
   'same'    equal arrays
   'linear'  (in, out) <-> (out, in)
   'conv'    (p*p*3, D), rows ordered (row, column, channel) <-> (D, 3, p, p)
+  'conv2d'  (k, k, in, out) <-> (out, in, k, k)
+  'transposed'  (k, k, in, out) <-> (in, out, k, k), of a transposed convolution
+  'pixel'   (1, 1, in, out) <-> (out, in)
   'token'   (1, D) <-> (1, 1, D)
   'fixed'   not a parameter of ours: a sin-cos table that is checked on the way in and written
             on the way out
@@ -27,6 +30,7 @@ from ssl_jax.run import errors, trees
 Row = tuple[str, str | tuple[str, ...], str]
 NORM_ROWS = (('scale', 'weight', 'same'), ('bias', 'bias', 'same'))
 DENSE_ROWS = (('kernel', 'weight', 'linear'), ('bias', 'bias', 'same'))
+AXES = {'conv2d': (3, 2, 0, 1), 'transposed': (2, 3, 0, 1)}  # ours -> torch
 CONV_ROWS = (('kernel', 'weight', 'conv'), ('bias', 'bias', 'same'))
 
 
@@ -249,6 +253,10 @@ def _pieces(array, key):
 def _to_ours(x, how):
     if how == 'conv':
         return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+    if how in AXES:
+        return x.transpose(np.argsort(AXES[how]))
+    if how == 'pixel':
+        return x.T[None, None]
     return x.T if how == 'linear' else x[0] if how == 'token' else x
 
 
@@ -256,6 +264,10 @@ def _to_torch(x, how):
     if how == 'conv':
         side = round((x.shape[0] // 3) ** 0.5)
         return x.reshape(side, side, 3, x.shape[1]).transpose(3, 2, 0, 1)
+    if how in AXES:
+        return x.transpose(AXES[how])
+    if how == 'pixel':
+        return x[0, 0].T
     return x.T if how == 'linear' else x[None] if how == 'token' else x
 
 

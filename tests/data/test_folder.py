@@ -134,7 +134,7 @@ def test_index_maps_follow_the_split_that_is_used(tmp_path):
     for split in ('train', 'val'):
         fill(tmp_path, f'images/{split}/a.png', f'maps/{split}/a.png')
     spec = dict(source='folder', path=f'{tmp_path}/images', segmentation=f'{tmp_path}/maps')
-    assert sources.open_source(spec)[0]['segmentation'].shape == (8, 8, 3)
+    assert sources.open_source(spec)[0]['segmentation'].shape == (8, 8)
 
 
 def test_shards_of_several_splits_are_not_mixed(tmp_path):

@@ -42,7 +42,7 @@ EVENTS = {
     ),
     'signalled': ('os.kill(os.getpid(), signal.SIGTERM)', r'stopped on request at step \d+'),
     'a stalled loader': (
-        'stream._read = lambda *_: time.sleep(3600)',
+        'stream.read = lambda *_: time.sleep(3600)',
         r'process {who} has not moved for [\d.]+ s \(waiting for the batch of step \d+\)',
     ),
     'a call that hangs': (
