@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 import PIL.Image
+from etils import epath
 
 from ssl_jax import encoder
 from ssl_jax.data import host, sources
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.evals import feature_file, features
+from ssl_jax.evals import feature_file, features, heads
 from ssl_jax.run import errors, launch, metrics, weights
 from ssl_jax.viz import draw
 from ssl_jax.viz import tokens as tokens_lib
@@ -50,7 +51,7 @@ class Head:
     name: str
     predict: Callable  # uint8 (H, W, 3) -> uint8 (H, W) classes, or float32 (H, W) depth
     classes: tuple = ()  # of a segmentation; () of depth
-    unit: str = 'm'  # of depth
+    unit: str = ''  # of depth; '' if it is not known
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ def look(path, data, limit: int = LIMIT) -> Look:
         chosen = features.pick(len(source), limit)
         launch.log(f'neighbours are searched among {limit:,} of them (--limit)')
     ids, found = _features(model, features.Subset(source, chosen))
-    return Look(model, source, chosen[ids], found, _trained(opened))
+    return Look(model, source, chosen[ids], found, _trained(opened), _heads(model, opened))
 
 
 def _features(model, source):
@@ -144,6 +145,18 @@ def _trained(opened):
     if not jax.eval_shape(method.reconstruct, params, extra, image, keys):
         return None
     return method, jax.device_put(params), jax.device_put(extra)
+
+
+def _heads(model, opened):
+    """Heads that `ssl_jax eval` has trained on a run at this step."""
+    if not weights.is_checkpoint(opened.path):
+        return ()
+    found = []
+    for folder in heads.find(epath.Path(opened.path) / 'evals' / str(opened.step) / 'trained'):
+        head = heads.load(folder, model)
+        predict, unit = functools.partial(heads.predict, head), 'm' if head.spec.fixed else ''
+        found.append(Head(folder.name, predict, tuple(head.spec.names), unit))
+    return tuple(found)
 
 
 # Images.

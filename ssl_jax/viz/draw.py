@@ -158,7 +158,7 @@ def depth_rows(
       truth, prediction: (B, H, W), 0 where nothing was measured, which is white; without truth
         (None) it is left out, and the scale is that of the prediction.
       path: of the PNG.
-      unit: of both.
+      unit: of both, '' if it is not known.
       note: a line below.
     """
     maps = {'truth': truth, 'prediction': prediction}
@@ -169,7 +169,7 @@ def depth_rows(
     columns = [_uint8(images)]
     for depth in maps.values():
         columns.append(np.where((depth > 0)[..., None], heat(depth, low, high), np.uint8(255)))
-    names, bar = ['image', *maps], (f'{low:.3g} {unit}', f'{high:.3g} {unit}')
+    names, bar = ['image', *maps], [f'{x:.3g} {unit}'.strip() for x in (low, high)]
     _sheet(list(zip(*columns, strict=True)), names, path, note=note, bar=bar)
 
 

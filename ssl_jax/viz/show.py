@@ -10,8 +10,8 @@ from etils import epath
 from ssl_jax import encoder
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.evals import features, pictures
-from ssl_jax.run import errors, launch, storage, weights
+from ssl_jax.evals import features, heads, pictures
+from ssl_jax.run import checkpoint, errors, launch, storage, weights
 from ssl_jax.viz import draw
 from ssl_jax.viz import tokens as tokens_lib
 
@@ -77,23 +77,30 @@ def _mean_tokens(model, images, batch_size):
 
 
 def _predictions(folder, out):
-    """Draws what trained heads predicted, beside the truth; their files are of `evals.heads`."""
+    """Draws what trained heads predict of test images, beside the truth, see `evals.heads.keep`."""
     paths = []
-    for name in storage.names(folder):
-        if not name.endswith('.npz'):
+    for head in heads.find(folder):
+        if not storage.exists(head / 'predictions.npz'):
             continue
-        with np.load(io.BytesIO(storage.read(folder / name)), allow_pickle=False) as found:
-            kept = {key: found[key] for key in found.files}
-        if not {'image', 'truth', 'prediction'} <= kept.keys():
-            continue
-        drawn = kept['image'], kept['truth'], kept['prediction']
-        paths.append(out / f'{name.removesuffix(".npz")}.png')
-        note = f'Of images that the head {name.removesuffix(".npz")} was not trained on.'
-        if 'classes' in kept:
-            draw.segmentation_rows(*drawn, kept['classes'].tolist(), paths[-1], note)
+        data = io.BytesIO(storage.read(head / 'predictions.npz'))
+        with np.load(data, allow_pickle=False) as kept:
+            drawn = [_stack(kept, name) for name in ('image', 'truth', 'prediction')]
+        spec = checkpoint.read_meta(head)['head']
+        paths.append(out / f'{head.name}.png')
+        note = f'Test images of the head {head.name}, which was trained on the frozen encoder.'
+        if spec['task'] == 'seg_head':
+            draw.segmentation_rows(*drawn, spec['names'], paths[-1], note)
         else:
-            draw.depth_rows(*drawn, paths[-1], str(kept.get('unit', 'm')), note)
+            draw.depth_rows(*drawn, paths[-1], 'm' if spec['fixed'] else '', note)
     return paths
+
+
+def _stack(kept, name):
+    """The arrays <name>_<i>; those of another size than the first are brought to it."""
+    found = [kept[f'{name}_{i}'] for i in range(sum(key.startswith(name) for key in kept.files))]
+    h, w = found[0].shape[:2]
+    index = [(np.arange(h) * len(x) // h, np.arange(w) * x.shape[1] // w) for x in found]
+    return np.stack([x[rows][:, columns] for x, (rows, columns) in zip(found, index, strict=True)])
 
 
 def _training(run, source, images, num, out):
