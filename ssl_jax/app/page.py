@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 import threading
+import urllib.request
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ssl_jax.viz import draw
 
 SIDE = 384  # pixels that an image is enlarged to, at least, by repeating its own
 UPLOAD = '64mb'  # most of an uploaded file
+KEPT = 3600, 86400  # seconds between two looks for pictures to delete, and of their lives
 MARK = (255, 0, 110)  # colour of the frame around a clicked patch
 LOCAL = ('127.0.0.1', 'localhost', '::1')
 MASK = (
@@ -103,6 +105,9 @@ def _gradio():
     """The library, which calls home and opens folders only if the environment says so."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
     os.environ.pop('GRADIO_ALLOWED_PATHS', None)
+    # It asks its own server whether it is there; a proxy would not find it.
+    direct = urllib.request.getproxies().get('no', '')
+    os.environ['no_proxy'] = ','.join(filter(None, [direct, *LOCAL]))
     return errors.extra('gradio', 'app')
 
 
@@ -139,7 +144,8 @@ def build(look: views.Look):
         options = dict(concurrency_id='model', concurrency_limit=1, api_visibility='private')
         return listen(guarded, inputs, outputs, show_progress='minimal', **options)
 
-    with gr.Blocks(title='ssl_jax explore', analytics_enabled=False) as page:
+    about = dict(title='ssl_jax explore', analytics_enabled=False, delete_cache=KEPT)
+    with gr.Blocks(**about) as page:
         state, patch = gr.State(None), gr.State(None)
         gr.Markdown(f'### `{look.model.source}`\n{len(look.source):,} images')
         with gr.Row():
@@ -155,7 +161,6 @@ def build(look: views.Look):
                 )
                 own = gr.UploadButton('An image of your own', type='binary', elem_id='own')
                 shelf = gr.Gallery(
-                    [views.picture(look, i).image for i in offered],
                     label='or one of these',
                     columns=3,
                     allow_preview=False,
@@ -244,6 +249,7 @@ def build(look: views.Look):
             return [big, picture.name, *(more if look.trained else [])]
 
         shown = [current, name, *([editor] if look.trained else [])]
+        event(page.load, lambda: [views.picture(look, i).image for i in offered], None, [shelf])
         takes = [
             event(page.load, lambda: chosen(offered[0]), None, [state, patch]),
             event(number.submit, chosen, [number], [state, patch]),

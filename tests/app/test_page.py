@@ -283,6 +283,24 @@ def test_predictions_of_trained_heads_have_names_of_classes_or_a_scale(tab, look
     ]
 
 
+@pytest.mark.parametrize(
+    'number,sentence',
+    [
+        (99, 'There is no image 99: the folder has 0 to 24.'),
+        (24, 'zz.png cannot be shown: an HTML page, not an image'),
+    ],
+)
+def test_a_number_without_an_image_is_answered_with_a_sentence(tab, number, sentence):
+    before = source(tab, '#current img')
+    tab.locator('#number input').fill(str(number))
+    tab.locator('#number input').press('Enter')
+    toast = tab.locator('.toast-wrap').get_by_text(sentence)
+    toast.wait_for()
+    assert source(tab, '#current img') == before
+    tab.locator('.toast-close').first.click()
+    toast.wait_for(state='detached')
+
+
 def png(width, height):
     """A PNG of one colour, of few bytes also if it is giant."""
     rows = b'\0' * ((width + 7) // 8 + 1) * height
