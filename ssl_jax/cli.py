@@ -6,6 +6,7 @@
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
     ssl_jax rank --workdir W                                 # which checkpoint, without labels
+    ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
@@ -132,6 +133,17 @@ def _parser():
     p.add_argument('--workdir', required=True)
     data(p, "images; default: the run's training set")
     p.add_argument('--limit', type=_positive, help='most images; default: 1024')
+
+    p = command(explore, help='a local web page to try an encoder on your images')
+    p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
+    data(p, 'folder of images, Parquet, ArrayRecord files', required=True)
+    p.add_argument('--port', type=_positive, default=7860, help='default: 7860')
+    p.add_argument(
+        '--host', default='127.0.0.1', help='0.0.0.0: everyone who reaches this machine may look'
+    )
+    p.add_argument(
+        '--limit', type=_positive, default=2000, help='most images to search; default: 2000'
+    )
 
     p = command(features, help='features of every image in a Parquet file')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
@@ -316,6 +328,13 @@ def rank(args):
     from ssl_jax.evals import rank as rank_lib
 
     rank_lib.rank(args.workdir, data=_data(args), limit=args.limit)
+
+
+def explore(args):
+    """`ssl_jax explore`."""
+    from ssl_jax.app import page
+
+    page.explore(args.model, _data(args), args.host, args.port, args.limit)
 
 
 def features(args):

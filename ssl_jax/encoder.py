@@ -158,6 +158,30 @@ def load_model(path, *, dtype=None, **hints) -> Model:
     )
 
 
+def attention(model: Model, images: jax.Array | np.ndarray) -> jax.Array:
+    """Attention of the class token to the patches in the last block, one map per head.
+
+    Args:
+      model: with class tokens; of several the mean.
+      images: see `Model.__call__`.
+
+    Returns:
+      float32 (B, heads, h, w).
+    """
+    _check(model.vit, images)
+    return _attention(model.vit, model.params, images, model.mean, model.std)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _attention(vit, params, images, mean, std):
+    if images.dtype == jnp.uint8:
+        images = photometry.normalize(images, mean, std)
+    c, first = vit.num_cls_tokens, vit.num_cls_tokens + vit.num_register_tokens
+    weights = vit_lib.last_attention(vit, params, images)[:, :, :c, first:].mean(axis=2)
+    grid = (side // vit.patch_size for side in images.shape[1:3])
+    return weights.reshape(*weights.shape[:2], *grid)
+
+
 def make_forward(
     vit: vit_lib.ViT,
     params,

@@ -302,6 +302,19 @@ class Method:
         del params, extra, images, keys
         return {}
 
+    def reconstruct_hidden(
+        self, params: Params, extra: dict, images: jax.Array, order: jax.Array, visible: int
+    ) -> dict:
+        """`reconstruct` of chosen patches.
+
+        Args:
+          images: uint8 (B, S, S, 3).
+          order: int (B, N), all patches of an image, those that the encoder sees first.
+          visible: how many it sees, 1 to N - 1.
+        """
+        del params, extra, images, order, visible
+        return {}
+
     def suspect(self, values: dict[str, float], step: int) -> str | None:
         """A sentence if the latest metrics show a collapse, else None."""
         del values, step

@@ -319,7 +319,14 @@ class BEiT(Words):
         return self.block_masks(keys, self.target)
 
     def reconstruct(self, params, extra, images, keys):
-        mask, x = self.masks(keys), photometry.normalize(images)
+        return self._pictures(params, extra, images, self.masks(keys))
+
+    def reconstruct_hidden(self, params, extra, images, order, visible):
+        mask = masking.from_order(order, visible).mask > 0
+        return self._pictures(params, extra, images, mask)
+
+    def _pictures(self, params, extra, images, mask):
+        x = photometry.normalize(images)
         out = self.vit.apply({'params': params['encoder']}, x, mask=mask)
         return self.draw(params, extra, images, out['patch_tokens'], mask)
 

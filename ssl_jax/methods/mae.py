@@ -163,6 +163,13 @@ class MAE(base.OneView):
     def reconstruct(self, params, extra, images, keys):
         del extra
         mask = masking.random_masking(keys, self.grid, self.mask_ratio, self.mask_grid)
+        return self._pictures(params, images, mask)
+
+    def reconstruct_hidden(self, params, extra, images, order, visible):
+        del extra
+        return self._pictures(params, images, masking.from_order(order, visible))
+
+    def _pictures(self, params, images, mask):
         pred = self.forward(params, photometry.normalize(images), mask)['pred']
         return patches_lib.from_pixels(images, mask.mask, self.patch_size, pred, self.norm_pix_loss)
 

@@ -216,9 +216,15 @@ class SplitMask(beit.Words):
 
     def reconstruct(self, params, extra, images, keys):
         """Pictures of the first branch; {} of matching alone, which predicts no patches."""
+        part = branch(self.permutation(keys), *self.ranges[0])
+        return self._pictures(params, extra, images, part)
+
+    def reconstruct_hidden(self, params, extra, images, order, visible):
+        return self._pictures(params, extra, images, branch(order, 0, visible))
+
+    def _pictures(self, params, extra, images, part):
         if not self.w_mim:
             return {}
-        part = branch(self.permutation(keys), *self.ranges[0])
         out = self._one(params, photometry.normalize(images), part, None)
         hidden = part.restore >= part.visible.shape[1]
         return self.draw(params, extra, images, out[:, self.vit.num_cls_tokens :], hidden)

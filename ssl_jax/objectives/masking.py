@@ -66,8 +66,13 @@ def from_noise(
         ids = jnp.asarray(ids.transpose(0, 2, 1, 3).reshape(blocks, -1))
         order = ids[order].reshape(noise.shape[0], h * w)
         kept *= mask_grid**2
+    return from_order(order, kept)
+
+
+def from_order(order: jax.Array, visible: int) -> Mask:
+    """Masking that keeps the first `visible` of the patches `order` (B, N)."""
     ids_restore = jnp.argsort(order, axis=-1)
-    return Mask(order[:, :kept], ids_restore, (ids_restore >= kept).astype(jnp.float32))
+    return Mask(order[:, :visible], ids_restore, (ids_restore >= visible).astype(jnp.float32))
 
 
 def random_masking(

@@ -53,7 +53,7 @@ class Opened:
     method: Any  # None of an encoder alone, a folder or a file
     step: int  # 0 of foreign weights
     weights: layouts.Weights | None  # `layouts.Weights` of foreign weights, else None
-    meta: dict  # of the checkpoint, see `run.checkpoint`; {} of a folder or file
+    meta: dict  # of the checkpoint, see `run.checkpoint`; of a folder or file its `hints`
     stated: dict | None  # the transform that an import or a folder states, else None
 
     def networks(self) -> dict[str, tuple[Any, Any]]:
@@ -160,6 +160,19 @@ def open_run(workdir, step: int | None = None) -> Opened:
     return _of_checkpoint(workdir, meta, model['params'], model.get('extra') or {})
 
 
+def whole(opened: Opened) -> tuple[Any, Any, Any] | None:
+    """(method, params, extra) of weights that hold all of a method; None of an encoder alone."""
+    if opened.method is not None:
+        return opened.method, opened.params, opened.extra
+    w, hints = opened.weights, opened.meta.get('hints', {})
+    config = _config_of(w, hints, 'opened', config_lib.default(), opened.stated)
+    if 'method' not in config:
+        return None
+    method = methods.make(config).with_modules(**_modules(w))
+    like = jax.eval_shape(method.init, jax.random.key(0))
+    return method, *method.with_networks(*like, opened.params)
+
+
 def header(path, **hints) -> Opened:
     """`open_weights` without tensors: `params` and `extra` are None."""
     path, hints = _with_hints(path, hints)
@@ -192,7 +205,8 @@ def _of_file(path, file, w, params):
         view = processors.transform_of(w.vit.img_size, file.processor, file.hints, **processor)
     except errors.UserError as error:
         raise errors.UserError(f'{path}: {error}') from error
-    return Opened(str(path), params, {}, None, None, 0, w, {}, view)
+    hints = {'hints': file.hints}
+    return Opened(str(path), params, {}, None, None, 0, w, hints, view)
 
 
 def _with_hints(path, hints):

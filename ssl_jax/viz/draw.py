@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: reconstructions, contact sheets, attention, PCA of patch tokens, training curves.
+"""Pictures: reconstructions, attention, PCA of patch tokens, class and depth maps, curves.
 
 Every function writes one PNG to `path`, also an open file, makes its folder and imports matplotlib
 when called. Sheets are laid out in whole pixels. Tiny images are repeated, not interpolated: they
@@ -8,15 +8,28 @@ show the pixels that the model saw.
 
 import io
 import math
+import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 
 from ssl_jax.run import metrics, storage
+from ssl_jax.viz import tokens as tokens_lib
 
 MIN_TILE = 128  # pixels; smaller images are enlarged by a whole factor
-GAP, MARGIN, HEADER = 6, 16, 26  # pixels
+GAP, MARGIN, HEADER, LINE = 6, 16, 26, 18  # pixels; the last of text below a sheet
+LETTER = 6.5  # pixels of width, on average
 INK, FAINT = '#222222', '#d9d9d9'
+FRAME = 150  # grey around the squares of a legend
 COLOURS = ('#0b6fb8', '#d1495b', '#2e933c', '#8d5fb0', '#e09f1f', '#5d6770')
+# Of classes. Any two, and each and white, are told apart by people with and without red, green or
+# blue blindness: at least 0.08 in OKLab, as far as those of Okabe and Ito, of which there are 8.
+CLASSES = (
+    *('#4d4d4d', '#a596ff', '#f0780f', '#6969c3', '#5ae1a5', '#0000f0', '#876900', '#c3ff2d'),
+    *('#690f78', '#f0d2ff', '#780fb4', '#a53c87', '#7878ff', '#c3b4e1', '#960f00', '#69b487'),
+    *('#87ffa5', '#d278c3', '#e1c35a', '#e13c5a'),
+)
+IGNORED = 255  # in class maps; drawn white
 COLUMNS = (  # key of a reconstruction, header
     ('image', 'input'),
     ('masked', 'masked'),
@@ -65,40 +78,120 @@ def contact_sheet(images: np.ndarray, path) -> None:
     _sheet(rows, None, path)
 
 
-def pca_patches(tokens: np.ndarray, grid: tuple[int, int], images: np.ndarray, path) -> np.ndarray:
-    """Draws the first three principal components of patch tokens as red, green, blue.
-
-    The components are those of the tokens of all images together, so that equal colours mean
-    similar features across images. Each channel spans its 1st to 99th percentile.
+def pca_patches(
+    tokens: np.ndarray,
+    grid: tuple[int, int],
+    images: np.ndarray,
+    path,
+    mean: np.ndarray | None = None,
+    averaged: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws three principal components of patch tokens as red, green, blue: all, and foreground.
 
     Args:
-      tokens: (B, N, D), N = h * w in raster order, D at least 3.
+      tokens: (B, N, D), N = h * w in raster order.
       grid: (h, w).
       images: (B, H, W, 3) uint8 or in [0, 1], shown beside the colours.
       path: of the PNG.
+      mean: (N, D), mean token of each position, which is subtracted; None to subtract nothing.
+      averaged: number of images in `mean`, for the line under the picture.
 
     Returns:
-      The colours, (B, h, w, 3) uint8.
+      The colours of all patches and those of the foreground, (B, h, w, 3) uint8, see `viz.tokens`.
     """
-    b, _, d = np.shape(tokens)
-    flat = np.nan_to_num(np.asarray(tokens, np.float64).reshape(-1, d))
-    flat = flat - flat.mean(axis=0)
-    _, vectors = np.linalg.eigh(flat.T @ flat)  # ascending
-    vectors = vectors[:, :-4:-1]
-    # The sign of a component is arbitrary: fixed, so that pictures of one run can be compared.
-    peak = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.sign(vectors[peak, range(3)])
-    x = flat @ vectors
-    low, high = np.percentile(x, (1, 99), axis=0)
-    x = np.clip((x - low) / np.maximum(high - low, 1e-12), 0, 1)
-    colours = _uint8(x.reshape(b, *grid, 3))
+    tokens = tokens_lib.centred(tokens, mean)
+    whole = tokens_lib.colours(tokens, grid)
+    front = tokens_lib.colours(tokens, grid, tokens_lib.foreground(tokens, grid))
     images = _uint8(images)
-    large = _enlarge(colours, images.shape[1:3])
-    pairs = [tile for pair in zip(images, large, strict=True) for tile in pair]
-    per_row = 2 if b == 1 else 4
-    rows = [pairs[i : i + per_row] for i in range(0, len(pairs), per_row)]
-    _sheet(rows, ['image', 'PCA of patches'] * (per_row // 2), path)
-    return colours
+    large = [_enlarge(colours, images.shape[1:3]) for colours in (whole, front)]
+    tiles = [tile for row in zip(images, *large, strict=True) for tile in row]
+    per_row = 3 if len(images) == 1 else 6
+    rows = [tiles[i : i + per_row] for i in range(0, len(tiles), per_row)]
+    note = 'Colours: principal components of the patch tokens of all these images together; '
+    note += 'foreground: one side of a threshold on the first.'
+    if mean is not None:
+        note += f' Subtracted before: the mean token of each position over {averaged} images.'
+    _sheet(rows, ['image', 'all patches', 'foreground'] * (per_row // 3), path, note=note)
+    return whole, front
+
+
+def segmentation_rows(
+    images: np.ndarray,
+    truth: np.ndarray | None,
+    prediction: np.ndarray,
+    classes: Sequence[str],
+    path,
+    note: str = '',
+) -> None:
+    """Draws image, true and predicted classes; the classes that occur are named below.
+
+    Args:
+      images: (B, H, W, 3) uint8 or in [0, 1].
+      truth, prediction: (B, H, W) index of the class, 255 for ignored, which is white; without
+        truth (None) it is left out.
+      classes: names in index order.
+      path: of the PNG.
+      note: a line below.
+    """
+    colours = class_colours(len(classes))
+    maps = {'truth': truth, 'prediction': prediction}
+    maps = {name: np.asarray(x) for name, x in maps.items() if x is not None}
+    columns = [_uint8(images), *(colours[x] for x in maps.values())]
+    found = np.unique(np.concatenate([x.reshape(-1) for x in maps.values()]))
+    legend = [(colours[i], str(classes[i])) for i in found if i < len(classes)]
+    legend += [(colours[IGNORED], 'ignored')] * bool((found == IGNORED).any())
+    _sheet(list(zip(*columns, strict=True)), ['image', *maps], path, note=note, legend=legend)
+
+
+def depth_rows(
+    images: np.ndarray,
+    truth: np.ndarray | None,
+    prediction: np.ndarray,
+    path,
+    unit: str = 'm',
+    note: str = '',
+) -> None:
+    """Draws image, true and predicted depth in the same colours, with their scale below.
+
+    Args:
+      images: (B, H, W, 3) uint8 or in [0, 1].
+      truth, prediction: (B, H, W), 0 where nothing was measured, which is white; without truth
+        (None) it is left out, and the scale is that of the prediction.
+      path: of the PNG.
+      unit: of both, '' if it is not known.
+      note: a line below.
+    """
+    maps = {'truth': truth, 'prediction': prediction}
+    maps = {name: np.asarray(x, np.float32) for name, x in maps.items() if x is not None}
+    first = next(iter(maps.values()))
+    measured = first[first > 0]
+    low, high = (measured.min(), measured.max()) if len(measured) else (0.0, 1.0)
+    columns = [_uint8(images)]
+    for depth in maps.values():
+        columns.append(np.where((depth > 0)[..., None], heat(depth, low, high), np.uint8(255)))
+    names, bar = ['image', *maps], [f'{x:.3g} {unit}'.strip() for x in (low, high)]
+    _sheet(list(zip(*columns, strict=True)), names, path, note=note, bar=bar)
+
+
+def class_colours(count: int) -> np.ndarray:
+    """uint8 (256, 3) by class index: CLASSES, then lighter, then darker ones; the rest white.
+
+    Args:
+      count: number of classes.
+    """
+    base = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in CLASSES])
+    shades = np.concatenate([base, (base + 255) // 2, base // 2])
+    out = np.full((256, 3), 255, np.uint8)
+    out[:count] = shades[np.arange(min(count, IGNORED)) % len(shades)]
+    return out
+
+
+def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Numbers as colours from dark (low) to bright (high), uint8 (..., 3)."""
+    import matplotlib
+
+    x = np.nan_to_num((np.asarray(values, np.float32) - low) / max(high - low, 1e-12))
+    return matplotlib.colormaps['viridis'](np.clip(x, 0, 1), bytes=True)[..., :3]
 
 
 def curves(metrics_path, path) -> None:
@@ -261,26 +354,60 @@ def _enlarge(x, size):
     return x[:, rows][:, :, columns]
 
 
-def _sheet(rows, headers, path):
-    """Draws tiles (H, W, 3) of one size in rows, one header per column (None: no headers)."""
+def _sheet(rows, headers, path, note='', legend=(), bar=None):
+    """Draws tiles (H, W, 3) of one size in rows.
+
+    Args:
+      rows: lists of tiles.
+      headers: one per column, None for none.
+      path: of the PNG.
+      note: text below the tiles.
+      legend: (colour, name) below the tiles.
+      bar: texts at the dark and the bright end of a bar of `heat`, below the tiles.
+    """
     h, w = rows[0][0].shape[:2]
     scale = max(1, math.ceil(MIN_TILE / w))
     h, w = h * scale, w * scale
     columns = len(rows[0])
     top = MARGIN + (HEADER if headers else 0)
     width = 2 * MARGIN + columns * w + (columns - 1) * GAP
-    height = top + MARGIN + len(rows) * h + (len(rows) - 1) * GAP
+    inside = width - 2 * MARGIN
+    lines = textwrap.wrap(note, max(20, int(inside / LETTER)))
+    cell = int(LETTER * max((len(name) for _, name in legend), default=0)) + 2 * LINE
+    fits = max(1, inside // cell)
+    below = MARGIN + LINE * (len(lines) + math.ceil(len(legend) / fits) + (2 if bar else 0))
+    bottom = top + len(rows) * h + (len(rows) - 1) * GAP
+    height = bottom + below
     canvas = np.full((height, width, 3), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             y, x = top + i * (h + GAP), MARGIN + j * (w + GAP)
             canvas[y : y + h, x : x + w] = tile.repeat(scale, axis=0).repeat(scale, axis=1)
+    texts, y = [], bottom + LINE // 2  # (x, y of the middle, text, alignment)
+    if bar:
+        canvas[y + 2 : y + LINE - 4, MARGIN : MARGIN + inside] = heat(np.arange(inside), 0, inside)
+        texts.append((MARGIN, y + 1.5 * LINE, bar[0], 'left'))
+        texts.append((MARGIN + inside, y + 1.5 * LINE, bar[1], 'right'))
+        y += 2 * LINE
+    for i, (colour, name) in enumerate(legend):
+        x = MARGIN + i % fits * cell
+        if i and i % fits == 0:
+            y += LINE
+        canvas[y + 3 : y + LINE - 3, x : x + LINE - 6] = FRAME
+        canvas[y + 4 : y + LINE - 4, x + 1 : x + LINE - 7] = colour
+        texts.append((x + LINE, y + LINE / 2, name, 'left'))
+    y += LINE * bool(legend)
+    for i, line in enumerate(lines):
+        texts.append((MARGIN, y + (i + 0.5) * LINE, line, 'left'))
     figure = _figure(width, height)
     figure.figimage(canvas)
     for j, name in enumerate(headers or ()):
         x = (MARGIN + j * (w + GAP) + w / 2) / width
         y = 1 - (top - 9) / height
         figure.text(x, y, name, ha='center', va='bottom', fontsize=10, color=INK)
+    for x, y, text, side in texts:
+        at = x / width, 1 - y / height
+        figure.text(*at, text, ha=side, va='center_baseline', fontsize=9, color=INK)
     _save(figure, path)
 
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a run: crops, reconstructions, features and attention of any images, curves."""
+"""Pictures of a run: crops, reconstructions, features, attention, predictions, curves."""
+
+import io
 
 import jax
+import numpy as np
 from etils import epath
 
-from ssl_jax.augment import photometry
+from ssl_jax import encoder
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.evals import features, pictures
-from ssl_jax.models import vit as vit_lib
-from ssl_jax.run import errors, launch, storage, weights
+from ssl_jax.evals import features, heads, pictures
+from ssl_jax.run import checkpoint, errors, launch, storage, weights
 from ssl_jax.viz import draw
+from ssl_jax.viz import tokens as tokens_lib
 
 
 def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
@@ -35,7 +38,9 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
     transform = run.transform
     features.check_size(transform['size'], vit.patch_size, 'size')
     images = pictures.spread_images(source, transform, num)
-    paths = _features(vit, params, images, transform, out)
+    model = encoder.Model(vit, jax.device_put(params), transform, str(workdir))
+    paths = _features(model, images, source, out)
+    paths += _predictions(workdir / 'evals' / str(run.step) / 'trained', out)
     if run.method is not None:
         if transform['size'] != run.method.img_size:
             transform = {**transform, 'size': run.method.img_size}
@@ -47,20 +52,55 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
     return paths
 
 
-def _features(vit, params, images, transform, out):
+def _features(model, images, source, out):
     """Draws principal components of the patch tokens and the attention of the class token."""
-    side = transform['size'] // vit.patch_size
-    x = photometry.normalize(images, transform['mean'], transform['std'])
+    grid = (model.size // model.vit.patch_size,) * 2
     paths = [out / 'pca.png']
-    tokens = jax.jit(lambda p, x: vit.apply({'params': p}, x)['patch_tokens'])(params, x)
-    draw.pca_patches(tokens, (side, side), images, paths[0])
-    if vit.num_cls_tokens:
+    many = pictures.spread_images(source, model.transform, min(tokens_lib.AVERAGED, len(source)))
+    mean = _mean_tokens(model, many, len(images))
+    tokens = model(images)['patch_tokens']
+    draw.pca_patches(tokens, grid, images, paths[0], mean, len(many))
+    if model.vit.num_cls_tokens:
         paths.append(out / 'attention.png')
-        attention = jax.jit(lambda p, x: vit_lib.last_attention(vit, p, x))(params, x)
-        first = vit.num_cls_tokens + vit.num_register_tokens
-        maps = attention[:, :, 0, first:].reshape(len(images), vit.num_heads, side, side)
-        draw.attention_maps(maps, images, paths[1])
+        draw.attention_maps(encoder.attention(model, images), images, paths[1])
     return paths
+
+
+def _mean_tokens(model, images, batch_size):
+    """(N, D): the mean token of each position; no more images at once than are drawn."""
+    total = 0.0
+    for i in range(0, len(images), batch_size):
+        batch = images[i : i + batch_size]
+        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        total += np.asarray(model(filled)['patch_tokens'], np.float32)[: len(batch)].sum(axis=0)
+    return total / len(images)
+
+
+def _predictions(folder, out):
+    """Draws what trained heads predict of test images, beside the truth, see `evals.heads.keep`."""
+    paths = []
+    for head in heads.find(folder):
+        if not storage.exists(head / 'predictions.npz'):
+            continue
+        data = io.BytesIO(storage.read(head / 'predictions.npz'))
+        with np.load(data, allow_pickle=False) as kept:
+            drawn = [_stack(kept, name) for name in ('image', 'truth', 'prediction')]
+        spec = checkpoint.read_meta(head)['head']
+        paths.append(out / f'{head.name}.png')
+        note = f'Test images of the head {head.name}, which was trained on the frozen encoder.'
+        if spec['task'] == 'seg_head':
+            draw.segmentation_rows(*drawn, spec['names'], paths[-1], note)
+        else:
+            draw.depth_rows(*drawn, paths[-1], 'm' if spec['fixed'] else '', note)
+    return paths
+
+
+def _stack(kept, name):
+    """The arrays <name>_<i>; those of another size than the first are brought to it."""
+    found = [kept[f'{name}_{i}'] for i in range(sum(key.startswith(name) for key in kept.files))]
+    h, w = found[0].shape[:2]
+    index = [(np.arange(h) * len(x) // h, np.arange(w) * x.shape[1] // w) for x in found]
+    return np.stack([x[rows][:, columns] for x, (rows, columns) in zip(found, index, strict=True)])
 
 
 def _training(run, source, images, num, out):

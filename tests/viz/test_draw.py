@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +6,7 @@ import sys
 import numpy as np
 import PIL.Image
 
+from ssl_jax.data import scenes
 from ssl_jax.viz import draw
 
 
@@ -79,26 +79,93 @@ def test_contact_sheet_is_about_square_and_large_images_keep_their_size(tmp_path
     assert (tile(sheet, 2, 1, 150, header=False) == 255).all()
 
 
-def test_pca_gives_equal_tokens_equal_colours_and_different_tokens_different_ones(tmp_path):
-    rng = np.random.default_rng(0)
-    kinds = rng.normal(size=(4, 16))
-    which = rng.integers(0, 4, (2, 6))
-    tokens = kinds[which] + 1e-3 * rng.normal(size=(2, 6, 16))
-    colours = draw.pca_patches(tokens, (2, 3), images(2, 12), tmp_path / 'p.png').reshape(-1, 3)
-    for a, b in itertools.combinations(range(12), 2):
-        distance = np.abs(colours[a].astype(int) - colours[b]).max()
-        same = which.ravel()[a] == which.ravel()[b]
-        assert distance < 10 if same else distance > 30
-
-
 def test_pca_is_drawn_beside_its_image(tmp_path):
     tokens = np.random.default_rng(0).normal(size=(3, 4, 8))
     pictures = images(3, 128)
-    colours = draw.pca_patches(tokens, (2, 2), pictures, tmp_path / 'p.png')
+    whole, front = draw.pca_patches(tokens, (2, 2), pictures, tmp_path / 'p.png')
     sheet = read(tmp_path / 'p.png')
-    assert sheet.shape == sheet_size(2, 4, 128)
+    assert sheet.shape[1] == sheet_size(2, 6, 128)[1]
     np.testing.assert_array_equal(tile(sheet, 1, 0, 128), pictures[2])
-    np.testing.assert_array_equal(tile(sheet, 1, 1, 128)[::64, ::64], colours[2])
+    np.testing.assert_array_equal(tile(sheet, 1, 1, 128)[::64, ::64], whole[2])
+    np.testing.assert_array_equal(tile(sheet, 1, 2, 128)[::64, ::64], front[2])
+    note = sheet[draw.MARGIN + draw.HEADER + 2 * 128 + draw.GAP :]
+    assert (note < 100).sum() > 500  # ink
+
+
+def test_what_is_subtracted_from_tokens_is_not_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens, place = rng.normal(size=(3, 16, 8)), 9 * rng.normal(size=(16, 8))
+    shown = [
+        draw.pca_patches(x, (4, 4), images(3, 16), tmp_path / 'p.png', mean, 64)
+        for x, mean in ((tokens, None), (tokens + place, place), (tokens + place, None))
+    ]
+    np.testing.assert_allclose(shown[1][0], shown[0][0].astype(int), atol=1)
+    assert np.abs(shown[2][0] - shown[0][0].astype(int)).mean() > 20
+
+
+def test_classes_are_drawn_in_their_colours_and_named_where_they_occur(tmp_path):
+    source = scenes.Scenes(3, 64)
+    items = [source[i] for i in range(3)]
+    pictures, truth = (np.stack([x[k] for x in items]) for k in ('image', 'segmentation'))
+    truth[0, :16] = 255
+    wrong = np.where(truth == 0, 3, truth)
+    names = ('background', *scenes.CLASSES)
+    draw.segmentation_rows(pictures, truth, wrong, names, tmp_path / 's.png', 'A note.')
+    sheet, colours = read(tmp_path / 's.png'), draw.class_colours(11)
+    for row in range(3):
+        for column, want in ((1, truth), (2, wrong)):
+            np.testing.assert_array_equal(
+                tile(sheet, row, column, 128)[::2, ::2], colours[want[row]]
+            )
+    assert (tile(sheet, 0, 1, 128)[:32] == 255).all()
+    below = sheet[draw.MARGIN + draw.HEADER + 3 * 128 + 2 * draw.GAP :].reshape(-1, 3)
+    occur = set(np.unique(truth[truth < 255])) | set(np.unique(wrong[wrong < 255]))
+    in_legend = {i for i in range(11) if (below == colours[i]).all(axis=1).sum() > 50}
+    assert in_legend == occur and len(occur) < 11
+
+
+def test_true_and_predicted_depth_have_one_scale_and_what_was_not_measured_is_white(tmp_path):
+    source = scenes.Scenes(2, 64)
+    pictures, truth = (np.stack([source[i][k] for i in range(2)]) for k in ('image', 'depth'))
+    truth[1, :8] = 0
+    draw.depth_rows(pictures, truth, truth, tmp_path / 'd.png')
+    sheet = read(tmp_path / 'd.png')
+    for row in range(2):
+        np.testing.assert_array_equal(tile(sheet, row, 1, 128), tile(sheet, row, 2, 128))
+    assert (tile(sheet, 1, 1, 128)[:16] == 255).all()
+    brightness = tile(sheet, 1, 1, 128)[16::2, ::2].astype(int).sum(axis=2).ravel()
+    order = truth[1, 8:].ravel().argsort()
+    assert brightness[order[-200:]].min() > brightness[order[:200]].max()  # far is bright
+    bottom = sheet[draw.MARGIN + draw.HEADER + 2 * 128 + draw.GAP :]
+    bar = draw.heat(np.arange(100), 0, 100)
+    assert all((bottom == colour).all(axis=2).any() for colour in bar[10::20])
+
+
+def test_colours_of_twenty_classes_are_told_apart_by_the_colour_blind():
+    """Under simulated loss of each cone, at the least distance of Okabe and Ito's eight colours."""
+    c = draw.class_colours(20)[:20] / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    linear = np.concatenate([linear, np.ones((1, 3))])  # and white, of ignored pixels
+    losses = (  # Machado et al. 2009, severity 1
+        np.eye(3),
+        [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+        [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+    )
+    cones = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    for loss in losses:
+        seen = np.clip(linear @ np.transpose(loss), 0, 1)
+        lab = np.cbrt(seen @ np.transpose(cones)) @ np.transpose(to_lab)  # OKLab
+        distance = np.linalg.norm(lab[:, None] - lab[None], axis=2) + np.eye(21)
+        assert distance.min() > 0.07
+
+
+def test_each_of_many_classes_has_a_colour_and_the_ignored_index_is_white():
+    for count in (2, 60, 150, 254):
+        colours = draw.class_colours(count)
+        assert (colours[:count] != 255).any(axis=1).all() and (colours[255] == 255).all()
+    assert len(np.unique(draw.class_colours(60)[:60], axis=0)) == 60
 
 
 def test_attention_is_drawn_beside_its_image_with_its_largest_value_white(tmp_path):

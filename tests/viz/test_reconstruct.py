@@ -118,3 +118,53 @@ def test_where_nothing_is_predicted_or_words_have_no_look_there_is_no_picture(im
 def test_images_are_reconstructed_at_the_size_of_training_also_where_others_evaluate(tmp_path):
     train.train(tiny.config(eval__tasks__pictures={}, eval__size=48, total_steps=3), tmp_path)
     assert (tmp_path / 'pictures' / 'reconstruction_0000003.png').exists()
+
+
+def chosen(method, params, extra, images, hidden):
+    """Pictures as patches with `hidden` patches (N,) in every image."""
+    order = np.argsort(hidden, kind='stable')[None].repeat(len(images), axis=0)
+    draw = jax.jit(method.reconstruct_hidden, static_argnums=4)
+    made = draw(params, extra, images, order, int((~hidden).sum()))
+    return {k: np.asarray(patches_lib.patchify(v, 8)) for k, v in made.items()}
+
+
+@pytest.mark.parametrize('name', ['mae', 'splitmask', 'beit'])
+def test_patches_that_are_chosen_are_hidden_and_no_others(images, name):
+    if name == 'mae':
+        method = methods.make(tiny.config(method__norm_pix_loss=False))
+        params, extra = method.init(jax.random.key(0))
+    else:
+        fields = ['method.embed_dim=32', 'method.depth=1', 'method.num_heads=2']
+        fields += ['method.vocab=16', 'method.img_size=32', 'method.patch_size=8']
+        method = methods.make(config.load(f'scenes_{name}', [*fields, 'method.token_patch_size=4']))
+        params, extra = method.init(jax.random.key(0))
+        book = words_lib.fit(method.tok, extra['codebook'], iter([images]), seed=0)
+        extra = {**extra, 'codebook': book}
+    hidden = np.zeros(16, bool)
+    hidden[[1, 2, 7, 12, 13]] = True
+    made = chosen(method, params, extra, images, hidden)
+    np.testing.assert_allclose(made['masked'][:, hidden], 0.5, atol=1e-6)
+    np.testing.assert_allclose(made['stitched'][:, ~hidden], made['image'][:, ~hidden], atol=1e-6)
+    patches = np.asarray(patches_lib.patchify(images, 8))
+    turned = patches.reshape(3, 16, 64, 3)[:, :, ::-1].reshape(patches.shape)  # of equal length
+
+    def predicted(where):
+        shown = patches_lib.unpatchify(np.where(where[None, :, None], turned, patches), (4, 4), 8)
+        made = chosen(method, params, extra, np.asarray(shown), hidden)
+        return made['prediction']
+
+    nothing = predicted(np.zeros(16, bool))
+    np.testing.assert_allclose(predicted(hidden), nothing, atol=1e-6)
+    assert np.abs(predicted(~hidden) - nothing).max() > 0.01
+
+
+def test_a_chosen_mask_gives_the_picture_of_the_same_random_mask(images):
+    method = methods.make(tiny.config())
+    params, extra = method.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 3)
+    mask = masking.random_masking(keys, method.grid, method.mask_ratio, method.mask_grid)
+    order, visible = np.argsort(mask.ids_restore, axis=1), mask.ids_keep.shape[1]
+    given = method.reconstruct_hidden(params, extra, images, order, visible)
+    drawn = method.reconstruct(params, extra, images, keys)
+    for name, picture in drawn.items():
+        np.testing.assert_allclose(given[name], picture, atol=1e-5)
