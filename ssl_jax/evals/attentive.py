@@ -87,6 +87,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         f'the other {len(fit)} is tested',
         num_classes=num_classes,
         seed=settings.seed,
+        limit=work.limit,
         **data.protocol(),
     )
     values = {f'top-{k}': 100.0 * float((ranks < k).mean()) for k in (1, 5)}

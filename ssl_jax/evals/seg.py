@@ -126,11 +126,12 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         tokens='of patches, after the final norm',
         patch_size=train['patch_size'],
         standardised='by mean and standard deviation of the training patches not held out',
-        patches=f'{share}, those with the smallest hashes',
+        patches=share if len(train['x']) == train['total'] else f'{share}, by smallest hash',
         dropped='training patches whose most frequent label is ignored',
         selection=f'mIoU on {len(np.unique(train["image"][held]))} training images, then all vote',
         average='IoU over classes in labels or predictions; ignored labels left out',
         num_classes=num_classes,
+        limit=work.limit,
         **data.protocol(),
     )
     for head, found in zip(heads, counts, strict=True):
