@@ -91,6 +91,7 @@ def serving(look: views.Look, host: str, port: int):
             run_history=False,
             footer_links=[],
             allowed_paths=[],
+            app_kwargs=dict(middleware=_middleware(host)),
             max_file_size=UPLOAD,
             theme=_gradio().themes.Default(font='sans-serif', font_mono='monospace'),
             css='#current img, .pixels img {image-rendering: pixelated}',
@@ -99,6 +100,19 @@ def serving(look: views.Look, host: str, port: int):
             yield url
         finally:
             page.close(verbose=False)
+
+
+def _middleware(host):
+    """Of a page for this machine alone: it has no other name.
+
+    Without this the page of another site could name itself 127.0.0.1 and read the images (DNS
+    rebinding).
+    """
+    if host not in LOCAL:
+        return []
+    middleware = errors.extra('starlette.middleware', 'app').Middleware
+    trusted = errors.extra('starlette.middleware.trustedhost', 'app').TrustedHostMiddleware
+    return [middleware(trusted, allowed_hosts=[*LOCAL])]
 
 
 def _gradio():
@@ -246,9 +260,10 @@ def build(look: views.Look):
         def show(picture):
             big = _large(picture.image)
             more = [{'background': _large(picture.square), 'layers': [], 'composite': None}]
-            return [big, picture.name, *(more if look.trained else [])]
+            index = picture.index if picture.index >= 0 else None
+            return [big, picture.name, index, *(more if look.trained else [])]
 
-        shown = [current, name, *([editor] if look.trained else [])]
+        shown = [current, name, number, *([editor] if look.trained else [])]
         event(page.load, lambda: [views.picture(look, i).image for i in offered], None, [shelf])
         takes = [
             event(page.load, lambda: chosen(offered[0]), None, [state, patch]),
