@@ -8,6 +8,7 @@ and calls nobody: system fonts, no analytics, no share links.
 import contextlib
 import functools
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -64,10 +65,12 @@ def explore(path, data, host: str, port: int, limit: int = views.LIMIT) -> None:
     look = views.look(path, data, limit)
     if host not in LOCAL:
         launch.log(f'everyone who reaches {host}:{port} sees these images: there is no password')
-    with serving(look, host, port) as url:
+    # Ended by Ctrl+C or SIGTERM, it leaves no image in the temporary folder.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), serving(look, host, port) as url:
         launch.log(f'{url} (Ctrl+C ends it)')
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 @contextlib.contextmanager
