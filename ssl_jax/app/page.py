@@ -8,6 +8,7 @@ and calls nobody: system fonts, no analytics, no share links.
 import contextlib
 import functools
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -64,10 +65,12 @@ def explore(path, data, host: str, port: int, limit: int = views.LIMIT) -> None:
     look = views.look(path, data, limit)
     if host not in LOCAL:
         launch.log(f'everyone who reaches {host}:{port} sees these images: there is no password')
-    with serving(look, host, port) as url:
+    # Ended by Ctrl+C or SIGTERM, it leaves no image in the temporary folder.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), serving(look, host, port) as url:
         launch.log(f'{url} (Ctrl+C ends it)')
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 @contextlib.contextmanager
@@ -91,6 +94,7 @@ def serving(look: views.Look, host: str, port: int):
             run_history=False,
             footer_links=[],
             allowed_paths=[],
+            app_kwargs=dict(middleware=_middleware(host)),
             max_file_size=UPLOAD,
             theme=_gradio().themes.Default(font='sans-serif', font_mono='monospace'),
             css='#current img, .pixels img {image-rendering: pixelated}',
@@ -99,6 +103,19 @@ def serving(look: views.Look, host: str, port: int):
             yield url
         finally:
             page.close(verbose=False)
+
+
+def _middleware(host):
+    """Of a page for this machine alone: it has no other name.
+
+    Without this the page of another site could name itself 127.0.0.1 and read the images (DNS
+    rebinding).
+    """
+    if host not in LOCAL:
+        return []
+    middleware = errors.extra('starlette.middleware', 'app').Middleware
+    trusted = errors.extra('starlette.middleware.trustedhost', 'app').TrustedHostMiddleware
+    return [middleware(trusted, allowed_hosts=[*LOCAL])]
 
 
 def _gradio():
@@ -246,9 +263,10 @@ def build(look: views.Look):
         def show(picture):
             big = _large(picture.image)
             more = [{'background': _large(picture.square), 'layers': [], 'composite': None}]
-            return [big, picture.name, *(more if look.trained else [])]
+            index = picture.index if picture.index >= 0 else None
+            return [big, picture.name, index, *(more if look.trained else [])]
 
-        shown = [current, name, *([editor] if look.trained else [])]
+        shown = [current, name, number, *([editor] if look.trained else [])]
         event(page.load, lambda: [views.picture(look, i).image for i in offered], None, [shelf])
         takes = [
             event(page.load, lambda: chosen(offered[0]), None, [state, patch]),

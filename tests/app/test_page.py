@@ -158,6 +158,7 @@ def test_an_image_is_chosen_with_a_click(tab, look):
     tab.locator('#shelf button.thumbnail-lg, #shelf .thumbnail-item').nth(7).click()
     want = views.picture(look, views.choices(look)[7]).image
     np.testing.assert_array_equal(changed(tab, '#current img', before), large(want))
+    until(tab, lambda: tab.locator('#number input').input_value() == str(views.choices(look)[7]))
 
 
 def box_of_image(tab):
@@ -362,6 +363,14 @@ def status(url, data=None):
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+def test_the_page_has_no_other_name_than_this_machine(url):
+    request = urllib.request.Request(url, headers={'Host': 'evil.example'})
+    with pytest.raises(urllib.error.HTTPError, match='400'):
+        urllib.request.urlopen(request)
+    port = urllib.parse.urlsplit(url).port
+    assert status(f'http://localhost:{port}/')[0] == 200
 
 
 def test_no_file_is_opened_by_its_path(url, folder, run):

@@ -60,7 +60,7 @@ def model(**fields):
 
 def work(folder, devices=1, **options):
     mesh = sharding.make_mesh(data=1, fsdp=-1, devices=jax.devices()[:devices])  # as of `eval`
-    return task.Work(mesh, LOOK, epath.Path(folder), batch_size=16, log=lambda *_: None, **options)
+    return task.Work(mesh, LOOK, epath.Path(folder), batch_size=12, log=lambda *_: None, **options)
 
 
 def run(module, net, settings, folder, data=None, **options):
