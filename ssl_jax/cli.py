@@ -300,8 +300,9 @@ def finetune(args):
 def eval_(args):
     """`ssl_jax eval`."""
     from ssl_jax.evals import command
+    from ssl_jax.viz import show as show_lib
 
-    command.evaluate_run(
+    rows = command.evaluate_run(
         args.workdir,
         data=_data(args),
         test=args.test,
@@ -313,6 +314,9 @@ def eval_(args):
         tasks=args.tasks and tuple(filter(None, args.tasks.split(','))),
         words=args.fields,
     )
+    if any('scores' in row for row in rows):
+        for path in show_lib.predictions(args.workdir, rows[0]['step']):
+            print(path)
 
 
 def show(args):
@@ -414,15 +418,31 @@ def demo(args):
     """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
     from ssl_jax import train
     from ssl_jax.evals import command
+    from ssl_jax.viz import show as show_lib
 
     train.command('scenes_mae', [], args.workdir)
-    rows = command.evaluate_run(args.workdir)
-    linear = {row['model']: row['top1'] for row in rows if row['eval'] == 'linear'}
-    print(
-        f'learned: a linear probe on the features names {linear["trained"]:.1f} % of the scenes, '
-        f'on those of the same encoder untrained {linear["untrained"]:.1f} %, on raw pixels '
-        f'{linear["raw_pixels"]:.1f} %'
-    )
+    words = [
+        'seg.max_patches=16384',
+        'seg.ks=(1,3)',
+        'seg.cs=(0.05,2,70)',
+        'depth.steps=300',
+        'depth.lr=1e-2',
+    ]
+    rows = command.evaluate_run(args.workdir, tasks=('linear', 'seg', 'depth'), words=words)
+
+    def best(task, metric):
+        found = [(row['model'], row.get('scores', row)) for row in rows if row['eval'] == task]
+        return {model: scores[metric] for model, scores in found}
+
+    for what, scores in {
+        'classes named by a linear probe (%)': best('linear', 'top1'),
+        'segmentation by logistic regression of patches (mIoU)': best('seg', 'mIoU'),
+        'error of depth by a linear head (RMSE)': best('depth', 'RMSE (m)'),
+    }.items():
+        numbers = (f'{name.replace("_", " ")} {value:.2f}' for name, value in scores.items())
+        print(f'{what}: {", ".join(numbers)}')
+    for path in show_lib.predictions(args.workdir, rows[0]['step']):
+        print(path)
     print(f'pictures: {os.path.join(args.workdir, "pictures")}')
 
 

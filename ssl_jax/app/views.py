@@ -384,8 +384,8 @@ def predictions(look: Look, shown: Picture) -> list[tuple[str, np.ndarray]]:
     for head in look.heads:
         made, drawn = head.predict(shown.image)[None], io.BytesIO()
         if head.classes:
-            draw.segmentation_rows(shown.image[None], None, made, head.classes, drawn)
+            draw.segmentation_rows(shown.image[None], {'prediction': made}, head.classes, drawn)
         else:
-            draw.depth_rows(shown.image[None], None, made, drawn, head.unit)
+            draw.depth_rows(shown.image[None], {'prediction': made}, drawn, head.unit)
         out.append((head.name, np.asarray(PIL.Image.open(drawn).convert('RGB'))))
     return out

@@ -102,13 +102,12 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     scores, shown, few = [], [], 0
     for item, pred in heads.predictions(head, test, work, cuts(settings)[1]):
         mask = dense_scores.scored(item['depth'], region)
-        if len(shown) < heads.SHOWN:
-            shown.append((item, pred))
+        if len(shown) < task.SHOWN:
+            shown.append((item['image'], item['depth'], pred))
         if mask.sum() < dense_scores.MIN_PIXELS:
             few += 1
             continue
         scores.append(dense_scores.depth_scores(pred[mask], item['depth'][mask]))
-    heads.keep(head, shown)
     if not scores:
         raise errors.UserError(
             f'No test image has {dense_scores.MIN_PIXELS} pixels with a depth from '
@@ -128,6 +127,9 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     names = ('AbsRel', 'RMSE', 'log10', 'SiLog', 'd1', 'd2', 'd3')
     table = {'RMSE (m)' if name == 'RMSE' else name: mean[name] for name in names}
     more = {name: mean[name] for name in ('SqRel', 'RMSElog')}
+    unit = '' if settings.dataset == 'scenes' else 'm'
+    about = dict(task='depth', head=settings.head, scores=table, unit=unit)
+    task.keep(head.folder, about, shown)
     yield task.row(
         'depth', settings.head, table, protocol, **more, images_without_depth=few,
         folder=str(head.folder),

@@ -8,7 +8,6 @@ heads.predict(head, image)                      # class map uint8 or depth float
 import collections
 import dataclasses
 import functools
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ from ssl_jax.evals import dense_scores, features, head_spec
 from ssl_jax.models import dense
 from ssl_jax.run import checkpoint, errors, hashing, launch, peers, storage, trees
 
-SHOWN = 8  # test images of which predictions are kept
 LOG_SECONDS = 10.0
 WINDOW_ELEMENTS = 2**26  # of the predictions of windows that are computed together
 
@@ -363,23 +361,3 @@ def predictions(
             name = f'{head.spec.task} {head.spec.head}'
             work.log(f'{name}: {read}/{len(source)} images, {left:.0f} s left')
         yield waiting.popleft(), found
-
-
-def keep(head: Head, shown: list[tuple[dict, np.ndarray]]) -> epath.Path:
-    """Writes images, truth and predictions for pictures: process 0.
-
-    Returns:
-      The file predictions.npz in the folder of the head, with image_<i>, truth_<i> and
-      prediction_<i>.
-    """
-    arrays = {}
-    for i, (item, found) in enumerate(shown):
-        arrays[f'image_{i}'] = item['image']
-        arrays[f'truth_{i}'] = item[head.spec.map]
-        arrays[f'prediction_{i}'] = found
-    path = head.folder / 'predictions.npz'
-    if launch.is_main():
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        storage.atomic_write(path, buffer.getvalue())
-    return path

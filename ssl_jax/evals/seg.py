@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import encoder
+from ssl_jax.data import host
 from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
@@ -114,11 +115,14 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     heads = [_knn(train, placed, held, settings, num_classes, work)]
     if settings.cs:
         heads.append(_logreg(train, placed, held, settings, num_classes, work))
-    counts = [0] * len(heads)
-    for x, labels in patches(model, read, test_source, num_classes):
-        x, labels = scaled(_rows(x)), _rows(labels)
-        for i, head in enumerate(heads):
-            counts[i] += confusion(labels, head['predict'](x), num_classes)
+    counts, shown = [0] * len(heads), []
+    for ids, x, labels in _read(model, read, test_source, num_classes):
+        queries = scaled(_rows(x))
+        predicted = [head['predict'](queries) for head in heads]
+        for i, found in enumerate(predicted):
+            counts[i] += confusion(_rows(labels), found, num_classes)
+        if not shown:
+            shown = _shown(test_source, work, ids, labels, predicted[-1], num_classes)
     common = dict(
         **transform_lib.protocol(work.transform),
         normalization=f'mean {work.transform["mean"]}, std {work.transform["std"]}',
@@ -139,6 +143,26 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         more = dict(chosen=head['chosen'], sweep=head['sweep'])
         more['iou'] = dict(zip(names, iou, strict=True))
         yield task.row('seg', head['name'], values, {**common, **head['protocol']}, **more)
+    about = dict(task='seg', head=heads[-1]['name'], scores=values, classes=names)
+    task.keep(work.folder / 'seg', about, shown)
+
+
+def _shown(source, work, ids, labels, predicted, num_classes):
+    """[(image, truth, prediction)] of the first test images, see `task.keep`."""
+
+    def pixels(patches):  # (B, N, m or 1)
+        shape = math.isqrt(labels.shape[1]), math.isqrt(labels.shape[2])
+        found = np.broadcast_to(patches, labels.shape)[: task.SHOWN]
+        found = np.where(found == num_classes, 255, found).astype(np.uint8)
+        found = found.reshape(-1, shape[0], shape[0], shape[1], shape[1]).swapaxes(2, 3)
+        return found.reshape(len(found), shape[0] * shape[1], -1)
+
+    images = [
+        transform_lib.cut(host.decode(source[int(i)]['image']), work.transform)
+        for i in ids[: task.SHOWN]
+    ]
+    predicted = predicted.reshape(*labels.shape[:2], -1)
+    return list(zip(images, pixels(labels), pixels(predicted), strict=True))
 
 
 def _said(work, forward, source, **options):

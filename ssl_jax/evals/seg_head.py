@@ -67,9 +67,8 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     counts, shown = np.zeros((2, len(names)), np.int64), []
     for item, pred in heads.predictions(head, test, work):
         counts += dense_scores.intersection_union(pred, item['segmentation'], len(names))
-        if len(shown) < heads.SHOWN:
-            shown.append((item, pred))
-    heads.keep(head, shown)
+        if len(shown) < task.SHOWN:
+            shown.append((item['image'], item['segmentation'], pred))
     per_class = dense_scores.iou(*counts)
     absent = 'zero' if spec.recipe.pixio else 'left out'
     protocol = dict(
@@ -79,10 +78,13 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         limit=work.limit,
         **data.protocol(),
     )
+    scores = {'mIoU': dense_scores.mean_iou(per_class, absent)}
+    about = dict(task='seg_head', head=settings.head, scores=scores, classes=names)
+    task.keep(head.folder, about, shown)
     yield task.row(
         'seg_head',
         settings.head,
-        {'mIoU': dense_scores.mean_iou(per_class, absent)},
+        scores,
         protocol,
         iou={
             name: None if np.isnan(x) else float(x)

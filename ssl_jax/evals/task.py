@@ -18,18 +18,23 @@ own state there and continues from it.
 
 import dataclasses
 import importlib
+import io
 import json
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from ssl_jax import evals, fields
 from ssl_jax.data import fingerprint
 from ssl_jax.evals import features
 from ssl_jax.run import errors, hashing, launch, peers, storage
+
+SHOWN = 8  # test images whose predictions are kept for pictures
+SHOWN_KEYS = ('image', 'truth', 'prediction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,37 @@ def row(task: str, feature: str, scores: dict[str, float], protocol: dict, **mor
     return dict(
         eval=task, feature=feature, scores=scores, protocol=protocol, protocol_id=digest, **more
     )
+
+
+def keep(folder: epath.Path, about: dict, shown: list[tuple]) -> None:
+    """Writes predictions for pictures, predictions.npz, in process 0.
+
+    Args:
+      folder: of the evaluation.
+      about: for JSON: task, head, scores, and classes or unit.
+      shown: (image, truth, prediction) of some test images, arrays of one size each.
+    """
+    arrays = {'about': np.array(json.dumps(about))}
+    for i, values in enumerate(shown):
+        arrays |= {f'{k}_{i}': x for k, x in zip(SHOWN_KEYS, values, strict=True)}
+    if launch.is_main():
+        data = io.BytesIO()
+        np.savez_compressed(data, **arrays)
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.atomic_write(folder / 'predictions.npz', data.getvalue())
+
+
+def kept(folder: epath.Path) -> dict[str, tuple[dict, list[tuple]]]:
+    """{evaluation: (about, shown)}, see `keep`, of all in the folder of a model."""
+    found = {}
+    for name in storage.names(folder) if storage.exists(folder) else ():
+        path = folder / name / 'predictions.npz'
+        if storage.exists(path):
+            with np.load(io.BytesIO(storage.read(path)), allow_pickle=False) as file:
+                count = sum(key.startswith('image_') for key in file.files)
+                shown = [tuple(file[f'{key}_{i}'] for key in SHOWN_KEYS) for i in range(count)]
+                found[name] = json.loads(str(file['about'])), shown
+    return found
 
 
 def names() -> list[str]:

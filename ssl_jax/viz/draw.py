@@ -116,26 +116,20 @@ def pca_patches(
 
 
 def segmentation_rows(
-    images: np.ndarray,
-    truth: np.ndarray | None,
-    prediction: np.ndarray,
-    classes: Sequence[str],
-    path,
-    note: str = '',
+    images: np.ndarray, maps: dict[str, np.ndarray], classes: Sequence[str], path, note: str = ''
 ) -> None:
-    """Draws image, true and predicted classes; the classes that occur are named below.
+    """Draws images and maps of their classes; the classes that occur are named below.
 
     Args:
       images: (B, H, W, 3) uint8 or in [0, 1].
-      truth, prediction: (B, H, W) index of the class, 255 for ignored, which is white; without
-        truth (None) it is left out.
+      maps: {header: (B, H, W)}, such as truth and predictions: index of the class, 255 for ignored,
+        which is white.
       classes: names in index order.
       path: of the PNG.
       note: a line below.
     """
     colours = class_colours(len(classes))
-    maps = {'truth': truth, 'prediction': prediction}
-    maps = {name: np.asarray(x) for name, x in maps.items() if x is not None}
+    maps = {name: np.asarray(x) for name, x in maps.items()}
     columns = [_uint8(images), *(colours[x] for x in maps.values())]
     found = np.unique(np.concatenate([x.reshape(-1) for x in maps.values()]))
     legend = [(colours[i], str(classes[i])) for i in found if i < len(classes)]
@@ -144,25 +138,19 @@ def segmentation_rows(
 
 
 def depth_rows(
-    images: np.ndarray,
-    truth: np.ndarray | None,
-    prediction: np.ndarray,
-    path,
-    unit: str = 'm',
-    note: str = '',
+    images: np.ndarray, maps: dict[str, np.ndarray], path, unit: str = 'm', note: str = ''
 ) -> None:
-    """Draws image, true and predicted depth in the same colours, with their scale below.
+    """Draws images and maps of their depth in the same colours, with their scale below.
 
     Args:
       images: (B, H, W, 3) uint8 or in [0, 1].
-      truth, prediction: (B, H, W), 0 where nothing was measured, which is white; without truth
-        (None) it is left out, and the scale is that of the prediction.
+      maps: {header: (B, H, W)}, such as truth and predictions; 0 where nothing was measured, which
+        is white. The colours span the first.
       path: of the PNG.
-      unit: of both, '' if it is not known.
+      unit: of the depth, '' if it is not known.
       note: a line below.
     """
-    maps = {'truth': truth, 'prediction': prediction}
-    maps = {name: np.asarray(x, np.float32) for name, x in maps.items() if x is not None}
+    maps = {name: np.asarray(x, np.float32) for name, x in maps.items()}
     first = next(iter(maps.values()))
     measured = first[first > 0]
     low, high = (measured.min(), measured.max()) if len(measured) else (0.0, 1.0)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run: crops, reconstructions, features, attention, predictions, curves."""
 
-import io
-
 import jax
 import numpy as np
 from etils import epath
@@ -10,8 +8,8 @@ from etils import epath
 from ssl_jax import encoder
 from ssl_jax.data import sources
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.evals import features, heads, pictures
-from ssl_jax.run import checkpoint, errors, launch, storage, weights
+from ssl_jax.evals import features, pictures, task
+from ssl_jax.run import errors, launch, storage, weights
 from ssl_jax.viz import draw
 from ssl_jax.viz import tokens as tokens_lib
 
@@ -40,7 +38,7 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
     images = pictures.spread_images(source, transform, num)
     model = encoder.Model(vit, jax.device_put(params), transform, str(workdir))
     paths = _features(model, images, source, out)
-    paths += _predictions(workdir / 'evals' / str(run.step) / 'trained', out)
+    paths += predictions(workdir, run.step, out)
     if run.method is not None:
         if transform['size'] != run.method.img_size:
             transform = {**transform, 'size': run.method.img_size}
@@ -76,31 +74,47 @@ def _mean_tokens(model, images, batch_size):
     return total / len(images)
 
 
-def _predictions(folder, out):
-    """Draws what trained heads predict of test images, beside the truth, see `evals.heads.keep`."""
+def predictions(workdir, step: int, out=None) -> list[epath.Path]:
+    """Draws what evaluations predict of test images, beside the truth and other models.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint that was evaluated, see `evals.task.keep`.
+      out: folder of the pictures; default workdir/pictures.
+
+    Returns:
+      Paths of the pictures, one for each evaluation.
+    """
+    folder = epath.Path(workdir) / 'evals' / str(step)
+    out = epath.Path(out or epath.Path(workdir) / 'pictures')
+    models = ['trained', 'untrained', 'raw_pixels']
+    kept = {model: task.kept(folder / model) for model in models}
     paths = []
-    for head in heads.find(folder):
-        if not storage.exists(head / 'predictions.npz'):
-            continue
-        data = io.BytesIO(storage.read(head / 'predictions.npz'))
-        with np.load(data, allow_pickle=False) as kept:
-            drawn = [_stack(kept, name) for name in ('image', 'truth', 'prediction')]
-        spec = checkpoint.read_meta(head)['head']
-        paths.append(out / f'{head.name}.png')
-        note = f'Test images of the head {head.name}, which was trained on the frozen encoder.'
-        if spec['task'] == 'seg_head':
-            draw.segmentation_rows(*drawn, spec['names'], paths[-1], note)
+    for name, (about, shown) in kept['trained'].items():
+        found = {model: kept[model][name] for model in models if name in kept[model]}
+        images, truth, _ = (_stack(x) for x in zip(*shown, strict=True))
+        maps = {'truth': truth}
+        for model, (_, other) in found.items():
+            maps[model.replace('_', ' ')] = _stack([prediction for *_, prediction in other])
+        metric = next(iter(about['scores']))
+        scores = ', '.join(
+            f'{model.replace("_", " ")} {other["scores"][metric]:.4g}'
+            for model, (other, _) in found.items()
+        )
+        note = f'{about["task"]}, {about["head"]}, on frozen features. {metric}: {scores}.'
+        paths.append(out / f'{name}.png')
+        if 'classes' in about:
+            draw.segmentation_rows(images, maps, about['classes'], paths[-1], note)
         else:
-            draw.depth_rows(*drawn, paths[-1], 'm' if spec['fixed'] else '', note)
+            draw.depth_rows(images, maps, paths[-1], about['unit'], note)
     return paths
 
 
-def _stack(kept, name):
-    """The arrays <name>_<i>; those of another size than the first are brought to it."""
-    found = [kept[f'{name}_{i}'] for i in range(sum(key.startswith(name) for key in kept.files))]
-    h, w = found[0].shape[:2]
-    index = [(np.arange(h) * len(x) // h, np.arange(w) * x.shape[1] // w) for x in found]
-    return np.stack([x[rows][:, columns] for x, (rows, columns) in zip(found, index, strict=True)])
+def _stack(arrays):
+    """One array; those of another size than the first are brought to it."""
+    h, w = arrays[0].shape[:2]
+    index = [(np.arange(h) * len(x) // h, np.arange(w) * x.shape[1] // w) for x in arrays]
+    return np.stack([x[rows][:, columns] for x, (rows, columns) in zip(arrays, index, strict=True)])
 
 
 def _training(run, source, images, num, out):

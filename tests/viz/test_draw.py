@@ -110,7 +110,8 @@ def test_classes_are_drawn_in_their_colours_and_named_where_they_occur(tmp_path)
     truth[0, :16] = 255
     wrong = np.where(truth == 0, 3, truth)
     names = ('background', *scenes.CLASSES)
-    draw.segmentation_rows(pictures, truth, wrong, names, tmp_path / 's.png', 'A note.')
+    maps = {'truth': truth, 'prediction': wrong}
+    draw.segmentation_rows(pictures, maps, names, tmp_path / 's.png', 'A note.')
     sheet, colours = read(tmp_path / 's.png'), draw.class_colours(11)
     for row in range(3):
         for column, want in ((1, truth), (2, wrong)):
@@ -128,7 +129,7 @@ def test_true_and_predicted_depth_have_one_scale_and_what_was_not_measured_is_wh
     source = scenes.Scenes(2, 64)
     pictures, truth = (np.stack([source[i][k] for i in range(2)]) for k in ('image', 'depth'))
     truth[1, :8] = 0
-    draw.depth_rows(pictures, truth, truth, tmp_path / 'd.png')
+    draw.depth_rows(pictures, {'truth': truth, 'prediction': truth}, tmp_path / 'd.png')
     sheet = read(tmp_path / 'd.png')
     for row in range(2):
         np.testing.assert_array_equal(tile(sheet, row, 1, 128), tile(sheet, row, 2, 128))
