@@ -174,7 +174,7 @@ class Killed(BaseException):
 
 def killed(monkeypatch, model, folder, out, batches):
     """An extraction that dies after some batches; every batch is a part."""
-    real = features_lib._fetch
+    real = features_lib.fetch
     left = [batches]
 
     def dying(tree):
@@ -185,7 +185,7 @@ def killed(monkeypatch, model, folder, out, batches):
 
     with monkeypatch.context() as patch:
         patch.setattr(feature_file, 'PART_SECONDS', 0)
-        patch.setattr(features_lib, '_fetch', dying)
+        patch.setattr(features_lib, 'fetch', dying)
         with pytest.raises(Killed):
             feature_file.extract(model, str(folder), out, batch_size=8, log=None)
 

@@ -134,21 +134,26 @@ class Spec:
 
     def protocol(self) -> dict:
         """What a row says of the head."""
-        values = dataclasses.asdict(self) | dataclasses.asdict(self.recipe) | {'lr': self.lr}
-        seg = ('min_depth', 'max_depth', 'gradient')
-        left_out = ('task', 'names', *(seg if self.task == 'seg_head' else ()))
-        values = {name: value for name, value in values.items() if name not in left_out}
-        loss = 'cross-entropy, 255 ignored'
+        values = dataclasses.asdict(self.recipe) | dataclasses.asdict(self)
+        left_out = ['task', 'names'] + ['channels'] * ('dpt' not in self.head)
+        # What is off or has no meaning here is not said.
+        values = {k: v for k, v in values.items() if v or k == 'seed'}
+        values = {k: v for k, v in values.items() if k not in left_out}
+        loss, windows = 'cross-entropy, 255 ignored', 'last shifted back'
         if self.task == 'depth':
             loss = 'SiLog' if self.recipe.pixio else 'SigLoss'
+        if self.recipe.stride is None:
+            windows = 'whole image'
+        elif self.recipe.pixio:
+            windows = 'not shifted back, zero-padded'
         return dict(
             values,
             loss=loss,
             optimizer='AdamW, betas 0.9 0.999, eps 1e-8',
             augmentation='crop, flip 0.5; no photometric distortion',
-            windows='whole image' if self.recipe.stride is None else
-            'not shifted back, zero-padded' if self.recipe.pixio else 'last shifted back',
-        )  # fmt: skip
+            resize='images bicubic, antialiased (Pillow), maps nearest',
+            windows=windows,
+        )
 
 
 def numbers(recipe: Recipe, depth: int) -> tuple[int, ...]:

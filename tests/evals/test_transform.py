@@ -80,7 +80,7 @@ def test_eval_features_show_and_fine_tuning_see_what_the_folder_states(squeezed,
         out = tmp_path / f'{model.name}.parquet'
         feature_file.extract(model, data, out, log=None)
     show.show(workdir, data, tmp_path / 'pictures', num=4)
-    assert len(seen) == 5 and all(transform == want for transform in seen)
+    assert len(seen) == 6 and all(transform == want for transform in seen)
 
     seen.clear()
     c = tiny.base('classifier')
