@@ -98,7 +98,7 @@ def find(
     if layout is not None:
         raise errors.UserError(
             f'{where} has no image with a map where layout={layout!r} has them: '
-            f'see docs/evaluate.md for its folders.'
+            f'see docs/maps.md for its folders.'
         )
     found = _by_folders(names)
     if found is None or found.maps:

@@ -166,7 +166,7 @@ def run(name: str, model: Any, data: Data, settings: Any, work: Work) -> list[di
         if module.NEEDS and module.NEEDS not in source[0]:
             raise errors.UserError(
                 f'the evaluation {name!r} needs images with {module.NEEDS!r}, and '
-                f'{source.describe(0)} has none: see docs/evaluate.md for how to give them.'
+                f'{source.describe(0)} has none: see docs/maps.md for how to give them.'
             )
     key = dict(
         task=name,
