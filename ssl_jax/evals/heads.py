@@ -160,7 +160,7 @@ def _train(model, source, spec, work, state, saver):
     rows = sharding.process_rows(mesh, spec.batch_size)
     crop = pairs.Crop(spec.crop, spec.ratio, spec.base, fixed=spec.fixed)
     every = max(spec.steps // 10, 1)
-    began = said = None
+    began = said = before = None
     with pairs.train_pairs(
         source, crop, batch_size=spec.batch_size, seed=spec.seed, start_step=done, rows=rows
     ) as stream:
@@ -180,7 +180,9 @@ def _train(model, source, spec, work, state, saver):
             if now - said > LOG_SECONDS or done == spec.steps:
                 said, left = now, (spec.steps - done) * (now - began) / max(done - first - 1, 1)
                 work.log(f'{name}: step {done}/{spec.steps}, loss {loss:.4f}, {left:.0f} s left')
-            jax.block_until_ready(loss)
+            if before is not None:  # one late: the device stays busy
+                jax.block_until_ready(before)
+            before = loss
     return state
 
 

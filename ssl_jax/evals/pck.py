@@ -20,6 +20,7 @@ from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features, task
 from ssl_jax.fields import Range
 from ssl_jax.run import errors, hashing
+from ssl_jax.viz import tokens as tokens_lib
 
 NEEDS = ''
 FINAL = 'patch_tokens'  # after the final norm
@@ -145,11 +146,9 @@ def similarity(model, image_a, place: tuple[int, int], image_b, block: int | Non
     if not (0 <= row < height and 0 <= column < width):
         raise errors.UserError(f'{place} is no pixel of an image of {height} x {width} pixels.')
     name, blocks = (FINAL, ()) if block is None else (f'block {block}', (block,))
-    a, b = (_unit(tokens(model, x[None], blocks)[name][0]) for x in (image_a, image_b))
+    a, b = (np.asarray(tokens(model, x[None], blocks)[name][0]) for x in (image_a, image_b))
     query = a[row // p * (width // p) + column // p]
-    return np.asarray(jnp.einsum('nd,d->n', b, query, precision='highest')).reshape(
-        rows // p, columns // p
-    )
+    return tokens_lib.similarity(query, b).reshape(rows // p, columns // p)
 
 
 def _unit(x):

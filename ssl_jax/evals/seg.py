@@ -30,7 +30,7 @@ from ssl_jax.data import host
 from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.evals import features, knn, linear, logreg, task
+from ssl_jax.evals import dense_scores, features, knn, linear, logreg, task
 from ssl_jax.fields import Range
 from ssl_jax.run import errors, peers
 
@@ -74,7 +74,7 @@ def run(options, look, state, step) -> dict[str, float]:
     predict = _by_neighbours(train, placed, look.mesh, num_classes, options.k, options.metric)
     counts = 0
     for x, labels in patches(model, read, features.limited(look.test, options.limit), num_classes):
-        counts += confusion(_rows(labels), predict(scaled(_rows(x))), num_classes)
+        counts += tally(_rows(labels), predict(scaled(_rows(x))), num_classes)
     return {'seg/miou': scores(counts)[0]['mIoU']}
 
 
@@ -120,7 +120,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         queries = scaled(_rows(x))
         predicted = [head['predict'](queries) for head in heads]
         for i, found in enumerate(predicted):
-            counts[i] += confusion(_rows(labels), found, num_classes)
+            counts[i] += tally(_rows(labels), found, num_classes)
         if not shown:
             shown = _shown(test_source, work, ids, labels, predicted[-1], num_classes)
     common = dict(
@@ -188,7 +188,7 @@ def _knn(train, placed, held, settings, num_classes, work):
         valid = knn.put_rows(use, work.mesh)
         near = knn.search(placed, valid, train['x'][held], ks[-1], work.mesh, metric)
         for k in ks:
-            counts = confusion(labels[held], vote(labels, near[:, :k], num_classes), num_classes)
+            counts = tally(labels[held], vote(labels, near[:, :k], num_classes), num_classes)
             sweep.append(dict(k=k, metric=metric, miou=scores(counts)[0]['mIoU']))
             work.log(f'seg: kNN, k={k}, {metric}: mIoU {sweep[-1]["miou"]:.2f} on held-out images')
     best = max(sweep, key=lambda row: (np.nan_to_num(row['miou'], nan=-1), -row['k']))
@@ -222,7 +222,7 @@ def _logreg(train, x, held, settings, num_classes, work):
     sweep, fitted = [], []
     for c, params, found in logreg.path(x, y, use & ~held, settings.cs, **fields):
         classes = np.asarray(logreg.predict(x, params, mesh=mesh))[: len(held)][held]
-        counts = confusion(train['labels'][held], classes[:, None], num_classes)
+        counts = tally(train['labels'][held], classes[:, None], num_classes)
         sweep.append(dict(c=c, miou=scores(counts)[0]['mIoU'], **found))
         fitted.append(params)
         work.log(
@@ -384,32 +384,29 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixels of each label (rows) and prediction (columns); ignored labels do not count.
+def tally(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Intersection, union and labelled pixels of each class, int64 (3, num_classes).
 
     Args:
-      labels: (q, m), 0 to num_classes, the last where ignored.
+      labels: (q, m), 0 to num_classes, the last where ignored: these pixels do not count.
       predicted: (q, m) or (q, 1), 0 to num_classes.
-
-    Returns:
-      int64 (num_classes, num_classes + 1).
     """
-    keep, kinds = labels < num_classes, num_classes + 1
     predicted = np.broadcast_to(predicted, labels.shape)
-    bins = labels[keep].astype(np.int64) * kinds + predicted[keep]
-    return np.bincount(bins, minlength=num_classes * kinds).reshape(num_classes, kinds)
+    both, union = dense_scores.intersection_union(predicted, labels, num_classes, num_classes)
+    pixels = np.bincount(labels.ravel(), minlength=num_classes)[:num_classes]
+    return np.stack([both, union, pixels])
 
 
 def scores(counts: np.ndarray) -> tuple[dict[str, float], list]:
-    """Scores of a confusion matrix in percent.
+    """Scores in percent from sums of `tally`.
 
     Returns:
       {'mIoU', 'pixel accuracy'}, nan without pixels, and the IoU of each class, None where neither
       labels nor predictions have it.
     """
-    right, total = np.diagonal(counts), max(int(counts.sum()), 1)
-    union = counts.sum(axis=1) + counts[:, : len(counts)].sum(axis=0) - right
-    iou = [100.0 * float(r / u) if u else None for r, u in zip(right, union, strict=True)]
+    both, union, pixels = counts
+    iou = [None if np.isnan(x) else float(x) for x in dense_scores.iou(both, union)]
     present = [x for x in iou if x is not None]
     mean = sum(present) / len(present) if present else math.nan
-    return {'mIoU': mean, 'pixel accuracy': 100.0 * float(right.sum() / total)}, iou
+    accuracy = 100.0 * float(both.sum() / max(pixels.sum(), 1))
+    return {'mIoU': mean, 'pixel accuracy': accuracy}, iou

@@ -193,7 +193,7 @@ def test_votes_counted_in_parts_are_those_of_the_whole(monkeypatch):
 def test_the_mean_is_over_classes_that_occur_and_a_miss_is_counted_once():
     labels = np.array([[0, 0, 1, 1, 3, 3]])  # 3 is ignored, 2 does not occur
     predicted = np.array([[0, 1, 1, 3, 0, 2]])  # one pixel of class 1 gets no class
-    found, iou = seg.scores(seg.confusion(labels, predicted, 3))
+    found, iou = seg.scores(seg.tally(labels, predicted, 3))
     assert iou == pytest.approx([50.0, 100 / 3, None])
     assert found == pytest.approx({'mIoU': (50 + 100 / 3) / 2, 'pixel accuracy': 50.0})
 
@@ -283,7 +283,7 @@ def test_the_number_of_the_loop_is_that_of_the_frozen_encoder(run):
     mean, std = x.mean(0), x.std(0)
     unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)  # noqa: E731
     near = np.argsort(-unit((q - mean) / std) @ unit((x - mean) / std).T, axis=1)[:, :3]
-    counts = seg.confusion(truth, seg.vote(labels, near, 11), 11)
+    counts = seg.tally(truth, seg.vote(labels, near, 11), 11)
     last = [row['seg/miou'] for row in metrics.read(run) if 'seg/miou' in row][-1]
     assert seg.scores(counts)[0]['mIoU'] == pytest.approx(last, abs=0.2)
 
