@@ -15,7 +15,7 @@ demo: $(VENV)/run.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m slow

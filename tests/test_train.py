@@ -72,7 +72,10 @@ def killed_run(config, workdir, step, monkeypatch):
             train.train(config, workdir)
 
 
-@pytest.mark.parametrize('step', [1, pytest.param(5, marks=pytest.mark.slow), 7])
+SLOW = [pytest.param(step, marks=pytest.mark.slow) for step in (1, 5)]
+
+
+@pytest.mark.parametrize('step', [*SLOW, 7])
 def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
     unbroken, tmp_path, monkeypatch, step, capsys
 ):
@@ -240,7 +243,7 @@ def poisoned(method, at, what='both'):
     return Poisoned(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
-@pytest.mark.parametrize('what', ['loss', 'gradient', 'both'])
+@pytest.mark.parametrize('what', ['loss', 'gradient', pytest.param('both', marks=pytest.mark.slow)])
 def test_a_non_finite_loss_or_gradient_leaves_weights_moments_and_extra_bit_for_bit(what):
     config = tiny.config()
     method = poisoned(methods.make(config), at=[1], what=what)

@@ -108,7 +108,6 @@ def keep(folder: epath.Path, about: dict, shown: list[tuple]) -> None:
     if launch.is_main():
         data = io.BytesIO()
         np.savez_compressed(data, **arrays)
-        folder.mkdir(parents=True, exist_ok=True)
         storage.atomic_write(folder / 'predictions.npz', data.getvalue())
 
 

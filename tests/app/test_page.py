@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of `ssl_jax explore` in a real browser: what it draws is what the model computes."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -115,9 +116,17 @@ def read(data):
     return np.asarray(PIL.Image.open(io.BytesIO(data)).convert('RGB'))
 
 
-def changed(tab, selector, before):
-    """Waits until another picture is drawn; returns its pixels."""
+def changed(tab, selector, before, act=None):
+    """Waits until another picture is drawn; returns its pixels.
+
+    `act` is what changes it; it is done again after a while, as the page may draw anew under it.
+    """
     code = '([s, src]) => {const e = document.querySelector(s); return e && e.src !== src}'
+    for _ in range(5 if act else 0):
+        act()
+        with contextlib.suppress(api.TimeoutError):
+            tab.wait_for_function(code, arg=[selector, before], timeout=10000)
+            break
     tab.wait_for_function(code, arg=[selector, before])
     return drawn(tab, selector)[0]
 
@@ -234,12 +243,14 @@ def test_the_clicked_patch_is_the_brightest_and_other_blocks_say_other_things(ta
     open_tab(tab, 'Similar patches')
     until(tab, lambda: tab.locator('#click img').count())
     before = source(tab, '#here img')
-    at = tab.locator('#click img').bounding_box()
-    side = min(at['width'], at['height'])
-    x = at['x'] + at['width'] / 2 - side / 2 + side * 5 / 8  # row 1, column 2 of 4
-    y = at['y'] + at['height'] / 2 - side / 2 + side * 3 / 8
-    tab.mouse.click(x, y)
-    seen = changed(tab, '#here img', before)
+
+    def click():
+        at = tab.locator('#click img').bounding_box()
+        side = min(at['width'], at['height'])
+        x = at['x'] + at['width'] / 2 - side / 2 + side * 5 / 8  # row 1, column 2 of 4
+        tab.mouse.click(x, at['y'] + at['height'] / 2 - side / 2 + side * 3 / 8)
+
+    seen = changed(tab, '#here img', before, click)
     middle, (bright,) = seen[48::96, 48::96].astype(int), draw.heat(np.ones(1), 0, 1)
     assert (middle[1, 2] == bright).all()
     green = middle[..., 1]  # grows with similarity

@@ -43,6 +43,7 @@ def same(whole, parts, *names):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_both_centres_of_dinov2_move_as_with_the_whole_batch():
     config = tiny.dinov2(**ALONE)
     whole, parts = run(config, 1)[0], run(config, 4)[0]
@@ -59,6 +60,7 @@ def test_the_centres_of_a_distilled_student_move_as_with_the_whole_batch():
     same(run(config, 1, steps=1)[0], run(config, 2, steps=1)[0], 'dino_center', 'ibot_center')
 
 
+@pytest.mark.slow
 def test_the_frequencies_of_words_move_as_with_the_whole_batch():
     fields = dict(method__vocab=64, method__decoder_depth=1, method__w_nce=0.0)
     config = tiny.changed(tiny.base('splitmask'), fields)

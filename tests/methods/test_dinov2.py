@@ -66,6 +66,7 @@ def test_loss_and_teacher_are_equal_on_any_mesh(one_device, mesh):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_restart_in_the_middle_ends_on_the_same_bits_teacher_and_centres_included(tmp_path):
     config = tiny.dinov2(total_steps=6)
     train.train(config, tmp_path / 'whole')

@@ -307,6 +307,7 @@ def losses_on(devices, steps=2, **mesh):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_the_loss_is_equal_on_any_mesh():
     one, many = losses_on(1), losses_on(8, data=2, fsdp=2, tensor=2)
     np.testing.assert_allclose(many[0], one[0], rtol=2e-6)
@@ -328,6 +329,7 @@ def without_words_of_its_own(monkeypatch):
     monkeypatch.setattr(words_lib, 'fit', forbidden)
 
 
+@pytest.mark.slow
 def test_a_restart_ends_on_the_same_bits_and_keeps_its_words(whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / 'killed')
     shutil.rmtree(tmp_path / 'killed' / 'checkpoints' / '4')

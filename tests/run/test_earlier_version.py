@@ -17,8 +17,8 @@ from ssl_jax.interop import export
 from ssl_jax.run import weights as weights_lib
 
 EARLIER = pathlib.Path(__file__).resolve().parents[1] / 'earlier'
-LONG = ('splitmask', 'distill', 'dinov2_distill')
-RUNS = ('mae', 'dinov2', *(pytest.param(name, marks=pytest.mark.slow) for name in LONG))
+LONG = ('dinov2', 'splitmask', 'distill', 'dinov2_distill')
+RUNS = ('mae', *(pytest.param(name, marks=pytest.mark.slow) for name in LONG))
 METHODS = {
     'mae': 'mae',
     'dinov2': 'dinov2',

@@ -108,6 +108,7 @@ COUNT_COMPILATIONS = """
 """
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_compile_again(tmp_path):
     hits = []
     for workdir in ('first', 'second'):
@@ -252,6 +253,7 @@ def test_loss_and_update_on_two_processes_are_those_of_one(tmp_path):
         np.testing.assert_allclose(two[name] / scale, want / scale, 0, atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_of_one_process_end_both(tmp_path):
     found = commands(tmp_path, 1, "raise stream.TooManyBadImages('9 images cannot be decoded.')")
     assert [code for code, _ in found] == [1, 1], found
