@@ -90,7 +90,12 @@ def test_a_head_on_raw_pixels_finds_the_depth_that_colours_show(tmp_path):
         assert shown['prediction_0'].shape == (SIZE, SIZE)
 
 
-SLOW = {('seg_head', 'pixio_dpt'), ('depth', 'pixio_dpt'), ('depth', 'pixio_linear')}
+SLOW = {
+    ('seg_head', 'pixio_dpt'),
+    ('depth', 'pixio_dpt'),
+    ('depth', 'pixio_linear'),
+    ('depth', 'dpt'),
+}
 KINDS = [
     pytest.param(*kind, marks=[pytest.mark.slow] if kind in SLOW else [])
     for kind in head_spec.RECIPES

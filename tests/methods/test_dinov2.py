@@ -57,6 +57,7 @@ def one_device():
     return losses_on(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_loss_and_teacher_are_equal_on_any_mesh(one_device, mesh):
     losses, extra = losses_on(math.prod(mesh.values()), **mesh)
