@@ -299,7 +299,7 @@ def test_a_plan_is_written_into_a_bucket(bucket, monkeypatch):
 def command(env, *args):
     env = {**os.environ, **env, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONWARNINGS': 'ignore'}
     return subprocess.run(
-        [sys.executable, '-m', 'ssl_jax.cli', *map(str, args)],
+        [os.environ.get('SSL_JAX_PYTHON', sys.executable), '-m', 'ssl_jax.cli', *map(str, args)],
         env=env,
         text=True,
         capture_output=True,
@@ -309,6 +309,7 @@ def command(env, *args):
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_in_a_bucket(bucket, folder, tmp_path):
+    """SSL_JAX_PYTHON may be that of an environment with `pip install '.[gcs]'` alone."""
     root, images = bucket.root, tmp_path / 'images'
     for i, path in enumerate(sorted(folder.glob('??.png'))):
         (images / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
