@@ -118,10 +118,9 @@ def _settings(tasks, words):
         if not (equals and dot):
             raise errors.UserError(f"'{word}' is not NAME.FIELD=VALUE, such as depth.steps=500.")
         if task != 'data' and task not in given:
-            raise errors.UserError(
-                f"'{word}' sets {task!r}{errors.nearest(task, [*given, 'data'])} Name an "
-                f'evaluation with --tasks to set it.'
-            )
+            near = errors.close(task, given)
+            hint = f': did you mean {near[0]}?' if near else ': add it to --tasks.'
+            raise errors.UserError(f"'{word}' sets {task!r}, which is no evaluation to run{hint}")
         (of_data if task == 'data' else given[task])[field] = text
     return {name: task_lib.settings(name, found) for name, found in given.items()}, of_data
 
