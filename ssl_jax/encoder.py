@@ -38,6 +38,11 @@ class Model:
         return self.transform['size']
 
     @property
+    def patch_size(self) -> int:
+        """Pixels per side of a patch."""
+        return self.vit.patch_size
+
+    @property
     def mean(self) -> tuple:
         """Of the channels, for values in [0, 1]."""
         return tuple(self.transform['mean'])

@@ -7,7 +7,6 @@ Images come from the folder by index, or as the bytes of a file; nothing is open
 import dataclasses
 import functools
 import io
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from ssl_jax import encoder
 from ssl_jax.data import host, sources
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import feature_file, features, heads
-from ssl_jax.run import errors, launch, metrics, weights
+from ssl_jax.run import errors, launch, weights
 from ssl_jax.viz import draw
 from ssl_jax.viz import tokens as tokens_lib
 
@@ -28,7 +27,6 @@ LIMIT = 2000  # images that neighbours are searched among, unless told otherwise
 OTHERS = 8  # images that are shown beside the chosen one
 SHOWN = 40  # images offered to choose from with one click
 BATCH = 16
-LINE_SECONDS = 5  # between lines of progress
 PAINTED = 0.25  # of the pixels of a patch; it is hidden then
 FINAL = 'after the final norm'  # the name of the last tokens among the blocks
 FEATURES = {'cls': 'class token', 'patch': 'mean of the patches'}  # for neighbours
@@ -111,18 +109,12 @@ def look(path, data, limit: int = LIMIT) -> Look:
 def _features(model, source):
     """Indices of the images that decode, and their features of unit length."""
     forward = encoder.make_forward(model.vit, model.params, mean=model.mean, std=model.std)
-    total, done, ids, found, start = len(source), 0, [], [], None
-    for batch in features.batches(forward, source, transform=model.transform, batch_size=BATCH):
-        kept, done = batch['mask'], min(done + BATCH, total)
+    total, ids, found = len(source), [], []
+    batches = features.batches(forward, source, transform=model.transform, batch_size=BATCH)
+    for batch in features.told(batches, total, launch.log):
+        kept = batch['mask']
         ids.append(batch['id'][kept])
         found.append({k: batch['features'][k][kept] for k in FEATURES if k in batch['features']})
-        now = time.monotonic()
-        if start is None:  # the first batch compiles
-            start, said, first = now, now, done
-        elif now - said >= LINE_SECONDS and done < total:
-            left = metrics.duration((total - done) / ((done - first) / (now - start)))
-            launch.log(f'features: {done:,} of {total:,} images, {left} left')
-            said = now
     ids = np.concatenate(ids)
     if not len(ids):
         raise errors.UserError(f'None of {total} images of {source.describe(0)} ... decodes.')
@@ -154,7 +146,7 @@ def _heads(model, opened):
     found = []
     for folder in heads.find(epath.Path(opened.path) / 'evals' / str(opened.step) / 'trained'):
         head = heads.load(folder, model)
-        predict, unit = functools.partial(heads.predict, head), 'm' if head.spec.fixed else ''
+        predict, unit = functools.partial(heads.predict, head), head.spec.unit
         found.append(Head(folder.name, predict, tuple(head.spec.names), unit))
     return tuple(found)
 
@@ -358,7 +350,7 @@ def reconstruct(look: Look, shown: Picture, hidden: np.ndarray | None, seed: int
             raise errors.UserError(f'The paint hides {what}: paint over a part of the image.')
         order = np.argsort(hidden, kind='stable').astype(np.int32)[None]
         drawn = _chosen(method)(params, extra, images, order, len(hidden) - count)
-    return {name: _uint8(x[0]) for name, x in drawn.items()}
+    return {name: draw.uint8(x[0]) for name, x in drawn.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -369,10 +361,6 @@ def _random(method):
 @functools.lru_cache(maxsize=1)
 def _chosen(method):
     return jax.jit(method.reconstruct_hidden, static_argnums=4)  # compiled for each count
-
-
-def _uint8(x):
-    return (np.clip(np.nan_to_num(np.asarray(x, np.float32)), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # Trained heads.

@@ -13,7 +13,7 @@ from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import accuracy, report
 from ssl_jax.evals import features as features_lib
 from ssl_jax.evals import task as task_lib
-from ssl_jax.run import errors, launch, storage, weights
+from ssl_jax.run import errors, hashing, launch, storage, weights
 
 
 def evaluate_run(
@@ -81,15 +81,32 @@ def evaluate_run(
     if pooled := [name for name in tasks if name in report.POOLED]:
         options = dict(options, transform=transform, mesh=mesh, limit=limit, tasks=tuple(pooled))
         rows += _pooled(encoders, train, test_source, last_blocks, options)
-    of = task_lib.Data(train, test_source)
+    of, folder = task_lib.Data(train, test_source), workdir / 'evals' / str(run.step)
+    if len(pooled) < len(tasks):
+        _check_weights(folder, run.meta)
     for name in (name for name in tasks if name not in report.POOLED):
         for model_name, model in encoders.items():
             launch.log(f'{name}: {model_name}')
-            folder = workdir / 'evals' / str(run.step) / model_name
-            work = task_lib.Work(mesh=mesh, transform=transform, folder=folder, limit=limit)
+            work = task_lib.Work(
+                mesh=mesh, transform=transform, folder=folder / model_name, limit=limit
+            )
             found = task_lib.run(name, model, of, settings[name], work)
             rows += [dict(row, model=model_name) for row in found]
     return _report(rows, run, workdir, out)
+
+
+def _check_weights(folder, meta):
+    """Raises if `folder` has evaluations of other weights: a run that was begun anew."""
+    digest = hashing.text_id(json.dumps(meta.get('tensors'), sort_keys=True))
+    path = folder / 'weights.txt'
+    if launch.main_number(int(storage.exists(path))):
+        if storage.read(path).decode().strip() != digest:
+            raise errors.UserError(
+                f'{folder} holds evaluations of other weights than this checkpoint: delete it, or '
+                f'move it away.'
+            )
+    elif launch.is_main():
+        storage.atomic_write(path, digest + '\n')
 
 
 def _known(tasks):

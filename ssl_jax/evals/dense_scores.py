@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from ssl_jax.data import maps
 from ssl_jax.run import errors
 
-IGNORE = 255
 # More than d1: the others are errors, smaller is better.
 DEPTH_SCORES = ('AbsRel', 'SqRel', 'RMSE', 'RMSElog', 'log10', 'SiLog', 'd1', 'd2', 'd3')
 MIN_PIXELS = 10  # of an image that is scored
 
 
 def intersection_union(
-    pred: np.ndarray, gt: np.ndarray, num_classes: int, ignore: int = IGNORE
+    pred: np.ndarray, gt: np.ndarray, num_classes: int, ignore: int = maps.IGNORED
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels of each class in both maps, and in either; int64 (K,), (K,).
 

@@ -62,6 +62,7 @@ def spec_of(settings: Settings, size: int) -> head_spec.Spec:
         fixed=cuts(settings)[0],
         gradient=settings.gradient,
         channels=settings.channels,
+        unit='' if settings.dataset == 'scenes' else 'm',
     )
 
 
@@ -127,8 +128,7 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
     names = ('AbsRel', 'RMSE', 'log10', 'SiLog', 'd1', 'd2', 'd3')
     table = {'RMSE (m)' if name == 'RMSE' else name: mean[name] for name in names}
     more = {name: mean[name] for name in ('SqRel', 'RMSElog')}
-    unit = '' if settings.dataset == 'scenes' else 'm'
-    about = dict(task='depth', head=settings.head, scores=table, unit=unit)
+    about = dict(task='depth', head=settings.head, scores=table, unit=spec.unit)
     task.keep(head.folder, about, shown)
     yield task.row(
         'depth', settings.head, table, protocol, **more, images_without_depth=few,

@@ -163,6 +163,15 @@ def check_size(size: int, patch_size: int, name: str) -> None:
         )
 
 
+def check_finite(name: str, x: np.ndarray) -> None:
+    """Raises where features (n, d) have NaN or inf; `name` is the set."""
+    if bad := (~np.isfinite(x)).any(axis=1).sum():
+        raise errors.UserError(
+            f'{name} features have NaN or inf in {bad} of {len(x)} rows; look for non-finite '
+            f'parameters in the checkpoint.'
+        )
+
+
 def round_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     """The next multiple of the devices that share a batch."""
     shards = mesh.shape['data'] * mesh.shape['fsdp']

@@ -75,6 +75,7 @@ class Spec:
     base: int | None = None  # ... in multiples of this short side; test images have it
     gradient: float = 0.0  # weight of `losses.gradient_loss`
     channels: int = 256  # width of a DPT head
+    unit: str = ''  # of depth, for pictures
 
     @property
     def recipe(self) -> Recipe:
@@ -135,7 +136,7 @@ class Spec:
     def protocol(self) -> dict:
         """What a row says of the head."""
         values = dataclasses.asdict(self.recipe) | dataclasses.asdict(self)
-        left_out = ['task', 'names'] + ['channels'] * ('dpt' not in self.head)
+        left_out = ['task', 'names', 'unit'] + ['channels'] * ('dpt' not in self.head)
         # What is off or has no meaning here is not said.
         values = {k: v for k, v in values.items() if v or k == 'seed'}
         values = {k: v for k, v in values.items() if k not in left_out}
@@ -178,7 +179,7 @@ def taps(model: Any, images: jax.Array, recipe: Recipe) -> dense.Taps:
       recipe: of the head.
     """
     vit = getattr(model, 'vit', None)
-    p = vit.patch_size if vit else model.patch_size
+    p = model.patch_size
     c, r = (vit.num_cls_tokens, vit.num_register_tokens) if vit else (0, 0)
     blocks = numbers(recipe, vit.depth if vit else 4)
     tokens = model(images, blocks=tuple(dict.fromkeys(blocks)))['blocks']
@@ -204,7 +205,7 @@ def forward(model, spec, images):
         t = model.transform
         images = photometry.normalize(images, t['mean'], t['std'])
     size = images.shape[1:3]
-    p = model.vit.patch_size if hasattr(model, 'vit') else model.patch_size
+    p = model.patch_size
     fill = [((-n % p) // 2, -n % p - (-n % p) // 2) for n in size]
     images = jnp.pad(images, [(0, 0), *fill, (0, 0)])
     return taps(model, images, spec.recipe), size

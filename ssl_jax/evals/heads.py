@@ -23,6 +23,7 @@ from etils import epath
 from ssl_jax import sharding
 from ssl_jax import step as step_lib
 from ssl_jax.data import fingerprint, pairs
+from ssl_jax.data import maps as maps_lib
 from ssl_jax.evals import dense_scores, features, head_spec
 from ssl_jax.models import dense
 from ssl_jax.run import checkpoint, errors, hashing, launch, peers, storage, trees
@@ -111,9 +112,8 @@ def fit(model: Any, source: Any, spec: head_spec.Spec, work: Any) -> Head:
 
 def _check_crop(spec, model):
     """Pixio's heads have no other sizes than whole patches."""
-    p = model.vit.patch_size if hasattr(model, 'vit') else model.patch_size
     for side in spec.crop if spec.recipe.pixio else ():
-        features.check_size(side, p, f'{spec.task}.crop')
+        features.check_size(side, model.patch_size, f'{spec.task}.crop')
 
 
 def _start(model, spec):
@@ -186,10 +186,10 @@ def _train(model, source, spec, work, state, saver):
     return state
 
 
-def _check_map(maps, spec):
+def _check_map(labels, spec):
     """Raises where a class is none of the names."""
     if spec.task == 'seg_head':
-        top = int(maps[maps != dense_scores.IGNORE].max(initial=0))
+        top = int(labels[labels != maps_lib.IGNORED].max(initial=0))
         if top >= len(spec.names):
             raise errors.UserError(
                 f'A class map has class {top}, and the source names {len(spec.names)} classes: '

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax import sharding
 from ssl_jax.data import sources
-from ssl_jax.evals import accuracy
+from ssl_jax.evals import accuracy, features
 from ssl_jax.fields import Range
 from ssl_jax.models import blocks
 from ssl_jax.run import errors, launch, peers
@@ -106,11 +106,7 @@ def knn(
         raise errors.UserError(f'ks={ks} must name at least one neighbour count, each 1 or more.')
     for name, x, y in (('train', train_x, train_y), ('test', test_x, test_y)):
         accuracy.check_labels(name, y, num_classes)
-        if bad := (~np.isfinite(x)).any(axis=1).sum():
-            raise errors.UserError(
-                f'{name} features have NaN or inf in {bad} of {len(x)} rows; look for non-finite '
-                f'parameters in the checkpoint.'
-            )
+        features.check_finite(name, x)
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     n = len(train_x)
     database = [put_rows(x, mesh) for x in (train_x, train_y, np.ones(n, bool))]

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssl_jax import sharding
-from ssl_jax.evals import accuracy, knn, linear
+from ssl_jax.evals import accuracy, features, knn, linear
 from ssl_jax.run import errors, peers
 
 CS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # of DINOv2
@@ -69,7 +69,7 @@ def probe(
     """
     for name, x, y in (('train', train_x, train_y), ('test', test_x, test_y)):
         accuracy.check_labels(name, y, num_classes)
-        check_finite(name, x)
+        features.check_finite(name, x)
     if not cs or min(cs) <= 0 or max_steps < 1:
         raise errors.UserError(f'cs={cs} must be above 0, at least one, and max_steps at least 1.')
     if len(train_y) < 2:
@@ -114,15 +114,6 @@ def protocol(cs: tuple, max_steps: int) -> dict:
         f'gradient of the mean is {GRADIENT:g} or a step gains less than {DECREASE:g}',
         cs=[float(c) for c in cs],
     )
-
-
-def check_finite(name: str, x: np.ndarray) -> None:
-    """Raises where features have NaN or inf."""
-    if bad := (~np.isfinite(x)).any(axis=1).sum():
-        raise errors.UserError(
-            f'{name} features have NaN or inf in {bad} of {len(x)} rows; look for non-finite '
-            f'parameters in the checkpoint.'
-        )
 
 
 def path(x, y, weight, cs, *, num_classes, max_steps=MAX_STEPS, mesh):

@@ -19,6 +19,7 @@ from ssl_jax.data import fingerprint, host
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features, task
 from ssl_jax.fields import Range
+from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.run import errors, hashing
 from ssl_jax.viz import tokens as tokens_lib
 
@@ -46,7 +47,7 @@ def evaluate(model, data: task.Data, settings: Settings, work: task.Work):
     if work.limit is not None and work.limit < len(source):
         chosen = features.pick(len(source), work.limit)
     blocks = default_blocks(model) if settings.blocks is None else settings.blocks
-    p = patch_size(model)
+    p = model.patch_size
     features.check_size(side, p, 'size')
     grid = side // p
 
@@ -115,11 +116,6 @@ def default_blocks(model) -> tuple:
     return (max(round(0.75 * depth) - 1, 0),) if depth > 1 else ()
 
 
-def patch_size(model) -> int:
-    """Pixels per side of a patch."""
-    return model.vit.patch_size if hasattr(model, 'vit') else model.patch_size
-
-
 def tokens(model, images, blocks: tuple) -> dict[str, jax.Array]:
     """{'patch_tokens' or 'block <n>': (B, N, D)} of the patches."""
     out = model(images, blocks=tuple(blocks))
@@ -140,7 +136,7 @@ def similarity(model, image_a, place: tuple[int, int], image_b, block: int | Non
     Returns:
       float32 (h, w), one number per patch of `image_b`.
     """
-    p = patch_size(model)
+    p = model.patch_size
     (rows, columns), (height, width) = image_b.shape[:2], image_a.shape[:2]
     row, column = place
     if not (0 <= row < height and 0 <= column < width):
@@ -149,11 +145,6 @@ def similarity(model, image_a, place: tuple[int, int], image_b, block: int | Non
     a, b = (np.asarray(tokens(model, x[None], blocks)[name][0]) for x in (image_a, image_b))
     query = a[row // p * (width // p) + column // p]
     return tokens_lib.similarity(query, b).reshape(rows // p, columns // p)
-
-
-def _unit(x):
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -168,7 +159,7 @@ def matches(x: jax.Array, grid: int) -> jax.Array:
       float32 (ceil(B / 2), N, 2): column and row of the patch, refined below one patch by the peak
       of the parabola through it and its two neighbours along each axis.
     """
-    x = jnp.pad(_unit(x), [(0, x.shape[0] % 2), (0, 0), (0, 0)])
+    x = jnp.pad(blocks_lib.l2_normalize(x), [(0, x.shape[0] % 2), (0, 0), (0, 0)])
     cosine = jnp.einsum('bnd,bmd->bnm', x[0::2], x[1::2], precision='highest')
     best = cosine.argmax(axis=2)
 

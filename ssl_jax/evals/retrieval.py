@@ -30,6 +30,7 @@ from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import accuracy, features, task
+from ssl_jax.models import blocks
 from ssl_jax.run import errors, hashing, peers, storage
 
 NEEDS = ''  # labels, or a ground truth
@@ -92,10 +93,7 @@ def embed(model, source, work: task.Work) -> tuple[dict, np.ndarray, np.ndarray 
     return whole['features'], whole['id'], whole.get('label')
 
 
-@jax.jit
-def _normalized(x):
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+_normalized = jax.jit(blocks.l2_normalize)
 
 
 def protocol(work: task.Work, name: str) -> dict:

@@ -18,7 +18,6 @@ References:
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -32,7 +31,7 @@ from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import dense_scores, features, knn, linear, logreg, task
 from ssl_jax.fields import Range
-from ssl_jax.run import errors, peers
+from ssl_jax.run import errors
 
 NEEDS = 'segmentation'
 METRICS = ('cosine', 'L2')
@@ -105,7 +104,10 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         )
     names = maps_lib.class_names(train_source, test_source)
     num_classes = len(names)
-    read = functools.partial(_said, work)
+
+    def read(forward, source, **options):
+        return features.told(work.batches(forward, source, **options), len(source), work.log)
+
     train = collect(model, read, train_source, num_classes, settings.max_patches)
     held = np.isin(train['image'], linear.split(len(train_source), 0)[1])
     scaled = standardise(train, ~held)
@@ -153,7 +155,7 @@ def _shown(source, work, ids, labels, predicted, num_classes):
     def pixels(patches):  # (B, N, m or 1)
         shape = math.isqrt(labels.shape[1]), math.isqrt(labels.shape[2])
         found = np.broadcast_to(patches, labels.shape)[: task.SHOWN]
-        found = np.where(found == num_classes, 255, found).astype(np.uint8)
+        found = np.where(found == num_classes, maps_lib.IGNORED, found).astype(np.uint8)
         found = found.reshape(-1, shape[0], shape[0], shape[1], shape[1]).swapaxes(2, 3)
         return found.reshape(len(found), shape[0] * shape[1], -1)
 
@@ -163,18 +165,6 @@ def _shown(source, work, ids, labels, predicted, num_classes):
     ]
     predicted = predicted.reshape(*labels.shape[:2], -1)
     return list(zip(images, pixels(labels), pixels(predicted), strict=True))
-
-
-def _said(work, forward, source, **options):
-    """`work.batches` with lines of progress."""
-    start = said = time.monotonic()
-    for i, batch in enumerate(work.batches(forward, source, **options)):
-        peers.progress()
-        yield batch
-        now, done = time.monotonic(), (i + 1) * len(batch['id'])
-        if now - said > 10 and done < len(source):
-            said, left = now, (now - start) / done * (len(source) - done)
-            work.log(f'seg: {done} of {len(source)} images, {left:.0f} s left')
 
 
 def _knn(train, placed, held, settings, num_classes, work):
@@ -283,7 +273,7 @@ def _read(model, read, source, num_classes):
         )
         if not len(ids):
             continue
-        unknown = (maps >= num_classes) & (maps != 255)
+        unknown = (maps >= num_classes) & (maps != maps_lib.IGNORED)
         if unknown.any():
             i = int(np.flatnonzero(unknown.any(axis=(1, 2)))[0])
             raise errors.UserError(
@@ -291,7 +281,7 @@ def _read(model, read, source, num_classes):
                 f'{maps[i][unknown[i]].max()}, but there are {num_classes} classes: labels are 0 '
                 f'to {num_classes - 1}, and 255 where ignored.'
             )
-        maps = np.where(maps == 255, num_classes, maps.astype(np.uint16))
+        maps = np.where(maps == maps_lib.IGNORED, num_classes, maps.astype(np.uint16))
         grid = math.isqrt(x.shape[1])
         side = maps.shape[1] // grid
         maps = maps.reshape(-1, grid, side, grid, side).swapaxes(2, 3)
@@ -349,7 +339,7 @@ def standardise(train: dict, fit: np.ndarray) -> Callable:
 
     for b in blocks:
         x[b] = scaled(x[b])
-    logreg.check_finite('train', x)
+    features.check_finite('train', x)
     return scaled
 
 

@@ -27,13 +27,13 @@ import numpy as np
 import PIL.Image
 
 from ssl_jax import sharding
-from ssl_jax.data import fingerprint, host
-from ssl_jax.evals import features, pck, task
+from ssl_jax.data import fingerprint, host, maps
+from ssl_jax.evals import features, task
 from ssl_jax.fields import Range
+from ssl_jax.models import blocks
 from ssl_jax.run import errors, hashing, launch, metrics, peers, storage, threads
 
 NEEDS = 'segmentation'
-IGNORED = 255
 BOUNDARY = 0.008  # of the diagonal: how far an outline may be off, as in DAVIS
 MAX_FRAMES = 8  # encoded at a time
 CHUNK = 256  # patches that look for their neighbours at a time
@@ -65,11 +65,11 @@ def evaluate(model, data: task.Data, settings: Settings, work: task.Work):
         )
     about = dict(
         of='patch tokens after the final norm, L2-normalised',
-        short_side=_sides(100, 100, settings.short_side, pck.patch_size(model))[0],
+        short_side=_sides(100, 100, settings.short_side, model.patch_size)[0],
         interpolation='bicubic, antialiased (Pillow); labels nearest',
         mean=list(work.transform['mean']),
         std=list(work.transform['std']),
-        patch_size=pck.patch_size(model),
+        patch_size=model.patch_size,
         context=f'first and last {settings.frames} frames',
         radius=settings.radius,
         neighbours=settings.neighbours,
@@ -78,7 +78,7 @@ def evaluate(model, data: task.Data, settings: Settings, work: task.Work):
         scored='all frames but the first and the last',
         classes='those of the first frame'
         + (f' without {background}' if background is not None else ''),
-        ignore=IGNORED,
+        ignore=maps.IGNORED,
         boundary=BOUNDARY,
         average='over frames, then over classes of all sequences',
         sequences=len(found),
@@ -147,13 +147,13 @@ def sequences(source, limit: int | None = None) -> dict[str, list[int]]:
 
 def _sequence(model, source, indices, settings, background, work):
     """[(class, J, F, J and F of the first labels)] of one sequence."""
-    p, first, sums, count = pck.patch_size(model), None, 0, 0
+    p, first, sums, count = model.patch_size, None, 0, 0
     frames = _frames(model, source, indices, settings, work)
     for number, (x, labels, sides) in enumerate(frames):
         peers.progress()
         if first is None:
             first, grid = labels, (sides[0] // p, sides[1] // p)
-            classes = [int(c) for c in np.unique(labels) if c != IGNORED]
+            classes = [int(c) for c in np.unique(labels) if c != maps.IGNORED]
             scored = [c for c in classes if c != background]
             memory = Memory(x, patch_labels(labels, classes, grid), settings.frames)
             continue
@@ -161,7 +161,7 @@ def _sequence(model, source, indices, settings, background, work):
         if number == len(indices) - 1:  # DAVIS leaves it out
             break
         index = np.asarray(decode(soft, grid, sides))
-        found = np.array([*classes, *[IGNORED] * 256])[index].astype(np.uint8)
+        found = np.array([*classes, *[maps.IGNORED] * 256])[index].astype(np.uint8)
         found = cv2.resize(found, labels.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         rows = [(*region_and_outline(found, labels, c), *region_and_outline(first, labels, c))
                 for c in scored]  # fmt: skip
@@ -171,7 +171,7 @@ def _sequence(model, source, indices, settings, background, work):
 
 def _frames(model, source, indices, settings, work) -> Iterator[tuple]:
     """Yields (L2-normalised tokens (N, D), labels (H, W), (height, width) encoded) per frame."""
-    p, size = pck.patch_size(model), None
+    p, size = model.patch_size, None
 
     def read(i):
         try:
@@ -213,11 +213,7 @@ def _frames(model, source, indices, settings, work) -> Iterator[tuple]:
 def _everywhere(mesh):
     """L2-normalised tokens, whole on every device."""
 
-    def unit(x):
-        x = x.astype(jnp.float32)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-    return jax.jit(unit, out_shardings=sharding.replicated(mesh))
+    return jax.jit(blocks.l2_normalize, out_shardings=sharding.replicated(mesh))
 
 
 def _sides(height, width, short_side, p):
@@ -327,7 +323,7 @@ def region_and_outline(found: np.ndarray, truth: np.ndarray, label: int) -> tupl
       found, truth: uint8 (H, W) classes; pixels that the truth ignores count in neither.
       label: the class.
     """
-    counted = truth != IGNORED
+    counted = truth != maps.IGNORED
     a, b = (found == label) & counted, (truth == label) & counted
     union = (a | b).sum()
     return (float((a & b).sum() / union) if union else 1.0), outline_f(a, b)

@@ -49,7 +49,7 @@ def reconstruction_grid(pictures: dict[str, np.ndarray], path) -> None:
       path: of the PNG.
     """
     columns = [(key, name) for key, name in COLUMNS if key in pictures]
-    rows = list(zip(*(_uint8(pictures[key]) for key, _ in columns), strict=True))
+    rows = list(zip(*(uint8(pictures[key]) for key, _ in columns), strict=True))
     _sheet(rows, [name for _, name in columns], path)
 
 
@@ -61,9 +61,9 @@ def attention_maps(weights: np.ndarray, images: np.ndarray, path) -> None:
       images: (B, H, W, 3) uint8 or in [0, 1].
       path: of the PNG.
     """
-    weights, images = np.asarray(weights, np.float32)[:, :6], _uint8(images)
+    weights, images = np.asarray(weights, np.float32)[:, :6], uint8(images)
     bright = weights / np.maximum(weights.max(axis=(2, 3), keepdims=True), 1e-12)
-    maps = _uint8(np.stack([_enlarge(x, images.shape[1:3]) for x in bright]))
+    maps = uint8(np.stack([_enlarge(x, images.shape[1:3]) for x in bright]))
     rows = [
         [image, *np.repeat(x[..., None], 3, axis=-1)] for image, x in zip(images, maps, strict=True)
     ]
@@ -72,7 +72,7 @@ def attention_maps(weights: np.ndarray, images: np.ndarray, path) -> None:
 
 def contact_sheet(images: np.ndarray, path) -> None:
     """Draws images (B, H, W, 3), uint8 or in [0, 1], in raster order on an about square sheet."""
-    images = _uint8(images)
+    images = uint8(images)
     columns = math.ceil(math.sqrt(len(images)))
     rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
     _sheet(rows, None, path)
@@ -102,7 +102,7 @@ def pca_patches(
     tokens = tokens_lib.centred(tokens, mean)
     whole = tokens_lib.colours(tokens, grid)
     front = tokens_lib.colours(tokens, grid, tokens_lib.foreground(tokens, grid))
-    images = _uint8(images)
+    images = uint8(images)
     large = [_enlarge(colours, images.shape[1:3]) for colours in (whole, front)]
     tiles = [tile for row in zip(images, *large, strict=True) for tile in row]
     per_row = 3 if len(images) == 1 else 6
@@ -130,7 +130,7 @@ def segmentation_rows(
     """
     colours = class_colours(len(classes))
     maps = {name: np.asarray(x) for name, x in maps.items()}
-    columns = [_uint8(images), *(colours[x] for x in maps.values())]
+    columns = [uint8(images), *(colours[x] for x in maps.values())]
     found = np.unique(np.concatenate([x.reshape(-1) for x in maps.values()]))
     legend = [(colours[i], str(classes[i])) for i in found if i < len(classes)]
     legend += [(colours[IGNORED], 'ignored')] * bool((found == IGNORED).any())
@@ -154,7 +154,7 @@ def depth_rows(
     first = next(iter(maps.values()))
     measured = first[first > 0]
     low, high = (measured.min(), measured.max()) if len(measured) else (0.0, 1.0)
-    columns = [_uint8(images)]
+    columns = [uint8(images)]
     for depth in maps.values():
         columns.append(np.where((depth > 0)[..., None], heat(depth, low, high), np.uint8(255)))
     names, bar = ['image', *maps], [f'{x:.3g} {unit}'.strip() for x in (low, high)]
@@ -328,7 +328,8 @@ def _flatten(row, prefix=''):
             yield prefix + key, value
 
 
-def _uint8(x):
+def uint8(x: np.ndarray) -> np.ndarray:
+    """Colours in [0, 1] as uint8; uint8 stays as it is."""
     x = np.asarray(x)
     if x.dtype == np.uint8:
         return x

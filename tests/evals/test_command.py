@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from ssl_jax.data import scenes, sources
 from ssl_jax.evals import command, seg, task
@@ -54,3 +55,11 @@ def test_a_file_keeps_the_rows_of_other_evaluations(tmp_path):
         command._report(rows, run, tmp_path, None)
     kept = json.loads((tmp_path / 'eval_3.json').read_text())
     assert [(row['eval'], row['scores']['x']) for row in kept] == [('depth', 2.0), ('seg', 4.0)]
+
+
+def test_kept_evaluations_of_other_weights_are_refused(tmp_path):
+    folder = tmp_path / 'evals' / '3'
+    command._check_weights(epath.Path(folder), {'tensors': {'a': 1}})
+    command._check_weights(epath.Path(folder), {'tensors': {'a': 1}})
+    with pytest.raises(errors.UserError, match='of other weights than this checkpoint: delete it'):
+        command._check_weights(epath.Path(folder), {'tensors': {'a': 2}})
