@@ -111,7 +111,7 @@ def _tokens(model, source, work):
         return {'patch': model(images)['patch_tokens'].astype(jnp.float16)}
 
     tokens, labels, bad = [], [], []
-    for batch in work.batches(forward, source):
+    for batch in features.told(work.batches(forward, source), len(source), work.log):
         bad += features.left_out(batch)
         tokens.append(batch['features']['patch'][batch['mask']])
         labels.append(batch['label'][batch['mask']])

@@ -29,7 +29,7 @@ from etils import epath
 from ssl_jax import encoder, sharding
 from ssl_jax.data import fingerprint, host, sources
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.evals import features, monitors
+from ssl_jax.evals import features, monitors, task
 from ssl_jax.run import checkpoint, errors, hashing, launch, peers, storage, weights
 from ssl_jax.viz import draw
 
@@ -340,12 +340,7 @@ def table(rows: list[dict]) -> str:
             for name in columns
         ]
         lines.append((f'{row["step"]}', *cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple('-' * width for width in widths))
-    return '\n'.join(
-        '  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return '\n'.join(task.aligned(lines, range(len(lines[0]))))
 
 
 def _best(rows, name):

@@ -234,15 +234,7 @@ def table(rows: list[dict]) -> str:
         top = f'{row["top1"]:.2f}', f'{row["top5"]:.2f}'
         names = row['model'], row['eval'], row['feature']
         lines.append((*names, *top, row['protocol_id'], _brief(row)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1] + [8]
-    lines.insert(1, tuple('-' * width for width in widths))
-    out = []
-    for line in lines:
-        cells = [
-            cell.rjust(width) if i in (3, 4) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        out.append('  '.join(cells).rstrip())
+    out = task_lib.aligned(lines, (3, 4))
     if scored:
         p = scored[0]['protocol']
         guess = 'by guessing'

@@ -21,7 +21,7 @@ import importlib
 import io
 import json
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -167,9 +167,12 @@ def run(name: str, model: Any, data: Data, settings: Any, work: Work) -> list[di
                 f'the evaluation {name!r} needs images with {module.NEEDS!r}, and '
                 f'{source.describe(0)} has none: see docs/maps.md for how to give them.'
             )
+    values = dataclasses.asdict(settings)
+    paths = [x for x in values.values() if isinstance(x, str) and x and epath.Path(x).is_file()]
     key = dict(
         task=name,
-        settings=dataclasses.asdict(settings),
+        settings=values,
+        files=[hashing.digest(storage.read(path)) for path in paths],  # such as a ground truth
         data=data.protocol(),
         transform=work.transform,
         limit=work.limit,
@@ -194,19 +197,29 @@ def table(rows: list[dict]) -> str:
         for r in found:
             scores = [_number(r['scores'].get(key)) for key in metrics]
             lines.append((r['model'], name, r['feature'], *scores, r['protocol_id']))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, tuple('-' * width for width in widths))
-        texts = [
-            '  '.join(
-                cell.rjust(width) if 3 <= i < len(line) - 1 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        texts = aligned(lines, range(3, 3 + len(metrics)))
         protocols = {r['protocol_id']: r['protocol'] for r in found}
         texts += [f'{key}: {_phrase(protocol)}' for key, protocol in protocols.items()]
         blocks.append('\n'.join(texts))
     return '\n\n'.join(blocks)
+
+
+def aligned(lines: list[tuple], numbers: Container[int]) -> list[str]:
+    """Rows of cells, the headers first, as lines of text with a rule below the headers.
+
+    Args:
+      lines: tuples of strings, as many in each.
+      numbers: columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = tuple('-' * width for width in (*widths[:-1], len(lines[0][-1])))
+    return [
+        '  '.join(
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (lines[0], rule, *lines[1:])
+    ]
 
 
 def _number(value):

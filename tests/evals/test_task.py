@@ -53,6 +53,21 @@ def test_a_result_is_kept_for_the_same_settings_and_images(tmp_path, calls):
     assert calls == [3, 4, 3]
 
 
+def test_a_file_that_settings_name_stands_for_its_content(tmp_path, calls):
+    @dataclasses.dataclass(frozen=True)
+    class Named:
+        k: int = 3
+        truth: str = str(tmp_path / 'truth.json')
+
+    data, model = task.Data(scenes.Scenes(4, 16)), encoder.Pixels(4, TRANSFORM)
+    for text in ('{}', '{}', '[]'):
+        (tmp_path / 'truth.json').write_text(text)
+        task.run('count', model, data, Named(), work(tmp_path))
+    assert len(calls) == 2
+    folder = dataclasses.replace(Named(), truth=str(tmp_path))  # as `kitti` may be one
+    assert task.run('count', model, data, folder, work(tmp_path))
+
+
 def test_rows_of_other_protocols_have_other_ids(tmp_path, calls):
     ids = [rows(tmp_path, k=k)[0]['protocol_id'] for k in (1, 2, 1)]
     assert ids[0] == ids[2] != ids[1]
