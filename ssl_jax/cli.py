@@ -83,7 +83,7 @@ def _parser():
         p.add_argument('hints', nargs='*', metavar='NAME=VALUE', help=text)
 
     p = command(pretrain, help='train an encoder on your images')
-    data(p, 'folder of images, Parquet file or folder, ArrayRecord files')
+    data(p, 'folder of images, tar, Parquet or ArrayRecord files')
     p.add_argument('--method', help='mae (the default), pixio, dinov2, splitmask or beit')
     p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
     p.add_argument('--workdir', required=True, help='folder of the run; start again to continue')
@@ -136,7 +136,7 @@ def _parser():
 
     p = command(explore, help='a local web page to try an encoder on your images')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
-    data(p, 'folder of images, Parquet, ArrayRecord files', required=True)
+    data(p, 'folder of images, tar, Parquet or ArrayRecord files', required=True)
     p.add_argument('--port', type=_positive, default=7860, help='default: 7860')
     p.add_argument(
         '--host', default='127.0.0.1', help='0.0.0.0: everyone who reaches this machine may look'
@@ -147,7 +147,7 @@ def _parser():
 
     p = command(features, help='features of every image in a Parquet file')
     p.add_argument('--model', required=True, help='a run, an export, an HF or timm folder, a file')
-    data(p, 'folder of images, Parquet, ArrayRecord files', required=True)
+    data(p, 'folder of images, tar, Parquet or ArrayRecord files', required=True)
     p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')

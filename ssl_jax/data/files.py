@@ -308,14 +308,14 @@ def left_out(left: Left) -> list[str]:
 # Content.
 
 
-def read_bytes(path: str, size: int = -1) -> bytes:
-    """The content of a local or remote file, or its first bytes.
+def read_bytes(path: str, size: int | None = None, start: int = 0) -> bytes:
+    """The content of a local or remote file, or `size` bytes of it from byte `start`.
 
     Raises:
       DecodeError: it is no regular file. A FIFO would make the reader wait for ever.
     """
     if storage.is_remote(path):
-        return bulk.read(path) if size < 0 else bucket.read(path, size)
+        return bulk.read(path, start, size)
 
     def opener(name, flags):
         return os.open(name, flags | getattr(os, 'O_NONBLOCK', 0))
@@ -323,6 +323,7 @@ def read_bytes(path: str, size: int = -1) -> bytes:
     with open(path, 'rb', opener=opener) as f:
         if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
             raise host.DecodeError('no regular file, but a pipe, socket or device')
+        f.seek(start)
         return f.read(size)
 
 

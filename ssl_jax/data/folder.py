@@ -101,7 +101,8 @@ class Folder(maps.WithMaps):
             names, said = _listed_split(found.splits, names, split, purpose, path)
             notes = said + notes
         elif not within and not pairs:
-            names, inside, drop, said = _one_split(path, names, split, purpose)
+            chosen, inside, drop, said = one_split(path, names, split, purpose)
+            names = [names[i].removeprefix(f'{inside}/') for i in chosen]
             if inside:
                 self.path = os.path.join(path, inside)
             notes = said + notes
@@ -109,9 +110,9 @@ class Folder(maps.WithMaps):
         self.ignored = sum(count for count, _ in left.values())
         self.labels, self.classes, said = None, None, []
         if not (found and found.layout):  # whose folders are cities or scenes
-            self.labels, self.classes, said = _labels(names, drop)
+            self.labels, self.classes, said = labels_of(names, drop)
             if not (found or said) and self.labels is None and drop is not None:  # flat splits
-                self.labels, self.classes, said = _labels(names)
+                self.labels, self.classes, said = labels_of(names)
         self.notes = (*notes, *said)
         if classes is not None and found and self.labels is None:
             map_classes = map_classes or classes
@@ -214,14 +215,19 @@ def _listed_split(found, names, split, purpose, path):
     return [name for name in names if name in chosen], said
 
 
-def _one_split(path, names, split, purpose):
-    """The images of the split to use, of all if the folder has no splits.
+def one_split(path, names, split, purpose):
+    """The images of the split to use, of all if there are no splits.
+
+    Args:
+      path: for messages.
+      names: of images, relative.
+      split, purpose: see `Folder`.
 
     Returns:
-      (names, folder that all lie in and which they are now relative to, or '', depth of the folder
-      that is a split and no class, or None, sentences for the log).
+      (indices of the images, folder that all lie in, to be cut from their names, or '', depth of
+      the folder that is a split and no class, or None, sentences for the log).
     """
-    parents = [os.path.dirname(name) for name in names]
+    parents, every = [os.path.dirname(name) for name in names], range(len(names))
     where = files.printable(path)
     found = splits.level(set(parents))
     if found is None:
@@ -229,7 +235,7 @@ def _one_split(path, names, split, purpose):
             tops = sorted({name.split('/')[0] for name in names if '/' in name})
             hint = errors.nearest(split, tops)
             raise FileNotFoundError(f'{where} has no folder {split!r}{hint}')
-        return names, '', None, []
+        return every, '', None, []
     depth, kinds = found
 
     def own(parent):
@@ -240,10 +246,11 @@ def _one_split(path, names, split, purpose):
     own = {parent: own(parent) for parent in set(parents)}
     choices = splits.choose(kinds, split, purpose, where)
     if choices is None:
-        return names, '', depth, []
+        return every, '', depth, []
     for choice in (*choices, choices[0]):  # the first if none has labels
-        chosen = [n for n, p in zip(names, parents, strict=True) if own[p] in choice]
-        if len(choices) == 1 or _labels(chosen, depth)[0] is not None:
+        chosen = [i for i, p in enumerate(parents) if own[p] in choice]
+        labels = labels_of([names[i] for i in chosen], depth)[0] if len(choices) > 1 else None
+        if len(choices) == 1 or labels is not None:
             break
     used, left = {}, {}
     for parent in parents:
@@ -254,11 +261,10 @@ def _one_split(path, names, split, purpose):
     tops = {'/'.join(p.split('/')[: depth + 1]) for p in parents if own[p] in choice}
     if len(tops) > 1:
         return chosen, '', depth, said
-    inside = tops.pop()
-    return [name[len(inside) + 1 :] for name in chosen], inside, None, said
+    return chosen, tops.pop(), None, said
 
 
-def _labels(names, drop=None):
+def labels_of(names, drop=None):
     """Labels from the folders at the level where images divide.
 
     Args:

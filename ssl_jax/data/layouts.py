@@ -24,11 +24,12 @@ MAPS = {
         *('labels', 'label', 'annotations', 'annotation', 'masks', 'mask', 'segmentationclass'),
         *('segmentationclassaug', 'segmentation', 'segmentations', 'gtfine', 'gt', 'groundtruth'),
         *('ground_truth', 'masks_png', 'label_maps', 'labelmaps', 'semantic', 'annot', 'annots'),
+        'seg',
     ),
     'depth': ('depth', 'depths', 'depth_maps', 'depth_map'),
 }
 OF_DEPTH = 'nyuv2', 'kitti'
-_KIND = {name: kind for kind, names in MAPS.items() for name in names}
+KIND = {name: kind for kind, names in MAPS.items() for name in names}
 _RANK = {name: k for names in MAPS.values() for k, name in enumerate(names)}
 
 VOC = (
@@ -179,10 +180,10 @@ def _role(part):
     """
     part = part.lower()
     for name in (part, *part.replace('-', '_').split('_')):
-        if name in IMAGES or name in _KIND:
+        if name in IMAGES or name in KIND:
             rest = part.replace(name, '', 1).strip('_-')
             if not rest or splits.role(rest):
-                return ('image' if name in IMAGES else _KIND[name]), _RANK.get(name), rest
+                return ('image' if name in IMAGES else KIND[name]), _RANK.get(name), rest
     return None
 
 

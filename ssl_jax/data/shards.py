@@ -16,7 +16,7 @@ def expand(
     """Files of a sharded data set, in sorted order.
 
     Args:
-      path: a file, a glob, or a folder.
+      path: a file, a glob, a pattern with braces ({000..127} or {a,b}), or a folder.
       split: the name of a split, or 'all'; None: that of `purpose`, if the folder has several.
       suffix: of the files in a folder; -00000-of-00002 may follow.
       purpose: see `splits.PURPOSES`.
@@ -26,7 +26,10 @@ def expand(
     """
     path = os.fspath(path)
     wanted = None if split == 'all' else split
-    if glob.has_magic(path) and not files.exists(path):
+    several = _braces(path) if '{' in path and not files.exists(path) else [path]
+    if len(several) > 1:
+        names = [name for one in several for name in _matching(one)]
+    elif glob.has_magic(path) and not files.exists(path):
         names = _matching(path)
         if not names:
             raise FileNotFoundError(f'No file matches {path}: check the pattern.')
@@ -47,8 +50,26 @@ def expand(
     return [(chosen, [])]
 
 
+def _braces(pattern):
+    """The patterns that one with braces stands for, as a shell has it: {000..127}, {a,b}."""
+    found = re.search(r'\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}', pattern)
+    if not found:
+        return [pattern]
+    first, last, words = found.groups()
+    if words is None:
+        width = len(first) if first.startswith('0') or len(first) == len(last) else 0
+        words = [str(k).zfill(width) for k in range(int(first), int(last) + 1)]
+    else:
+        words = words.split(',')
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [text for word in words for text in _braces(f'{before}{word}{after}')]
+
+
 def _matching(pattern):
-    """Files that match a glob, sorted; in a bucket too."""
+    """Files that match a glob, sorted; in a bucket too. A path without * must exist."""
+    if not glob.has_magic(pattern):
+        files.require(pattern)
+        return [pattern]
     if not storage.is_remote(pattern):
         return sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
     parts = pattern.split('/')

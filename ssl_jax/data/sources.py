@@ -23,13 +23,14 @@ import contextlib
 import glob
 import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ssl_jax import fields
-from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes
+from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes, tar
 from ssl_jax.run import errors, hashing, threads
 
 
@@ -75,6 +76,7 @@ SOURCES = {
     'parquet': parquet.Parquet,
     'tfds': records.Tfds,
     'array_record': records.ArrayRecord,
+    'tar': tar.Tar,
     'arrays': Arrays,
     'scenes': scenes.Scenes,
 }
@@ -85,11 +87,10 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
     """Opens the images that `spec` names.
 
     Args:
-      spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them, an
-        ArrayRecord file), or
-        a mapping with `source`, a name in SOURCES, and the arguments of that class. Values that are
-        None or '' count as not given. Arguments of other sources are allowed, so that a config can
-        switch `source` and leave the rest.
+      spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them,
+        ArrayRecord files, tar files), or a mapping with `source`, a name in SOURCES, and the
+        arguments of that class. Values that are None or '' count as not given. Arguments of other
+        sources are allowed, so that a config can switch `source` and leave the rest.
       purpose: what the images are for, 'train', 'test' or 'all': which split is used of a folder
         that has several, if `spec` names none, see `splits.PURPOSES`.
 
@@ -133,12 +134,14 @@ def _kind(path):
         return 'parquet'
     if '.array_record' in os.path.basename(path):
         return 'array_record'
+    if re.search(r'\.(tar|tgz|tar\.\w+)$', path):
+        return 'tar'
     if glob.has_magic(path) and not files.exists(path):
         return 'folder'
     files.require(path)
     if not files.is_folder(path):
         raise errors.UserError(
-            f'{path} is neither a folder, nor *.parquet, nor *.array_record*: '
+            f'{path} is neither a folder, nor *.parquet, nor *.array_record*, nor *.tar: '
             'give the folder that holds the images.'
         )
     return _kind_of_folder(path)
@@ -147,7 +150,7 @@ def _kind(path):
 def _kind_of_folder(path):
     """The kind of the topmost files of a data set in a folder: no class folders are looked into."""
     path = path.rstrip('/') or path
-    level, parquet_without = [path], False
+    level, last = [path], 'folder'  # which counts if there are no images beside it
     for _ in range(5):  # archive/data/default/train/0000.parquet
         below = []
         for parent in level[:100]:
@@ -156,14 +159,17 @@ def _kind_of_folder(path):
                 shards = [os.path.join(parent, n) for n in names if n.endswith('.parquet')]
                 if shards and parquet.holds_images(shards[0]):
                     return 'parquet'
-                parquet_without |= bool(shards)
+                if shards:
+                    last = 'parquet'
                 if any('.array_record' in n for n in names):
                     return 'array_record'
                 if any(map(files.is_image, names)):
                     return 'folder'
+                if any(n.endswith('.tar') for n in names):
+                    last = 'tar'
                 below += [os.path.join(parent, n) for n in folders]
         level = below
-    return 'parquet' if parquet_without else 'folder'
+    return last
 
 
 # What commands say of a source, and what they ask of its labels.

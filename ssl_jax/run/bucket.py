@@ -123,6 +123,11 @@ class Ranges(io.RawIOBase):
         self._at += len(data)
         return data
 
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
 
 def write(path: str | os.PathLike, data: bytes) -> None:
     """Writes an object; readers see the old one or the new one."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole objects of a bucket for many threads: TensorStore's client, which works outside the GIL.
+"""Objects of a bucket for many threads: TensorStore's client, which works outside the GIL.
 
 All requests of gcsfs share one Python thread, which waits for its turn among the threads that
 decode. TensorStore takes half of the CPU time per object (`experiments/bench/bucket_read.py`).
@@ -9,26 +9,39 @@ import functools
 
 import tensorstore as ts
 
-from ssl_jax.run import bucket, patience
+from ssl_jax.run import bucket, errors, patience
 
 STALLED = 120.0  # seconds without an answer until a request is sent anew
 
 
-def read(path: str) -> bytes:
-    """The content of an object, in one request; an outage is waited for.
+def read(path: str, start: int = 0, size: int | None = None, stamp: str = '') -> bytes:
+    """The content of an object, or `size` bytes of it, in one request; an outage is waited for.
+
+    Args:
+      path: of the object.
+      start, size: in bytes.
+      stamp: of an object of gs:// as `bucket.stat` has it, which must not have changed.
 
     Raises:
       FileNotFoundError: it is absent.
-      UserError: the bucket did not answer, or refused, for longer than the patience.
+      UserError: the bucket did not answer, or refused, for longer than the patience; or the object
+        has another stamp by now.
     """
+    if size == 0:
+        return b''
     if bucket.scheme(path) != 'gs':
-        return bucket.read(path)
+        return bucket.read(path, size, start)
+    part = None if size is None else slice(start, start + size)
+    found = patience.patiently(path, lambda: _read(path, part), 'start again when it answers')
+    # TensorStore has the generation in these bytes, behind one of its own.
+    if stamp and int(stamp).to_bytes(8, 'little') not in found.stamp.generation:
+        raise errors.UserError(f'{path} was written anew while it is read: start again.')
+    return found.value
+
+
+def _read(path, part):
     name, _, key = path.partition('://')[2].partition('/')
-    return patience.patiently(path, lambda: _read(path, name, key), 'start again when it answers')
-
-
-def _read(path, name, key):
-    future = _store(name).read(key)
+    future = _store(name).read(key, byte_range=part)
     try:
         found = future.result(timeout=min(STALLED, patience.seconds()))
     except TimeoutError:
@@ -40,7 +53,7 @@ def _read(path, name, key):
         raise FileNotFoundError(f'{path}: {error}') from error  # no name that an object can have
     if found.state == 'missing':
         raise FileNotFoundError(f'{path} does not exist')
-    return found.value
+    return found
 
 
 @functools.cache

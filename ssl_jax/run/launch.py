@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -209,6 +209,12 @@ def process_seconds() -> float:
             return max(0.0, float(uptime.read().split()[0]) - ticks / os.sysconf('SC_CLK_TCK'))
     except (OSError, ValueError, IndexError):
         return 0.0
+
+
+def share(items: Sequence) -> list:
+    """`items` in an order that begins at another one on each process."""
+    first = len(items) * jax.process_index() // jax.process_count()
+    return [*items[first:], *items[:first]]
 
 
 def cores() -> int:

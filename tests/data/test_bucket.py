@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import shutil
 import signal
+import tarfile
 import threading
 import time
 import types
@@ -80,7 +81,24 @@ def make_records(path):
     write(path / 'classes.txt', b'owl\nyak\n')
 
 
-MAKE = {'folder': make_folder, 'parquet': make_parquet, 'array_record': make_records}
+def make_tar(path):
+    path.mkdir(parents=True, exist_ok=True)
+    for shard in range(2):
+        with tarfile.open(path / f'train-{shard:05d}.tar', 'w') as archive:
+            for i in range(6 * shard, 6 * shard + 6):
+                for name, data in ((f'{i:03d}.png', png(i)), (f'{i:03d}.cls', b'01'[i % 2 :][:1])):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    write(path / 'classes.txt', b'owl\nyak\n')
+
+
+MAKE = {
+    'folder': make_folder,
+    'parquet': make_parquet,
+    'array_record': make_records,
+    'tar': make_tar,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +155,9 @@ def test_a_copy_has_the_same_content_and_a_changed_object_another_fingerprint(
     assert sources.open_source(bucket.root).fingerprint == before
     local = sources.open_source(str(tmp_path / 'copy')).fingerprint
     assert fingerprint.content(local) == fingerprint.content(before)
-    last = sorted(o.name for o in bucket_lib.walk(bucket.root) if not o.name.endswith('.txt'))[-1]
+    last = sorted(
+        o.name for o in bucket_lib.walk(bucket.root) if not o.name.endswith(('.txt', '.index'))
+    )[-1]
     data = bucket_lib.read(f'{bucket.root}/{last}')
     bucket_lib.write(f'{bucket.root}/{last}', data)  # the same, written anew
     again = sources.open_source(bucket.root).fingerprint
@@ -373,7 +393,7 @@ def test_images_beside_parquet_and_in_another_bucket_are_read(bucket, folder, tm
 
 
 @pytest.mark.parametrize('rules', [{'status': 503}, {'status': 429}, {'drop': 1}, {'hang': 1}])
-@pytest.mark.parametrize('kind', ['folder', 'array_record'])
+@pytest.mark.parametrize('kind', ['folder', 'array_record', 'tar'])
 def test_a_batch_waits_out_an_outage_and_counts_no_image_as_bad(
     kind, rules, bucket, tmp_path, monkeypatch
 ):
@@ -423,6 +443,42 @@ def test_an_outage_while_parquet_is_read_is_a_sentence(bucket, tmp_path, monkeyp
     assert len(batches(sources.open_source(bucket.root))) == 3  # nothing half-written is used
 
 
+def test_tar_shards_cost_an_index_once_and_then_a_request_per_image(bucket, tmp_path):
+    make_tar(tmp_path / 'copy')
+    upload(tmp_path / 'copy', bucket.root)
+    sources.open_source(bucket.root)
+    bucket.requests()
+    source = sources.open_source(bucket.root)  # as the next host does, and the next start
+    asked = bucket.requests()
+    # Two indexes, two beginnings for the fingerprint, the class names; no header of a member.
+    assert asked['GET list'] == 1 and asked['GET media'] <= 5 and not asked['POST upload']
+    assert source[0] and source[11] and bucket.requests() == {'GET media': 2}
+
+
+def test_tar_shards_of_somebody_else_are_indexed_in_the_cache(bucket, tmp_path):
+    make_tar(tmp_path / 'copy')
+    upload(tmp_path / 'copy', bucket.root)
+    bucket.fault(status=403, methods='POST,PUT')
+    spec = dict(path=bucket.root, cache_dir=str(tmp_path / 'cache'))
+    assert len(sources.open_source(spec)) == 12 and len(os.listdir(tmp_path / 'cache')) == 2
+    bucket.heal()
+    assert not [o.name for o in bucket_lib.walk(bucket.root) if o.name.endswith('.index')]
+    bucket.requests()
+    assert len(sources.open_source(spec)) == 12 and not bucket.requests()['POST upload']
+
+
+def test_a_tar_shard_written_anew_while_it_is_read_ends_with_a_sentence(bucket, tmp_path):
+    make_tar(tmp_path / 'copy')
+    upload(tmp_path / 'copy', bucket.root)
+    source = sources.open_source(bucket.root)
+    bucket_lib.write(
+        f'{bucket.root}/train-00000.tar', (tmp_path / 'copy/train-00000.tar').read_bytes()
+    )
+    with pytest.raises(errors.UserError, match='train-00000.tar was written anew'):
+        source[0]
+    assert source[11]['image'] == png(11)
+
+
 def test_a_deleted_image_is_a_bad_one(bucket, folder, tmp_path):
     source = sources.open_source(bucket.root)
     bucket_lib.remove(source.describe(4))
@@ -442,7 +498,7 @@ def test_one_line_is_said_however_many_threads_wait(bucket, folder, capfd, monke
     assert capfd.readouterr().err.count('trying again') == 1
 
 
-@pytest.mark.parametrize('kind', ['folder', 'array_record'])
+@pytest.mark.parametrize('kind', ['folder', 'array_record', 'tar'])
 def test_a_stream_that_waits_for_a_bucket_is_closed_at_once(kind, bucket, tmp_path):
     MAKE[kind](tmp_path / 'copy')
     upload(tmp_path / 'copy', bucket.root)
