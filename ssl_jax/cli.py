@@ -437,7 +437,7 @@ def demo(args):
     for what, scores in {
         'classes named by a linear probe (%)': best('linear', 'top1'),
         'segmentation by logistic regression of patches (mIoU)': best('seg', 'mIoU'),
-        'error of depth by a linear head (RMSE)': best('depth', 'RMSE (m)'),
+        'error of depth by a linear head (RMSE)': best('depth', 'RMSE'),
     }.items():
         numbers = (f'{name.replace("_", " ")} {value:.2f}' for name, value in scores.items())
         print(f'{what}: {", ".join(numbers)}')

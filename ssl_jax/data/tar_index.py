@@ -76,7 +76,7 @@ def indexes(shards: list[str], cache_dir: str) -> list[Index]:
     if missing:
         size = sum(max(0, files.size_and_stamp(shard)[0]) for shard in missing)
         more = ' ...' if len(missing) > 1 else ''
-        launch.log(f'Indexing {len(missing):,} tar shards once, {missing[0]}{more}')
+        launch.log(f'Indexing tar shards once: {len(missing):,}, {missing[0]}{more}')
         if at_once == 1 and len(missing) > 1 and size > PROCESS_BYTES:
             _in_processes(missing, cache_dir)
         start = last = time.monotonic()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ssl_jax eval`: the evaluations of a run's encoder, beside an untrained one and raw pixels."""
 
+import dataclasses
 import json
 
 import jax
@@ -79,6 +80,9 @@ def evaluate_run(
         launch.log(f'{len(names)} classes: {", ".join(names[:10])}{", ..." * (len(names) > 10)}')
     rows = []
     if pooled := [name for name in tasks if name in report.POOLED]:
+        for name in pooled:
+            values = dataclasses.asdict(settings[name])
+            options = (values if name == 'knn' else {f'{name}_options': values}) | options
         options = dict(options, transform=transform, mesh=mesh, limit=limit, tasks=tuple(pooled))
         rows += _pooled(encoders, train, test_source, last_blocks, options)
     of, folder = task_lib.Data(train, test_source), workdir / 'evals' / str(run.step)
@@ -127,7 +131,7 @@ def _tasks_for(source):
 
 def _settings(tasks, words):
     """({task: its settings}, {field of the data: text}) from words NAME.FIELD=VALUE."""
-    given = {name: {} for name in tasks if name not in report.POOLED}
+    given = {name: {} for name in tasks}
     of_data = {}
     for word in words:
         name, equals, text = word.partition('=')

@@ -126,7 +126,8 @@ def evaluate(model: Any, data: task.Data, settings: Settings, work: task.Work) -
         **data.protocol(),
     )
     names = ('AbsRel', 'RMSE', 'log10', 'SiLog', 'd1', 'd2', 'd3')
-    table = {'RMSE (m)' if name == 'RMSE' else name: mean[name] for name in names}
+    rmse = f'RMSE ({spec.unit})' if spec.unit else 'RMSE'
+    table = {rmse if name == 'RMSE' else name: mean[name] for name in names}
     more = {name: mean[name] for name in ('SqRel', 'RMSElog')}
     about = dict(task='depth', head=settings.head, scores=table, unit=spec.unit)
     task.keep(head.folder, about, shown)

@@ -5,15 +5,26 @@ References:
   DINOv2 `eval/knn.py`, `n_per_class_list` and `n_tries`
 """
 
+import dataclasses
+from typing import Annotated
+
 import jax
 import numpy as np
 
 from ssl_jax.evals import knn
-from ssl_jax.run import errors
+from ssl_jax.fields import Range
 
-PER_CLASS = (1, 2, 5, 10)  # images
-PERCENT = (1, 10)  # of the images of each class, at least one
-TRIES = 5
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fields few_shot.FIELD=VALUE of `ssl_jax eval`."""
+
+    per_class: tuple = (1, 2, 5, 10)  # images
+    percent: tuple = (1, 10)  # of the images of each class, at least one
+    tries: Annotated[int, Range(1, 1000)] = 5  # choices of images
+    k: Annotated[int, Range(1, 10000)] = 20  # neighbours
+    temperature: Annotated[float, Range(1e-4, 100.0)] = knn.Options.temperature
+    seed: Annotated[int, Range(0, 2**31)] = 0  # of the choices
 
 
 def few_shot(
@@ -23,12 +34,12 @@ def few_shot(
     test_y: np.ndarray,
     *,
     num_classes: int,
-    per_class: tuple = PER_CLASS,
-    percent: tuple = PERCENT,
-    tries: int = TRIES,
-    k: int = 20,
-    temperature: float = knn.Options.temperature,
-    seed: int = 0,
+    per_class: tuple = Options.per_class,
+    percent: tuple = Options.percent,
+    tries: int = Options.tries,
+    k: int = Options.k,
+    temperature: float = Options.temperature,
+    seed: int = Options.seed,
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[dict]:
     """Accuracy of kNN with parts of the training set.
@@ -46,8 +57,6 @@ def few_shot(
       One dict(shots='5 per class' or '1 %', images, k, tries, top1, top1_std, top5, top5_std) for
       each part; means and sample standard deviations over the tries, in percent.
     """
-    if tries < 1:
-        raise errors.UserError(f'tries={tries} must be 1 or more.')
     sizes = np.bincount(train_y, minlength=num_classes)
     smallest = sizes[sizes > 0].min()
     parts = [(f'{n} per class', np.minimum(n, sizes), n) for n in per_class if n <= smallest]

@@ -125,6 +125,11 @@ def put_rows(x: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
     return _put(_filled(x, mesh.shape['data'] * mesh.shape['fsdp']), P(AXES), mesh)
 
 
+def put_whole(x: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The array on every device."""
+    return _put(np.asarray(x), P(), mesh)
+
+
 def _put(x, spec, mesh):
     # Unlike device_put this works where the mesh spans processes: all hold the whole array.
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])

@@ -14,7 +14,9 @@ References:
   the sweep: DINOv2 `eval/linear.py`, Oquab et al., arXiv 2304.07193, B.3
 """
 
+import dataclasses
 import functools
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,9 @@ import optax
 
 from ssl_jax import optim
 from ssl_jax.evals import accuracy
+from ssl_jax.fields import Range
 from ssl_jax.run import errors
 
-# Times batch_size / 256. Wide on purpose: BatchNorm fixes the input scale, the width does not.
-LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BN_EPS = 1e-6
 BN_MOMENTUM = 0.1
 HOLDOUT = 0.1  # share of the training images
@@ -38,6 +39,19 @@ OPTIMIZERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fields linear.FIELD=VALUE of `ssl_jax eval`."""
+
+    # Times batch_size / 256. Wide on purpose: BatchNorm fixes the input scale, the width does not.
+    lrs: tuple = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    epochs: Annotated[int, Range(1, 10000)] = 30
+    warmup_epochs: Annotated[int, Range(0, 10000)] = 0
+    batch_size: Annotated[int, Range(1, 10**6)] = 1024
+    optimizer: Literal['sgd', 'lars'] = 'sgd'
+    seed: Annotated[int, Range(0, 2**31)] = 0
+
+
 def probe(
     train: dict[str, np.ndarray],
     train_y: np.ndarray,
@@ -45,12 +59,12 @@ def probe(
     test_y: np.ndarray,
     *,
     num_classes: int,
-    lrs: tuple = LRS,
-    epochs: int = 30,
-    warmup_epochs: int = 0,
-    batch_size: int = 1024,
-    optimizer: str = 'sgd',
-    seed: int = 0,
+    lrs: tuple = Options.lrs,
+    epochs: int = Options.epochs,
+    warmup_epochs: int = Options.warmup_epochs,
+    batch_size: int = Options.batch_size,
+    optimizer: str = Options.optimizer,
+    seed: int = Options.seed,
 ) -> tuple[list[dict], dict, dict]:
     """Sweeps learning rates over features and tests the best choice.
 

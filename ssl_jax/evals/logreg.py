@@ -16,9 +16,11 @@ References:
   the line search: Hager and Zhang, A New Conjugate Gradient Method, 2005, (4.1)
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +30,23 @@ from jax.sharding import PartitionSpec as P
 
 from ssl_jax import sharding
 from ssl_jax.evals import accuracy, features, knn, linear
+from ssl_jax.fields import Range
 from ssl_jax.run import errors, peers
 
-CS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # of DINOv2
-MAX_STEPS = 1000
 MEMORY = 10  # pairs of steps and changes of the gradient
 # It stops where no entry of the gradient of the mean objective is larger than the first, or where
 # a step promises to lower the objective by less than the second of its value: float32 ends there.
 GRADIENT, DECREASE = 1e-6, 1e-8
 TRIALS = 40  # lengths of one step
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fields logreg.FIELD=VALUE of `ssl_jax eval`."""
+
+    cs: tuple = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # values of C; of DINOv2
+    max_steps: Annotated[int, Range(1, 10**6)] = 1000  # of L-BFGS, for each C
+    seed: Annotated[int, Range(0, 2**31)] = 0  # of the choice of the held-out tenth
 
 
 def probe(
@@ -46,9 +56,9 @@ def probe(
     test_y: np.ndarray,
     *,
     num_classes: int,
-    cs: tuple = CS,
-    max_steps: int = MAX_STEPS,
-    seed: int = 0,
+    cs: tuple = Options.cs,
+    max_steps: int = Options.max_steps,
+    seed: int = Options.seed,
     mesh: jax.sharding.Mesh | None = None,
     log: Callable | None = None,
 ) -> tuple[list[dict], dict, dict]:
@@ -116,7 +126,7 @@ def protocol(cs: tuple, max_steps: int) -> dict:
     )
 
 
-def path(x, y, weight, cs, *, num_classes, max_steps=MAX_STEPS, mesh):
+def path(x, y, weight, cs, *, num_classes, max_steps=Options.max_steps, mesh):
     """Yields (C, params, dict(steps, gradient)) with C rising, each fit from the one before.
 
     Args: see `fit`.
@@ -138,7 +148,7 @@ def fit(
     start: jax.Array | None = None,
     *,
     num_classes: int,
-    max_steps: int = MAX_STEPS,
+    max_steps: int = Options.max_steps,
     mesh: jax.sharding.Mesh,
 ) -> tuple[jax.Array, dict]:
     """The minimum for one C.

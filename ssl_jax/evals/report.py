@@ -50,6 +50,7 @@ def evaluate(
     limit: int | None = None,
     tasks: tuple = ('knn', 'linear'),
     ks: tuple = knn.Options.ks,
+    temperature: float = knn.Options.temperature,
     linear_options: dict | bool | None = None,
     few_shot_options: dict | None = None,
     logreg_options: dict | None = None,
@@ -65,7 +66,7 @@ def evaluate(
       transform, batch_size, mesh, limit: see `features.batches`; `limit` holds for each of the two
         sets.
       tasks: of POOLED; monitors are always there.
-      ks: see `knn.knn`.
+      ks, temperature: see `knn.knn`.
       linear_options: more arguments of `linear.probe`; False leaves the probe out.
       few_shot_options, logreg_options: more arguments of `few_shot.few_shot`, `logreg.probe`.
       normalization: of the channels by the forwards, for the protocol.
@@ -104,7 +105,7 @@ def evaluate(
             if SIDE_BY_SIDE.fullmatch(name):
                 continue
             if 'knn' in tasks:
-                rows += (scores := _knn_rows(model, name, data, common, ks, mesh))
+                rows += (scores := _knn_rows(model, name, data, common, ks, temperature, mesh))
                 top1 = ', '.join(f'{row["top1"]:.2f}' for row in scores)
                 log(f'{model} {name}: kNN top-1 {top1}')
             if 'few_shot' in tasks and not NOT_LINEAR.fullmatch(name):
@@ -133,19 +134,19 @@ def _extract(name, forwards, source, reading, log):
     return features, labels
 
 
-def _knn_rows(model, name, data, common, ks, mesh):
+def _knn_rows(model, name, data, common, ks, temperature, mesh):
     """One row for each k."""
     train, train_y, test, test_y = data
     scores = knn.knn(
         train[name], train_y, test[name], test_y,
-        num_classes=common['num_classes'], ks=ks, mesh=mesh,
+        num_classes=common['num_classes'], ks=ks, temperature=temperature, mesh=mesh,
     )  # fmt: skip
     protocol = dict(
         eval='knn',
         feature=FEATURES.get(name, name),
         similarity='cosine of L2-normalised features',
         weights='pixio',
-        temperature=knn.Options.temperature,
+        temperature=temperature,
         **common,
     )
     rows = []

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ssl_jax import sharding
 from ssl_jax.data import fingerprint, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
-from ssl_jax.evals import accuracy, features, task
+from ssl_jax.evals import accuracy, features, knn, task
 from ssl_jax.models import blocks
 from ssl_jax.run import errors, hashing, peers, storage
 
@@ -130,7 +131,7 @@ def _classes(model, data, settings, work):
         qx, _, qy = embed(model, queries, work)
         own = np.full(len(qy), -1)
     for name in x:
-        scores, left = class_scores(qx[name], qy, x[name], y, own)
+        scores, left = class_scores(qx[name], qy, x[name], y, own, work.mesh)
         about = dict(
             protocol(work, name),
             split=split,
@@ -149,6 +150,7 @@ def class_scores(
     database: np.ndarray,
     database_labels: np.ndarray,
     own: np.ndarray,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[dict[str, float], int]:
     """mAP and precision of the nearest, in percent.
 
@@ -156,17 +158,21 @@ def class_scores(
       queries, labels: (q, d), L2-normalised, and (q,).
       database, database_labels: (n, d), (n,).
       own: (q,) row of the database that is the query itself and does not count, or -1.
+      mesh: splits the queries over its data and fsdp axes, default one device.
 
     Returns:
       The scores, over the queries with a relevant image; the number of the others.
     """
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     chunk = max(1, min(len(queries), CHUNK_ELEMENTS // len(database)))
-    placed, found = jax.device_put((database, database_labels)), []
+    whole, found = [knn.put_whole(x, mesh) for x in (database, database_labels)], []
     for start in range(0, len(queries), chunk):
         peers.progress()
-        some = [_filled(x[start : start + chunk], chunk) for x in (queries, labels, own)]
-        found.append([np.asarray(x) for x in _average_precision(*some, *placed)])
-    ap, relevant, first = (np.concatenate(x)[: len(queries)] for x in zip(*found, strict=True))
+        part = [x[start : start + chunk] for x in (queries, labels, own)]
+        some = [knn.put_rows(_filled(x, chunk), mesh) for x in part]
+        rows = _average_precision(*some, *whole, mesh=mesh)
+        found.append([np.asarray(x)[: len(part[0])] for x in rows])
+    ap, relevant, first = (np.concatenate(x) for x in zip(*found, strict=True))
     counts = relevant > 0
     if not counts.any():
         raise errors.UserError(
@@ -180,8 +186,8 @@ def _filled(x, rows):
     return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-@jax.jit
-def _average_precision(x, y, own, database, labels):
+@functools.partial(jax.jit, static_argnames='mesh')
+def _average_precision(x, y, own, database, labels, *, mesh):
     """(q,) average precision, number of relevant images, whether the nearest is one."""
     rows = jnp.arange(len(labels))
     similarity = jnp.einsum('qd,nd->qn', x, database, precision='highest')
@@ -190,7 +196,8 @@ def _average_precision(x, y, own, database, labels):
     hit = (labels[order] == y[:, None]) & (order != own[:, None])
     precision = jnp.cumsum(hit, axis=1) / (rows + 1)
     relevant = hit.sum(axis=1)
-    return (precision * hit).sum(axis=1) / jnp.maximum(relevant, 1), relevant, hit[:, 0]
+    found = (precision * hit).sum(axis=1) / jnp.maximum(relevant, 1), relevant, hit[:, 0]
+    return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
 
 
 # Revisited Oxford and Paris.

@@ -135,12 +135,13 @@ def _module(name):
 
 
 def settings(name: str, words: dict[str, str]) -> Any:
-    """The `Settings` of an evaluation from {field: text}.
+    """The `Settings` of an evaluation, or the `Options` of one of class labels, from {field: text}.
 
     Raises:
       UserError: a field is unknown or has a wrong value.
     """
-    cls = _module(name).Settings
+    module = _module(name)
+    cls = getattr(module, 'Settings', None) or module.Options
     specs, values = fields.specs(cls), {}
     for key, text in words.items():
         if key not in specs:

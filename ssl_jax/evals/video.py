@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from jax.sharding import PartitionSpec as P
 
 from ssl_jax import sharding
 from ssl_jax.data import fingerprint, host, maps
-from ssl_jax.evals import features, task
+from ssl_jax.evals import features, knn, task
 from ssl_jax.fields import Range
 from ssl_jax.models import blocks
 from ssl_jax.run import errors, hashing, launch, metrics, peers, storage, threads
@@ -155,7 +156,7 @@ def _sequence(model, source, indices, settings, background, work):
             first, grid = labels, (sides[0] // p, sides[1] // p)
             classes = [int(c) for c in np.unique(labels) if c != maps.IGNORED]
             scored = [c for c in classes if c != background]
-            memory = Memory(x, patch_labels(labels, classes, grid), settings.frames)
+            memory = Memory(x, patch_labels(labels, classes, grid), settings.frames, work.mesh)
             continue
         soft = memory.propagate(x, grid, settings.radius, settings.neighbours, settings.temperature)
         if number == len(indices) - 1:  # DAVIS leaves it out
@@ -240,19 +241,29 @@ class Memory:
       tokens: (N, D) of the first frame, L2-normalised.
       labels: (N, C), its labels.
       frames: how many others are kept.
+      mesh: splits the patches that look for their neighbours, default one device.
     """
 
-    def __init__(self, tokens: np.ndarray, labels: np.ndarray, frames: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        frames: int,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self._mesh = mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+
         def filled(x):
-            return jnp.pad(jnp.asarray(x)[None], [(0, frames), (0, 0), (0, 0)])
+            return knn.put_whole(np.pad(x[None], [(0, frames), (0, 0), (0, 0)]), mesh)
 
         self._tokens, self._labels, self._frames = filled(tokens), filled(labels), frames
         self._is_filled = np.arange(frames + 1) < 1
 
     def propagate(self, tokens, grid, radius, neighbours, temperature) -> jax.Array:
         """Soft labels (N, C) of the next frame, which is kept."""
+        tokens, own = knn.put_whole(tokens, self._mesh), knn.put_rows(tokens, self._mesh)
         labels = _propagate(
-            self._tokens, self._labels, self._is_filled, tokens,
+            self._tokens, self._labels, self._is_filled, own, mesh=self._mesh,
             grid=grid, radius=radius, neighbours=neighbours, temperature=temperature,
         )  # fmt: skip
         if self._frames:
@@ -266,19 +277,22 @@ def _pushed(tokens, labels, new_tokens, new_labels):
     """Replaces the oldest frame but the first."""
 
     def push(x, new):
-        return jnp.concatenate([x[:1], x[2:], jnp.asarray(new)[None]])
+        return jnp.concatenate([x[:1], x[2:], new[None]])
 
     return push(tokens, new_tokens), push(labels, new_labels)
 
 
-@functools.partial(jax.jit, static_argnames=('grid', 'radius', 'neighbours', 'temperature'))
-def _propagate(context, labels, is_filled, tokens, *, grid, radius, neighbours, temperature):
-    """Labels (N, C) of `tokens` (N, D) from `context` (F, N, D) with `labels` (F, N, C)."""
+@functools.partial(jax.jit, static_argnames=('grid', 'radius', 'neighbours', 'temperature', 'mesh'))
+def _propagate(context, labels, is_filled, tokens, *, grid, radius, neighbours, temperature, mesh):
+    """Labels (N, C) of `tokens` (N, D) from `context` (F, N, D) with `labels` (F, N, C).
+
+    The tokens are split over the devices, and filled up with zeros for that.
+    """
     frames, n, d = context.shape
     row, column = jnp.divmod(jnp.arange(n), grid[1])
     context, labels = context.reshape(-1, d), labels.reshape(frames * n, -1)
 
-    def one(x):
+    def one(x, context, labels, is_filled):
         token, at = x
         near = (jnp.abs(row - row[at]) <= radius) & (jnp.abs(column - column[at]) <= radius)
         near = (is_filled[:, None] & near).reshape(-1)
@@ -290,7 +304,13 @@ def _propagate(context, labels, is_filled, tokens, *, grid, radius, neighbours, 
         share = jnp.where(cosine >= least, jnp.exp((cosine - largest) / temperature), 0.0)
         return jnp.einsum('n,nc->c', share / share.sum(), labels, precision='highest')
 
-    return jax.lax.map(one, (tokens, jnp.arange(n)), batch_size=CHUNK)
+    def some(tokens, at, *whole):
+        return jax.lax.map(lambda x: one(x, *whole), (tokens, at), batch_size=CHUNK)
+
+    specs, at = (P(knn.AXES),) * 2 + (P(),) * 3, jnp.minimum(jnp.arange(len(tokens)), n - 1)
+    each = jax.shard_map(some, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    found = each(tokens, at, context, labels, is_filled)[:n]
+    return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
 
 
 def _kth_largest(x, k, largest):

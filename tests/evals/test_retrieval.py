@@ -3,10 +3,12 @@ import json
 import pickle
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
 import frozen
+from ssl_jax import sharding
 from ssl_jax.data import sources
 from ssl_jax.evals import copies, retrieval, task
 
@@ -45,6 +47,16 @@ def test_chunks_and_queries_without_relevant_images_change_nothing(monkeypatch):
     assert want[1] == 1
     monkeypatch.setattr(retrieval, 'CHUNK_ELEMENTS', 23 * 5)
     assert retrieval.class_scores(x, y, x, y, np.arange(23)) == want
+
+
+def test_queries_on_eight_devices_have_the_same_scores():
+    rng = np.random.default_rng(2)
+    x, y = unit(rng.normal(size=(45, 6))), rng.integers(0, 5, 45)
+    one, eight = (
+        retrieval.class_scores(x[:21], y[:21], x, y, np.arange(21), sharding.make_mesh(devices=d))
+        for d in (jax.devices()[:1], jax.devices())
+    )
+    assert one == eight
 
 
 def test_official_average_precision_by_hand():

@@ -108,3 +108,13 @@ def test_raw_pixels_are_the_normalised_pixels_of_each_patch():
     patch = (images[1, 4:8, 8:12] / 255.0 - 0.5) / 0.25
     assert np.allclose(out['patch_tokens'][1, 6], patch.reshape(-1), atol=1e-5)
     assert out['blocks'][1] is out['patch_tokens']
+
+
+def test_evaluations_of_class_labels_have_settings_too():
+    found = task.settings('few_shot', {'tries': '2', 'per_class': '(1,)'})
+    assert (found.tries, found.per_class, found.k) == (2, (1,), 20)
+    assert task.settings('logreg', {'cs': '(0.1,1)'}).cs == (0.1, 1)
+    assert task.settings('linear', {'optimizer': 'lars'}).optimizer == 'lars'
+    assert task.settings('knn', {'ks': '(5,)'}).ks == (5,)
+    with pytest.raises(errors.UserError, match="few_shot.trys'.*did you mean 'tries'"):
+        task.settings('few_shot', {'trys': '2'})

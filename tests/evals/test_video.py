@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import cv2
+import jax
 import numpy as np
 import pytest
 
 import frozen
+from ssl_jax import sharding
 from ssl_jax.evals import task, video
 
 SETTINGS = dict(short_side=64)
@@ -139,13 +141,15 @@ def slow_propagation(context, labels, tokens, grid, radius, k, temperature):
     return np.stack(out)
 
 
-def test_propagation_agrees_with_loops_over_first_and_last_frames():
+@pytest.mark.parametrize('devices', [1, 8])
+def test_propagation_agrees_with_loops_over_first_and_last_frames(devices):
+    mesh = sharding.make_mesh(fsdp=min(2, devices), devices=jax.devices()[:devices])
     rng = np.random.default_rng(0)
     grid, frames = (3, 4), 2
     x = rng.normal(size=(5, 12, 6)).astype(np.float32)
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
     first = rng.random((12, 4)).astype(np.float32)
-    memory, seen = video.Memory(x[0], first, frames), [(x[0], first)]
+    memory, seen = video.Memory(x[0], first, frames, mesh), [(x[0], first)]
     for tokens in x[1:]:
         context = seen[:1] + seen[1:][-frames:]
         want = slow_propagation(*zip(*context, strict=True), tokens, grid, 1, 5, 0.1)
