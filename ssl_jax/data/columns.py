@@ -2,26 +2,25 @@
 """A column of encoded images in Parquet files, with access to each row.
 
 Parquet has no fast access to one row: a row group must be read and decompressed whole. So the
-*encoded* image bytes are held as Arrow: in memory if they are small, else, and those of a bucket,
-in an Arrow file that is written once and memory-mapped. Decoded images are never kept.
+*encoded* image bytes are held as Arrow: in memory if they are small, else in an Arrow file that is
+written once and memory-mapped. Of files in a bucket each row group is read when one of its rows is
+needed first, and kept on the disk up to a limit. Decoded images are never kept.
 """
 
 import bisect
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssl_jax.data import files
-from ssl_jax.run import bucket, errors, launch, storage, threads
+from ssl_jax.data import files, local_cache
+from ssl_jax.run import bucket, errors, launch, storage
 
-AT_ONCE = 16  # files, or row groups of one, that are read from a bucket at once,
-AHEAD_BYTES = 1 << 30  # if the groups are not too large for that
+AT_ONCE = 16  # files of a bucket whose metadata or labels are read at once
 
 
 class Column:
@@ -46,21 +45,9 @@ class Column:
         """The content of the image file of row `i`, empty if there is none."""
         if self._chunks is None:
             self.load()
-        chunk = bisect.bisect_right(self._chunk_ends, i)
-        row = i - (self._chunk_ends[chunk - 1] if chunk else 0)
-        data = self._values[chunk][row].as_py()
-        if data is None:
-            value = self._chunks[chunk][row].as_py()
-            data = value.get('path') if isinstance(value, dict) else None
-        return data if isinstance(data, bytes) else self._read_beside(i, data)
-
-    def _read_beside(self, i, path):
-        if not path:
-            return b''
-        if not path.startswith(('gs://', 's3://')):
-            file = self._files[bisect.bisect_right(self._ends, i)]
-            path = os.path.join(os.path.dirname(file), path.removeprefix('file://'))
-        return files.read_bytes(path)
+        chunk, row = _place(self._chunk_ends, i)
+        file = self._files[bisect.bisect_right(self._ends, i)]
+        return _content(self._chunks[chunk], self._values[chunk], row, file)
 
     def __getstate__(self):
         # A worker process opens the files again: nothing large is sent to it.
@@ -111,9 +98,88 @@ class Column:
             pa.ipc.new_file(sink, schema) as writer,
         ):
             for file in self._files:
-                for batch in batches(file, self.name):
+                for batch in opened(file).iter_batches(64, columns=[self.name]):
                     column = batch.column(0).cast(schema.types[0])
                     writer.write_batch(pa.RecordBatch.from_arrays([column], [self.name]))
+
+
+class Groups:
+    """A `Column` of files in a bucket, of which nothing is read before it is needed.
+
+    Args:
+      shards, name: see `Column`.
+      metadata: of the files.
+      cache: of as many items as there are row groups in all files.
+    """
+
+    def __init__(self, shards: list[str], name: str, metadata: list, cache: local_cache.Cache):
+        self.name, self._files, self._cache = name, shards, cache
+        self._groups = [(f, g) for f, m in enumerate(metadata) for g in range(m.num_row_groups)]
+        rows = [metadata[f].row_group(g).num_rows for f, g in self._groups]
+        self._ends, self._metadata = np.cumsum(rows).tolist(), metadata
+        self._locks = _locks()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ('_metadata', '_locks')}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _metadata=[None] * len(state['_files']), _locks=_locks())
+
+    def get(self, i: int) -> bytes:
+        """The content of the image file of row `i`, empty if there is none."""
+        group, row = _place(self._ends, i)
+        column = self._read(group)
+        return _content(column, _field(column), row, self._files[self._groups[group][0]])
+
+    def _read(self, group):
+        """The column of a row group."""
+        with self._locks[group % len(self._locks)]:  # not twice by two threads
+            data = self._cache.get(group)
+            if data is None:
+                at, number = self._groups[group]
+                file = opened(self._files[at], self._metadata[at])
+                self._metadata[at] = file.metadata
+                table = file.read_row_group(number, columns=[self.name]).combine_chunks()
+                data = _stream(table)
+                self._cache.put(group, data)
+        return pa.ipc.open_stream(pa.py_buffer(data)).read_all().column(0).chunk(0)
+
+
+def _locks():
+    return [threading.Lock() for _ in range(256)]
+
+
+def _stream(table):
+    """A table as an Arrow stream."""
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    return memoryview(out.getvalue())
+
+
+def _place(ends, i):
+    """(chunk, row in it) of row `i`, where chunks end at `ends`."""
+    chunk = bisect.bisect_right(ends, i)
+    return chunk, i - (ends[chunk - 1] if chunk else 0)
+
+
+def _content(chunk, values, row, file):
+    """The bytes in a row of a column, or of the file that it names; empty without either.
+
+    Args:
+      chunk, values: the rows, and their bytes or paths, see `_field`.
+      row: number in both.
+      file: the Parquet file, which paths are relative to.
+    """
+    data = values[row].as_py()
+    if data is None:
+        value = chunk[row].as_py()
+        data = value.get('path') if isinstance(value, dict) else None
+    if isinstance(data, bytes) or not data:
+        return data or b''
+    if not data.startswith(('gs://', 's3://')):
+        data = os.path.join(os.path.dirname(file), data.removeprefix('file://'))
+    return files.read_bytes(data)
 
 
 def opened(file: str, metadata: Any = None) -> pq.ParquetFile:
@@ -128,23 +194,6 @@ def read(file: str, name: str) -> pa.ChunkedArray:
     if name not in file.schema_arrow.names:
         return pa.chunked_array([pa.nulls(file.metadata.num_rows)])
     return file.read(columns=[name]).column(0)
-
-
-def batches(file: str, name: str) -> Iterator[pa.RecordBatch]:
-    """A column of a file in batches; in a bucket the row groups are read ahead, some at once."""
-    whole = opened(file)
-    if not storage.is_remote(file):
-        yield from whole.iter_batches(64, columns=[name])
-        return
-
-    def read(group):
-        return opened(file, whole.metadata).read_row_group(group, columns=[name])
-
-    groups = range(whole.num_row_groups)
-    largest = max((whole.metadata.row_group(g).total_byte_size for g in groups), default=1)
-    count = max(1, min(AT_ONCE, AHEAD_BYTES // max(1, largest)))
-    for table in threads.at_once(read, groups, count):
-        yield from table.to_batches(64)
 
 
 def size_of(metadata: pq.FileMetaData, column: str) -> int:

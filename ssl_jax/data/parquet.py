@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ssl_jax.data import columns, files, fingerprint, host, maps, shards
+from ssl_jax.data import columns, files, fingerprint, host, local_cache, maps, shards
 from ssl_jax.run import errors, hashing, storage, threads
 
 # Encoded bytes up to here stay in memory (per process); CIFAR-10 has 19 MB, ImageNet 140 GB.
@@ -48,8 +48,11 @@ class Parquet(maps.WithMaps):
       map_classes: names of the classes of the maps in order of their index; default: numbers, or
         without labels `classes.txt`.
       ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`.
-      cache_dir: where the Arrow file of a large data set, or of one in a bucket, goes; default
-        ~/.cache/ssl_jax.
+      cache_dir: where the Arrow file of a large data set goes, or the row groups of one in a
+        bucket; default ~/.cache/ssl_jax.
+      cache_gb: 10^9 bytes of row groups at most that are kept of files in a bucket; default half of
+        what is free on the disk. The others are read again for each image: pack those images as tar
+        or ArrayRecord.
       purpose: what the images are for, see `splits.PURPOSES`.
     """
 
@@ -68,6 +71,7 @@ class Parquet(maps.WithMaps):
         label_values: Sequence[int] | None = None,
         depth_scale: float | None = None,
         cache_dir: str | None = None,
+        cache_gb: float | None = None,
         purpose: str = 'train',
     ):
         choices = shards.expand(path, split, '.parquet', purpose)
@@ -93,16 +97,25 @@ class Parquet(maps.WithMaps):
         )
         cache_dir = cache_dir or os.path.expanduser('~/.cache/ssl_jax')
 
+        self.remote, limit = storage.is_remote(self.files[0]), local_cache.limit_of(cache_gb)
+
         def held(name):
             size = sum(columns.size_of(m, name) for m in metadata)
-            large = storage.is_remote(self.files[0]) or size > MEMORY_BYTES
-            cache = os.path.join(cache_dir, f'{self.fingerprint}-{name}.arrow') if large else None
-            return columns.Column(self.files, name, self._ends, cache, size)
+            where = os.path.join(cache_dir, f'{self.fingerprint}-{name}')
+            if self.remote:
+                count = sum(m.num_row_groups for m in metadata)
+                cache = local_cache.Cache(where, count, limit)
+                if size > cache.limit:
+                    self.notes = (*self.notes, _beyond(name, size, cache.limit, metadata))
+                return columns.Groups(self.files, name, metadata, cache)
+            large = size > MEMORY_BYTES
+            column = columns.Column(
+                self.files, name, self._ends, f'{where}.arrow' if large else None, size
+            )
+            column.load()
+            return column
 
-        kind = _image_kind(schemas[0].field(self._image).type)
-        self.remote = storage.is_remote(self.files[0]) and kind == 'paths'
         self._images = held(self._image)
-        self._images.load()
         own = _map_columns(schemas, self._image, segmentation_column, depth_column)
         self._kinds = tuple(own)
         self._map_columns = {kind: held(name) for kind, name in own.items()}
@@ -175,6 +188,16 @@ class Parquet(maps.WithMaps):
             names = names or files.read_class_names(self.files[0])
             names = names or (['False', 'True'] if kind == 'bool' else None)
         return files.classes_of(labels.fill_null(-1).to_numpy(), names)
+
+
+def _beyond(name, size, limit, metadata):
+    """A sentence on a column in a bucket that the cache cannot hold."""
+    rows, groups = (sum(getattr(m, n) for m in metadata) for n in ('num_rows', 'num_row_groups'))
+    return (
+        f'column {name!r} has {size / 1e9:.3g} GB, of which {limit / 1e9:.3g} GB are kept here '
+        f'(cache_gb); for each other image {rows / groups:.0f} are read: pack them as tar shards, '
+        f'or give more disk'
+    )
 
 
 def _each(function, shards):

@@ -30,7 +30,18 @@ from typing import Any
 import numpy as np
 
 from ssl_jax import fields
-from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes, tar
+from ssl_jax.data import (
+    files,
+    fingerprint,
+    folder,
+    host,
+    local_cache,
+    maps,
+    parquet,
+    records,
+    scenes,
+    tar,
+)
 from ssl_jax.run import errors, hashing, threads
 
 
@@ -90,7 +101,8 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
       spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them,
         ArrayRecord files, tar files), or a mapping with `source`, a name in SOURCES, and the
         arguments of that class. Values that are None or '' count as not given. Arguments of other
-        sources are allowed, so that a config can switch `source` and leave the rest.
+        sources are allowed, so that a config can switch `source` and leave the rest. `cache_gb`:
+        so many 10^9 bytes of training images in a bucket are kept in `cache_dir` on a local disk.
       purpose: what the images are for, 'train', 'test' or 'all': which split is used of a folder
         that has several, if `spec` names none, see `splits.PURPOSES`.
 
@@ -102,7 +114,7 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
     spec = dict(spec)
     spec = {k: v for k, v in spec.items() if not (v is None or isinstance(v, str) and v == '')}
     arguments = {k: inspect.signature(v).parameters for k, v in SOURCES.items()}
-    known = sorted({'source'}.union(*arguments.values()) - {'purpose'})
+    known = sorted({'source', 'cache_dir', 'cache_gb'}.union(*arguments.values()) - {'purpose'})
     for key in spec:
         if key not in known:
             raise errors.UserError(
@@ -118,7 +130,10 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
         if argument.default is argument.empty and key not in spec:
             raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
     spec['purpose'] = purpose
-    return SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
+    source = SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
+    if purpose != 'train' or 'cache_gb' in arguments[name]:
+        return source
+    return local_cache.keep(source, spec.get('cache_dir'), spec.get('cache_gb') or 0)
 
 
 def with_words(spec: str | os.PathLike | Mapping, words: Mapping[str, str]) -> dict:

@@ -12,7 +12,6 @@ import signal
 import tarfile
 import threading
 import time
-import types
 
 import msgpack
 import numpy as np
@@ -356,27 +355,54 @@ def test_array_records_on_s3_are_refused(monkeypatch):
 # Parquet: a copy on the disk.
 
 
-def test_parquet_is_copied_once(bucket, tmp_path):
+def test_row_groups_of_parquet_are_read_when_needed_and_kept(bucket, tmp_path):
     make_parquet(tmp_path / 'copy')
     upload(tmp_path / 'copy', bucket.root)
+    here = sources.open_source(str(tmp_path / 'copy'))
     spec = dict(path=bucket.root, cache_dir=str(tmp_path / 'cache'))
     source = sources.open_source(spec)
-    assert len(list((tmp_path / 'cache').iterdir())) == 1 and not source.remote
+    bucket.requests()
+    assert source[0] == here[0] and source[1] == here[1]  # two rows of one group
+    assert bucket.requests()['GET media'] <= 2
+    assert [source[i] for i in range(12)] == [here[i] for i in range(12)]
     bucket.requests()
     again = sources.open_source(spec)
     # The beginnings, footers and labels of two files, and classes.txt.
     assert bucket.requests()['GET media'] <= 16
     bucket.requests()
-    assert [again[i] for i in range(12)] == [source[i] for i in range(12)]
+    assert [again[i] for i in range(12)] == [here[i] for i in range(12)]
     assert not bucket.requests()
 
 
-def test_a_full_disk_is_said_before_the_copy(bucket, tmp_path, monkeypatch):
+def test_a_cache_of_parquet_keeps_to_its_limit_and_says_so(bucket, tmp_path):
     make_parquet(tmp_path / 'copy')
     upload(tmp_path / 'copy', bucket.root)
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=9))
-    with pytest.raises(errors.UserError, match='0.0 GiB free.*set cache_dir'):
-        sources.open_source(bucket.root)
+    here = sources.open_source(str(tmp_path / 'copy'))
+    spec = dict(path=bucket.root, cache_dir=str(tmp_path / 'cache'), cache_gb=4e-6)
+    source = sources.open_source(spec)
+    assert '(cache_gb)' in ' '.join(source.notes) and 'pack them as tar' in ' '.join(source.notes)
+    for _ in range(2):
+        assert [source[i] for i in range(12)] == [here[i] for i in range(12)]
+    sizes = {p.suffix: p.stat().st_size for p in (tmp_path / 'cache').iterdir()}
+    assert 0 < sizes['.bytes'] <= 4000
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tar', 'array_record'])
+def test_images_are_kept_on_the_disk_up_to_a_limit_if_asked(kind, bucket, tmp_path):
+    MAKE[kind](tmp_path / 'copy')
+    upload(tmp_path / 'copy', bucket.root)
+    plain = sources.open_source(bucket.root)
+    spec = dict(path=bucket.root, cache_dir=str(tmp_path / 'cache'), cache_gb=3e-6)
+    source = sources.open_source(spec)
+    assert source.fingerprint == plain.fingerprint and source.classes == plain.classes
+    assert_same(batches(source), batches(plain))
+    bucket.requests()
+    again = pickle.loads(pickle.dumps(sources.open_source(spec)))
+    bucket.requests()
+    assert [again[i] for i in range(12)] == [plain[i] for i in range(12)]
+    assert 12 < bucket.requests()['GET media'] < 24  # some came from the disk, some did not
+    kept = tmp_path / 'cache' / f'{plain.fingerprint}.bytes'
+    assert 1000 < kept.stat().st_size <= 3000
 
 
 def test_images_beside_parquet_and_in_another_bucket_are_read(bucket, folder, tmp_path):
