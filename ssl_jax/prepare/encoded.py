@@ -37,6 +37,7 @@ class Header:
     mode: str = 'RGB'  # Pillow's
     orientation: int = 1  # of EXIF
     is_animated: bool = False
+    bits: int = 8  # of a channel
 
 
 def header(data: bytes) -> Header:
@@ -55,10 +56,24 @@ def header(data: bytes) -> Header:
                 file.mode,
                 file.getexif().get(0x0112, 1) if has_exif else 1,
                 file.format != 'MPO' and getattr(file, 'is_animated', False),
+                _bits(file, data),
             )
     except Exception:  # Pillow's plugins raise all kinds; the decoder reads more than they do
         height, width = host.decode(data).shape[:2]
-        return Header('TIFF' if tiff.is_tiff(data) else 'HEIF', width, height)
+        if tiff.is_tiff(data):
+            return Header('TIFF', width, height, 'a rare layout')
+        return Header('HEIF', width, height)
+
+
+def _bits(file, data):
+    """Bits of a channel; Pillow has no mode for colours of 16."""
+    if file.mode.startswith('I;16'):
+        return 16
+    if file.format == 'PNG':
+        return max(8, data[24])
+    if file.format == 'TIFF':
+        return max((8, *file.tag_v2.get(258, ())))
+    return {'I': 32, 'F': 32}.get(file.mode, 8)
 
 
 def extension(found: Header, name: str) -> str:
@@ -102,7 +117,7 @@ class Encoded:
     def __init__(self, source: Any):
         self._source, self._images = source, maps.images_only(source)
         self.remote = getattr(source, 'remote', False)
-        self.kinds = _kinds(source)
+        self.kinds = kinds_of(source)
         self._has_files = hasattr(source, '_map_file')
         self._folder = getattr(source, 'path', None)
 
@@ -155,7 +170,7 @@ def _of_array(x):
     return out.getvalue()
 
 
-def _kinds(source):
+def kinds_of(source: Any) -> tuple[str, ...]:
     """The kinds of maps that a source has; of one without files those of the first good item."""
     if hasattr(source, '_kinds'):
         return tuple(source._kinds)

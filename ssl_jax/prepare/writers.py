@@ -52,7 +52,7 @@ def tar(path: str, about: About) -> Iterator[Add]:
     The key is the index in the source and, where it has one, the name.
     """
     del about
-    with tarfile.open(path, 'w', format=tarfile.PAX_FORMAT) as file:
+    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as file:
 
         def member(name, data):
             info = tarfile.TarInfo(name)  # its time and owner are 0
