@@ -167,7 +167,7 @@ def advice(
         ]
     if kind != 'JPEG':
         return [f'{out}{kind} takes longer than JPEG: store them as JPEG, {cores}']
-    return [f'{out}they are small JPEGs already: more than these {launch.cores()} cores']
+    return [f'{out}they are small JPEGs already, only more than {launch.cores()} cores help']
 
 
 def _side(views):

@@ -13,7 +13,7 @@ import simplejpeg
 
 from ssl_jax.data import files, host, maps, tiff
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.run import errors, patience
+from ssl_jax.run import errors, patience, storage
 
 # Of Pillow's names of formats; MPO is what several cameras make of a JPEG.
 _EXTENSIONS = {
@@ -168,6 +168,16 @@ def _of_array(x):
     out = io.BytesIO()
     np.save(out, x)
     return out.getvalue()
+
+
+def require_outside(source: Any, out: str) -> None:
+    """Raises if `out` lies in the folder of the images, which would then hold other things too."""
+    folder = getattr(source, 'path', None)
+    if folder is None or storage.is_remote(folder) != storage.is_remote(out):
+        return
+    inner, outer = (p if storage.is_remote(p) else os.path.abspath(p) for p in (out, folder))
+    if f'{inner}/'.startswith(f'{outer.rstrip("/")}/'):
+        raise errors.UserError(f'--out {out} lies among the images: give a folder outside.')
 
 
 def kinds_of(source: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 
 from ssl_jax.data import files, host, maps, sources
 from ssl_jax.data import stream as stream_lib
@@ -65,6 +66,7 @@ def inspect(data: Any, out: str | os.PathLike, log: Callable[[str], None] = laun
     out, n = os.fspath(out).rstrip('/'), len(source)
     if os.path.exists(out) and not os.path.isdir(out):
         raise errors.UserError(f'--out {out} is a file: give a folder.')
+    encoded.require_outside(source, out)
     for line in sources.lines(source):
         log(line)
     images, kinds = maps.images_only(source), encoded.kinds_of(source)
@@ -241,15 +243,14 @@ def _tile(images, f):
 
 
 def _pixels(images, f):
-    """The pixels of an image; of a broken one what OpenCV makes of it, None if that is nothing."""
+    """The pixels of an image; of a broken JPEG those that are there; None if there are none."""
     try:
         data = images[f.id]['image']
         if f.finding != 'broken' or not isinstance(data, bytes):
             return host.decode(data)
         found = encoded.header(data)
-        if found.width * found.height > HUGE:
+        if found.format != 'JPEG' or found.width * found.height > HUGE:
             return None
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        return None if pixels is None else pixels[..., ::-1]
-    except (errors.UserError, OSError, cv2.error):
+        return simplejpeg.decode_jpeg(data, 'RGB', strict=False)
+    except (ValueError, OSError):
         return None

@@ -62,6 +62,8 @@ def pack(
     if not hasattr(data, 'describe'):
         data = {'path': os.fspath(data)} if isinstance(data, (str, os.PathLike)) else dict(data)
         source = sources.open_source({**data, **({'split': split} if split else {})}, 'train')
+    out = os.fspath(out).rstrip('/')
+    encoded.require_outside(source, out)
     for line in sources.lines(source):
         log(line)
     n = len(source)
@@ -77,7 +79,7 @@ def pack(
             '--max-side shrinks no maps, and they must have the size of their images: leave it '
             'out, or give the folder of the images alone.'
         )
-    stem, out = re.sub(r'[^A-Za-z0-9_]+', '_', split or 'train'), os.fspath(out).rstrip('/')
+    stem = re.sub(r'[^A-Za-z0-9_]+', '_', split or 'train')
     write, ending = writers.FORMATS[to]
     names = [f'{stem}-{k:05d}-of-{shards:05d}{ending}' for k in range(shards)]
     about = writers.About(source.classes, read.kinds, read.meaning(), _map_extensions(read))

@@ -13,6 +13,7 @@ from folders import encode, image, write
 from ssl_jax import cli
 from ssl_jax.data import host, sources
 from ssl_jax.prepare import inspect
+from ssl_jax.run import errors
 
 
 def save(pixels, format, mode=None, **options):
@@ -98,6 +99,13 @@ def test_good_images_end_with_code_0_and_leave_no_picture(tmp_path, capsys):
     assert '5 images, and nothing to say of them' in capsys.readouterr().out
     assert (tmp_path / 'out' / 'findings.jsonl').read_text() == ''
     assert not (tmp_path / 'out' / 'findings.png').exists()
+
+
+def test_the_picture_does_not_become_one_of_the_images(tmp_path):
+    write(tmp_path / 'a.png', encode(image(0, 40, 50), '.png'))
+    with pytest.raises(errors.UserError, match='lies among the images'):
+        inspect.inspect(tmp_path, tmp_path / 'data_check')
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_all_splits_are_opened(tmp_path):

@@ -344,6 +344,7 @@ def test_mistakes_are_one_sentence_each(folder, tmp_path, capsys):
     assert '--shards 24 are more than the 23 images' in more
     assert 'from 1 to 100' in said(folder, '--to', 'tar', '--out', out, '--quality', 101)
     assert "'more' has no '='" in said(folder, '--to', 'tar', '--out', out, 'more')
+    assert 'lies among the images' in said(folder, '--to', 'tar', '--out', folder / 'x')
     assert not out.exists()
     write(out / 'thesis.tex', b'years of work')
     assert 'holds thesis.tex: give an empty' in said(folder, '--to', 'tar', '--out', out)
