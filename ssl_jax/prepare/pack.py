@@ -208,7 +208,7 @@ def _check_folder(out, stem, names, texts):
         rf'(({own})(-\d+-of-\d+({ending})|\.{REQUEST}|\.{LEFT_OUT})|{"|".join(SHARED)})'
         r'(\.[0-9a-f]{8}\.tmp)?'
     )
-    others = [name for name in have if not ours.fullmatch(name)]
+    others = [name for name in have if not (ours.fullmatch(name) or files.is_system(name))]
     request = f'{stem}.{REQUEST}'
     if request not in have:
         others += [name for name in have if name in names or name.startswith(f'{stem}-')]
