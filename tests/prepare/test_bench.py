@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from folders import encode, image, write
+from ssl_jax import cli
 from ssl_jax.data import host, sources, stream
 from ssl_jax.prepare import bench
 from ssl_jax.run import errors
@@ -83,3 +84,12 @@ def test_the_report_has_each_stage_the_stream_and_the_advice(tmp_path):
         assert words in text
     rate = float(said[-2].split()[1].replace(',', ''))
     assert np.isfinite(rate) and rate > 0
+
+
+def test_the_command_takes_method_split_and_fields(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, 'bench', lambda *arguments: asked.append(arguments))
+    command = ['data', 'bench', str(tmp_path), '--method', 'dinov2', '--split', 'val']
+    cli.main([*command, 'method.img_size=32'])
+    fields = [f'data.train={tmp_path}', 'data.train.split=val', 'method.img_size=32']
+    assert asked == [('images_dinov2', fields)]
