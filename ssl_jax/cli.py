@@ -8,6 +8,7 @@
     ssl_jax rank --workdir W                                 # which checkpoint, without labels
     ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
+    ssl_jax data pack DIR --to tar --out SHARDS              # and check, info, bench: the images
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
@@ -37,15 +38,19 @@ def main(argv: list[str] | None = None) -> None:
     """Parses and runs one command; a user's error is one sentence and exit code 1."""
     parser = _parser()
     args, more = parser.parse_known_args(argv)
-    if hasattr(args, 'hints') and not any(word.startswith('-') for word in more):
-        args.hints, more = args.hints + more, []  # argparse takes no NAME=VALUE after an option
+    for name in ('hints', 'words'):
+        if hasattr(args, name) and not any(word.startswith('-') for word in more):
+            # argparse takes no NAME=VALUE after an option.
+            setattr(args, name, getattr(args, name) + more)
+            more = []
     unknown = [word for word in more if word.startswith('-')]
     words = (*more, *getattr(args, 'fields', ()), *getattr(args, 'hints', ()))
     paths = [word for word in words if '=' not in word]
     if unknown or (more and not getattr(args, 'data', None)):
         parser.error(f'unrecognized arguments: {" ".join(more)}')
-    with errors.in_a_sentence(f'ssl_jax {args.command}'):
-        if args.run in (export, import_, plan):
+    name = ' '.join(filter(None, ('ssl_jax', args.command, getattr(args, 'job', None))))
+    with errors.in_a_sentence(name):
+        if args.run in (export, import_, plan, data_pack, data_check, data_info, data_bench):
             _on_cpu()
         _ask_buckets(args)
         if paths and getattr(args, 'data', None):
@@ -152,6 +157,41 @@ def _parser():
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
     about(p)
+
+    p = commands.add_parser('data', help='pack, check, describe and measure a set of images')
+    jobs = p.add_subparsers(dest='job', required=True)
+
+    def job(run, help):
+        p = jobs.add_parser(run.__name__.removeprefix('data_'), help=help)
+        p.set_defaults(run=run)
+        text = 'folder of images, Parquet, ArrayRecord or tar files; source=tfds name=NAME'
+        p.add_argument('path', metavar='SRC', help=text)
+        p.add_argument('--split', help='of SRC, such as val; all: every image')
+        return p
+
+    def words(p, text='more of the source, e.g. layout=voc ignore=11'):
+        p.add_argument('words', nargs='*', metavar='NAME=VALUE', help=text)
+
+    p = job(data_pack, help='any set of images as shards')
+    p.add_argument('--to', required=True, help='arrayrecord, tar or parquet')
+    p.add_argument('--out', required=True, help='folder to write; start again to continue')
+    p.add_argument('--shards', type=_positive, help='files; default: one for every 10,000 images')
+    p.add_argument(
+        '--max-side', type=_positive, help='images with a longer side become JPEGs of this size'
+    )
+    p.add_argument('--quality', type=_positive, default=90, help='of these JPEGs; default: 90')
+    words(p)
+
+    p = job(data_check, help='opens every file: what is broken, odd or there twice')
+    p.add_argument('--out', default='data_check', help='folder of the list and the picture')
+    words(p)
+
+    p = job(data_info, help='what it is: number, classes, sizes, encodings, splits')
+    words(p)
+
+    p = job(data_bench, help='images per second by stage, and what to change')
+    p.add_argument('--method', help='whose crops to cut; default: mae')
+    words(p, 'fields as of pretrain, e.g. method.img_size=112')
 
     p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
@@ -352,6 +392,58 @@ def features(args):
     feature_file.extract(
         model, _data(args), args.out, size=args.size, batch_size=args.batch, log=launch.log
     )
+
+
+def data_pack(args):
+    """`ssl_jax data pack`; exit code 1 if images are left out."""
+    from ssl_jax.prepare import pack
+
+    left_out = pack.pack(
+        _spec(args),
+        args.out,
+        args.to,
+        shards=args.shards,
+        split=args.split,
+        max_side=args.max_side,
+        quality=args.quality,
+    )
+    sys.exit(bool(left_out))
+
+
+def data_check(args):
+    """`ssl_jax data check`; exit code 1 if something is broken."""
+    from ssl_jax.prepare import inspect
+
+    sys.exit(not inspect.inspect(_spec(args), args.out))
+
+
+def data_info(args):
+    """`ssl_jax data info`."""
+    from ssl_jax.prepare import info
+
+    info.info(_spec(args))
+
+
+def data_bench(args):
+    """`ssl_jax data bench`."""
+    from ssl_jax.prepare import bench
+
+    args.config, args.data = None, args.path
+    bench.bench(_recipe(args), hints.behind(_data_fields(args) + args.words))
+
+
+def _spec(args):
+    """The spec of SRC, --split and NAME=VALUE."""
+    from ssl_jax.data import sources
+
+    words = [args.path, *args.words]
+    is_path = '=' not in args.path or os.path.exists(args.path)
+    spec = {'path': words.pop(0)} if is_path else {}
+    for word in words:
+        if '=' not in word:
+            raise errors.UserError(f"'{word}' has no '=': write NAME=VALUE, such as ignore=11.")
+    spec |= {'split': args.split} if args.split else {}
+    return sources.with_words(spec, dict(word.split('=', 1) for word in words))
 
 
 def export(args):

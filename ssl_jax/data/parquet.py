@@ -47,7 +47,8 @@ class Parquet(maps.WithMaps):
       segmentation_column, depth_column: of files with maps; default: the usual names.
       map_classes: names of the classes of the maps in order of their index; default: numbers, or
         without labels `classes.txt`.
-      ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`.
+      ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`; default, as of
+        `map_classes`: what `ssl_jax data pack` has written into the metadata.
       cache_dir: where the Arrow file of a large data set goes, or the row groups of one in a
         bucket; default ~/.cache/ssl_jax.
       cache_gb: 10^9 bytes of row groups at most that are kept of files in a bucket; default half of
@@ -119,7 +120,16 @@ class Parquet(maps.WithMaps):
         own = _map_columns(schemas, self._image, segmentation_column, depth_column)
         self._kinds = tuple(own)
         self._map_columns = {kind: held(name) for kind, name in own.items()}
-        self._meaning = maps.Meaning(ignore, bool(reduce_zero_label), label_values, depth_scale)
+        stated = dict(
+            ignore=ignore,
+            reduce_zero_label=reduce_zero_label,
+            label_values=label_values,
+            depth_scale=depth_scale,
+            map_classes=map_classes,
+        )
+        stated = _packed(schemas[0]) | {k: v for k, v in stated.items() if v is not None}
+        map_classes = stated.pop('map_classes', None)
+        self._meaning = maps.Meaning(**stated)
         if map_classes is None and own and self.labels is None:
             map_classes = files.read_class_names(self.files[0])
         self._names = self._meaning.check().names(map_classes)
@@ -233,6 +243,16 @@ def _features(schemas, shards):
                     f'would not mean the same.'
                 )
     return known
+
+
+def _packed(schema):
+    """What the values of the maps mean, of files of `ssl_jax data pack`; {} of others."""
+    try:
+        found = json.loads((schema.metadata or {})[b'ssl_jax'])['maps']
+    except (KeyError, ValueError, TypeError):
+        return {}
+    known = ('ignore', 'reduce_zero_label', 'label_values', 'depth_scale', 'map_classes')
+    return {k: v for k, v in found.items() if k in known} if isinstance(found, dict) else {}
 
 
 def _map_columns(schemas, image, segmentation, depth):

@@ -226,6 +226,15 @@ def _reason(source, i):
     return 'could not be read at first, but can be now'
 
 
+def min_size(views: Sequence[host.View]) -> int:
+    """The short side in pixels to which a JPEG may be decoded without a loss to any crop.
+
+    No crop covers less than scale[0] of the area: with the short side at `size / sqrt(scale[0])` an
+    image has all the detail of a square crop of the full one.
+    """
+    return max(math.ceil(v.size / math.sqrt(v.scale[0])) for v in views)
+
+
 def generator(seed: int, g: int) -> np.random.Generator:
     """Random numbers of sample `g`."""
     key = np.array([seed & (2**64 - 1), g], np.uint64)
@@ -281,9 +290,7 @@ class _TrainSamples(Samples):
     def __init__(self, source, batch_size, rows, views, seed, start_step, repeats):
         super().__init__(source, batch_size, rows)
         self._views, self._seed, self._start, self._repeats = views, seed, start_step, repeats
-        # No crop covers less than scale[0] of the area: a JPEG decoded with its short side at
-        # `size / sqrt(scale[0])` has all the detail of a square crop of the full image.
-        self._min_size = max(math.ceil(v.size / math.sqrt(v.scale[0])) for v in views)
+        self._min_size = min_size(views)
 
     def __len__(self):
         return (sys.maxsize // self._batch_size - self._start) // 2 * len(self.rows)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with a data set before a training: `ssl_jax data`."""
