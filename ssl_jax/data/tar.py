@@ -2,6 +2,7 @@
 """Images in tar files (WebDataset), with access to each: on a disk or in a bucket, no copy made."""
 
 import contextlib
+import json
 import os
 import posixpath
 import re
@@ -34,8 +35,10 @@ class Tar(maps.WithMaps):
       image_member: extension of the images, such as 'jpg', where samples have several.
       segmentation_member, depth_member: extensions of the maps, such as 'png' or 'mask.png'.
       classes: names of the classes in label order.
-      map_classes: names of the classes of the maps in order of their index; default: numbers.
-      ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`.
+      map_classes: names of the classes of the maps in order of their index; default: numbers, or
+        without labels `classes.txt`.
+      ignore, reduce_zero_label, label_values, depth_scale: see `maps.Meaning`; default, as of
+        `map_classes`: what `ssl_jax data pack` has written into `maps.json` beside the shards.
       cache_dir: where an index goes that cannot lie beside its shard; default ~/.cache/ssl_jax.
       purpose: what the images are for, see `splits.PURPOSES`.
     """
@@ -70,10 +73,11 @@ class Tar(maps.WithMaps):
         self.remote = storage.is_remote(self.files[0])
         stated = dict(ignore=ignore, reduce_zero_label=reduce_zero_label)
         stated |= dict(label_values=label_values, depth_scale=depth_scale)
-        stated = {key: value for key, value in stated.items() if value is not None}
-        known = self._layout.meaning if self._layout else {}
-        self._meaning = maps.Meaning(**{**known, **stated}).check()
-        map_classes = map_classes or (self._layout and self._layout.classes)
+        known = self._layout.meaning | {'map_classes': self._layout.classes} if self._layout else {}
+        known = known or (self._kinds and _packed(self.files[0])) or {}
+        known |= {key: value for key, value in stated.items() if value is not None}
+        map_classes = map_classes or known.get('map_classes')
+        self._meaning = maps.Meaning(**{k: known[k] for k in known if k in stated}).check()
         if map_classes is None and self._kinds and self.labels is None:
             map_classes = files.read_class_names(self.files[0])
         self._names = self._meaning.names(map_classes)
@@ -166,6 +170,15 @@ class Tar(maps.WithMaps):
         if files.size_and_stamp(file) != stamp and os.path.exists(file):
             raise errors.UserError(f'{file} was changed while it is read: start again.')
         return files.read_bytes(file, size, start)
+
+
+def _packed(file):
+    """What `ssl_jax data pack` says of the maps, {} if it did not write the shards."""
+    try:
+        found = json.loads(files.read_bytes(os.path.join(os.path.dirname(file), 'maps.json')))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _left_out(shards, found):

@@ -27,6 +27,7 @@ from ssl_jax.data import files
 from ssl_jax.run import bucket, errors, hashing, launch, storage, threads
 
 VERSION = 1  # of the index files
+ENDING = '.index'
 WINDOW = 1 << 20  # bytes per request to a bucket while headers are read
 AT_ONCE = 64  # shards in a bucket whose headers are read at once
 PROCESS_BYTES = 2 << 30  # of shards on a disk, above which processes index them
@@ -153,7 +154,7 @@ def make(shard: str, cache_dir: str) -> Index:
 
 def _places(shard, cache_dir):
     """Where the index of a shard may lie, best first."""
-    return f'{shard}.index', os.path.join(cache_dir, f'tar-{hashing.digest(shard)}.index')
+    return f'{shard}{ENDING}', os.path.join(cache_dir, f'tar-{hashing.digest(shard)}{ENDING}')
 
 
 def read(shard: str) -> Index:

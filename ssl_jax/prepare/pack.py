@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ssl_jax.data import files, sources
+from ssl_jax.data import files, sources, tar_index
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.prepare import encoded, progress, writers
 from ssl_jax.run import errors, launch, patience, storage, threads
@@ -261,7 +261,7 @@ def _check_folder(plan):
     own = '|'.join(map(re.escape, stems))
     ending = '|'.join(re.escape(end) for _, end in writers.FORMATS.values())
     ours = re.compile(
-        rf'(({own})(-\d+-of-\d+({ending})|\.{REQUEST}|\.{LEFT_OUT})|{"|".join(SHARED)})'
+        rf'(({own})(-\d+-of-\d+({ending})({tar_index.ENDING})?|\.{REQUEST}|\.{LEFT_OUT})|{"|".join(SHARED)})'
         r'(\.[0-9a-f]{8}\.tmp)?'
     )
     others = [name for name in have if not (ours.fullmatch(name) or files.is_system(name))]
