@@ -37,9 +37,9 @@ def decode(data: bytes, min_size: int | None = None) -> np.ndarray | None:
     Raises:
       DecodeError: the message is the reason.
     """
-    _check_scans(data)
+    head = _check_scans(data)
     try:
-        return _strict(data, min_size)
+        return _strict(data, min_size, data[:head])
     except pixels.DecodeError:
         raise
     except ValueError as e:
@@ -49,7 +49,7 @@ def decode(data: bytes, min_size: int | None = None) -> np.ndarray | None:
         if bare is None:
             break
         try:
-            return _strict(bare, min_size, data)
+            return _strict(bare, min_size, data[:head])
         except pixels.DecodeError:
             raise
         except ValueError:
@@ -59,8 +59,14 @@ def decode(data: bytes, min_size: int | None = None) -> np.ndarray | None:
     raise pixels.corrupt('JPEG', why)
 
 
-def _strict(data, min_size, exif=None):
-    """Raises ValueError at any warning of libjpeg-turbo."""
+def _strict(data, min_size, head):
+    """Raises ValueError at any warning of libjpeg-turbo.
+
+    Args:
+      data: of the image.
+      min_size: see `decode`.
+      head: what stands before the first scan, with the EXIF block.
+    """
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     pixels.check_size(width, height)
     cmyk = space in ('CMYK', 'YCCK')
@@ -69,8 +75,7 @@ def _strict(data, min_size, exif=None):
     if cmyk:  # stored inverted, as Adobe does; so read by Pillow, OpenCV and browsers
         image = np.array(PIL.Image.fromarray(255 - image, 'CMYK').convert('RGB'))
     # Pillow takes longer to open a file than a thumbnail takes to decode: search the tag first.
-    data = exif or data
-    return _upright(image, data) if data.find(b'Exif\0\0', 0, 1 << 17) >= 0 else image
+    return _upright(image, head) if b'Exif\0\0' in head else image
 
 
 def _upright(image, data):
@@ -106,21 +111,27 @@ def _segments(data):
 
 
 def _check_scans(data):
-    """Raises DecodeError for a file made to take very long; reads the headers alone if it can."""
-    frame, scans = None, 0
+    """The byte where the first scan ends its header; reads the headers alone if it can.
+
+    Raises:
+      DecodeError: the file is made to take very long.
+    """
+    frame, scans, head = None, 0, min(len(data), 1 << 17)
     try:
-        for marker, at, _ in _segments(data):
+        for marker, at, end in _segments(data):
             if marker in _FRAMES:
                 frame = marker, data[at + 9]
             elif marker == 0xDA:
                 scans += 1
+                head = end if scans == 1 else head
                 if frame and frame[0] in _PLAIN and data[at + 4] == frame[1]:
-                    return  # libjpeg ends with the first scan of all components
+                    return head  # libjpeg ends with the first scan of all components
                 if scans > MAX_SCANS:
                     raise pixels.DecodeError(f'a JPEG of more than {MAX_SCANS} scans')
     except (ValueError, IndexError) as e:
         if isinstance(e, pixels.DecodeError):
             raise
+    return head
 
 
 def _bare(data, padding):
