@@ -16,7 +16,7 @@ from ssl_jax import step as step_lib
 from ssl_jax.data import loader, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
-from ssl_jax.run import checkpoint, metrics
+from ssl_jax.run import checkpoint, metrics, start
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 
@@ -90,6 +90,25 @@ def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
     assert (book['steps'], book['finished']) == (8, True) and book['seconds']['recomputed'] > 0
     assert_same_bits(final_state(tmp_path, config), final_state(want, config))
     assert rows(tmp_path) == rows(want)
+
+
+def test_a_killed_run_on_a_mixture_continues_to_the_bits_of_an_unbroken_one(
+    tmp_path, monkeypatch, capsys
+):
+    parts = [dict(source='scenes', n=40, size=32, split=split) for split in ('train', 'test')]
+    mixed = ({**parts[0], 'weight': 3}, {**parts[1], 'weight': 0.5})
+    config = tiny.config(data__train=mixed, checkpoint__every_steps=2, total_steps=6)
+    train.train(config, tmp_path / 'unbroken')
+    killed_run(config, tmp_path / 'killed', 3, monkeypatch)
+    capsys.readouterr()
+    train.train(start.continued(config, tmp_path / 'killed'), tmp_path / 'killed')
+    assert '85.7% of scenes, 40 images' in capsys.readouterr().out
+    states = [final_state(tmp_path / name, config) for name in ('unbroken', 'killed')]
+    assert_same_bits(*states)
+    found = rows(tmp_path / 'unbroken')
+    assert found == rows(tmp_path / 'killed')
+    seen = [(r['images/scenes.0'], r['images/scenes.1']) for r in found if 'loss' in r]
+    assert seen == [(14, 2), (27, 5), (41, 7), (55, 9), (69, 11), (82, 14)]
 
 
 def test_a_kill_between_a_save_and_its_evaluation_costs_neither(tmp_path, monkeypatch):
