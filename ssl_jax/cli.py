@@ -8,6 +8,7 @@
     ssl_jax rank --workdir W                                 # which checkpoint, without labels
     ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
+    ssl_jax data score --model W --data DIR --out S.parquet  # how hard each image is, for sampling
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
@@ -152,6 +153,18 @@ def _parser():
     p.add_argument('--size', type=_positive, help='pixels; default: those of the model')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
     about(p)
+
+    p = commands.add_parser('data', help='training images: scores')
+    of_data = p.add_subparsers(dest='data_command', required=True)
+
+    p = of_data.add_parser('score', help='how hard each image is, to show hard ones more often')
+    p.set_defaults(run=score)
+    p.add_argument('--model', required=True, help='a run of MAE or Pixio, or weights with decoder')
+    data(p, 'the images, as they are trained on', required=True)
+    p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
+    p.add_argument('--masks', type=_positive, default=4, help='of each image; default: 4')
+    p.add_argument('--limit', type=_positive, help='most images; default: all')
+    p.add_argument('--batch', type=_positive, default=64, help='images at a time')
 
     p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
@@ -352,6 +365,16 @@ def features(args):
     feature_file.extract(
         model, _data(args), args.out, size=args.size, batch_size=args.batch, log=launch.log
     )
+
+
+def score(args):
+    """`ssl_jax data score`."""
+    from ssl_jax.prepare import score as score_lib
+
+    score_lib.score(
+        args.model, _data(args), args.out,
+        masks=args.masks, limit=args.limit, batch_size=args.batch,
+    )  # fmt: skip
 
 
 def export(args):
