@@ -349,7 +349,7 @@ def _set_open(config, keys, text):
     with config.ignore_type():
         parent = config[keys[0]]
         if len(keys) == 2 and keys[0] == 'data':  # a path, or a list of sources
-            value = None if text.strip().lower() == 'none' else mixture.parse(text)
+            value = None if text.strip().lower() == 'none' else mixture.parse(text.strip())
             parent[keys[1]] = value
             return
         if keys[0] == 'data' and isinstance(parent.get(keys[1]), (list, tuple)):

@@ -27,14 +27,14 @@ def parse(text: str) -> str | tuple[dict, ...]:
     Raises:
       UserError: it looks like a list and is none.
     """
-    text = text.strip()
-    if not (text.startswith('[') and text.endswith(']')):
+    listed = text.strip()
+    if not (listed.startswith('[') and listed.endswith(']')):
         return text
-    found = fields.literal(text)
+    found = fields.literal(listed)
     if not isinstance(found, list):
         raise errors.UserError(
-            f"{text} is no list in Python's notation: write \"[{{'path': 'DIR', "
-            f"'weight': 3}}, 'OTHER']\", with quotes around all."
+            f"{text} is no list in Python's notation: write \"['DIR', 'OTHER']\" with both kinds "
+            "of quotes; instead of 'DIR' also {'path': 'DIR', 'weight': 3}."
         )
     return entries(found)
 
@@ -58,6 +58,30 @@ def entries(spec: Sequence) -> tuple[dict, ...]:
             )
         found.append(fields.tuples(entry.to_dict() if hasattr(entry, 'to_dict') else dict(entry)))
     return tuple(found)
+
+
+def weights_of(entries: Sequence[Mapping]) -> list | None:
+    """The weights of the entries of a list, None if none has one.
+
+    Raises:
+      UserError: some have one, or one is no number above 0.
+    """
+    found = [entry.get('weight') for entry in entries]
+    if all(weight is None for weight in found):
+        return None
+    if None in found:
+        missing = entries[found.index(None)]
+        raise errors.UserError(
+            f'{name_of(missing)} has no weight and other sources of the list have one: give all '
+            'one, or none to show every image once in an epoch.'
+        )
+    ratio(found)
+    return found
+
+
+def name_of(entry: Mapping) -> str:
+    """What an entry of a list is called."""
+    return str(entry.get('path') or entry.get('name') or entry.get('source'))
 
 
 def ratio(weights: Sequence[int | float]) -> list[int]:
@@ -155,22 +179,22 @@ class Mixture:
 
     Args:
       sources: see `data.sources`.
-      weights: samples of each are in this ratio; None: the number of images in an epoch of that
-        source. If all are None each epoch shows every image once.
       names: of the sources, for the log and the metrics.
+      weights: samples of each are in this ratio; None: as many as the images of the source, so that
+        each epoch shows every image once. An epoch is as many samples as there are images.
 
     Raises:
       UserError: a source is empty, or a weight is no number above 0.
     """
 
-    def __init__(self, sources: Sequence, weights: Sequence, names: Sequence[str]):
+    def __init__(self, sources: Sequence, names: Sequence[str], weights: Sequence | None = None):
         for source, name in zip(sources, names, strict=True):
             if not len(source):
                 raise errors.UserError(f'{name} has no images: leave it out of the mixture.')
         self._sources = list(sources)
         self._ends = list(itertools.accumulate(map(len, sources)))
         sizes = [order.epoch_size(source) for source in sources]
-        weights = ratio([n if w is None else w for w, n in zip(weights, sizes, strict=True)])
+        weights = ratio(sizes if weights is None else weights)
         short = _unlike(names)
         self.order = Interleaved(
             [order.of(source) for source in sources], weights, [0, *self._ends[:-1]], short

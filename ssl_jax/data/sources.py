@@ -106,7 +106,8 @@ def open_source(
         None or '' count as not given. Arguments of other sources are allowed, so that a config can
         switch `source` and leave the rest. `scores`, `min_entropy` and `min_side` of any source are
         arguments of `scores.sample_by`.
-        A list of these, or its text, is a mixture: each may have a `weight`, see `mixture.Mixture`.
+        A list of these, or its text, is a mixture, to which each may have a `weight`, see
+        `mixture.Mixture`.
       purpose: what the images are for, 'train', 'test' or 'all': which split is used of a folder
         that has several, if `spec` names none, see `splits.PURPOSES`.
 
@@ -149,13 +150,11 @@ def open_source(
 
 def _mixed(entries, purpose):
     """The mixture of the entries of a list."""
-    weights = [entry.pop('weight', None) for entry in entries]
-    mixture.ratio([w for w in weights if w is not None])  # before anything is listed
-    opened = [open_source(entry, purpose) for entry in entries]
+    weights = mixture.weights_of(entries)  # before anything is listed
+    opened = [open_source({**entry, 'weight': None}, purpose) for entry in entries]
     longest = max((source.classes or () for source in opened), key=len)
     opened = [in_classes(source, longest) if source.classes else source for source in opened]
-    names = [str(e.get('path') or e.get('name') or e.get('source')) for e in entries]
-    return mixture.Mixture(opened, weights, names)
+    return mixture.Mixture(opened, [mixture.name_of(entry) for entry in entries], weights)
 
 
 def with_words(spec: Any, words: Mapping[str, str]) -> dict | tuple[dict, ...]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssl_jax import config as config_lib
-from ssl_jax.data import host, order, scores, sources
+from ssl_jax.data import host, mixture, order, scores, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.run import start
 
@@ -54,7 +54,7 @@ def scored(tmp_path):
 
 def test_frequencies_agree_with_min_of_loss_and_1_within_the_binomial_bound(scored):
     source, loss = scored
-    epochs, chance = 4000, np.minimum(loss, 1).astype(np.float64)
+    epochs, chance = 20_000, np.minimum(loss, 1).astype(np.float64)
     counts = np.zeros(200)
     for epoch in range(epochs):
         counts[source.order.taken(7, epoch)] += 1
@@ -117,16 +117,15 @@ def test_asking_out_of_order_changes_nothing(scored):
 
 
 def test_a_part_of_a_mixture_is_sampled_too(tmp_path):
-    path = write(tmp_path / 's.parquet', numbered(60), [0.5] * 60)
-    source = numbered(60)
-    scores.sample_by(source, path)
-    both = sources.mixture.Mixture([source, numbered(30)], [None, None], ['/a', '/b'])
-    assert order.epoch_size(both) == 60  # 30 of the 60 on average, and 30
-    found = [both.order(g, 0) for g in range(2400)]
-    assert sum(i < 60 for i in found) == 1200
-    count = np.bincount(found, minlength=90)
-    assert (count[60:] == 40).all() and abs(count[:60].mean() - 20) < 1e-9
-    assert count[:60].std() > 1.5  # sampled, not in turn
+    source, other = (sources.Arrays(np.zeros((n, 1, 1), np.uint8)) for n in (900, 450))
+    scores.sample_by(source, write(tmp_path / 's.parquet', source, [0.5] * 900))
+    both = mixture.Mixture([source, other], ['/a', '/b'])
+    assert order.epoch_size(both) == 900  # 450 of the 900 on average, and 450
+    found = [both.order(g, 0) for g in range(9000)]
+    assert sum(i < 900 for i in found) == 4500
+    count = np.bincount(found, minlength=1350)
+    assert (count[900:] == 10).all() and count[:900].mean() == 5
+    assert count[:900].std() > 1.5  # sampled, not in turn
 
 
 class Broken(sources.Arrays):
