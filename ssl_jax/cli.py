@@ -9,6 +9,7 @@
     ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
     ssl_jax data pack DIR --to tar --out SHARDS              # and check, info, bench: the images
+    ssl_jax data score --model W --data DIR --out S.parquet  # how hard each image is, for sampling
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
@@ -192,6 +193,15 @@ def _parser():
     p = job(data_bench, help='images per second by stage, and what to change')
     p.add_argument('--method', help='whose crops to cut; default: mae')
     words(p, 'fields as of pretrain, e.g. method.img_size=112')
+
+    p = jobs.add_parser('score', help='how hard each image is, to show hard ones more often')
+    p.set_defaults(run=data_score)
+    p.add_argument('--model', required=True, help='a run of MAE or Pixio, or weights with decoder')
+    data(p, 'the images, as they are trained on', required=True)
+    p.add_argument('--out', required=True, help='a Parquet file; start again to continue')
+    p.add_argument('--masks', type=_positive, default=4, help='of each image; default: 4')
+    p.add_argument('--limit', type=_positive, help='most images; default: all')
+    p.add_argument('--batch', type=_positive, default=64, help='images at a time')
 
     p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
@@ -444,6 +454,16 @@ def _spec(args):
             raise errors.UserError(f"'{word}' has no '=': write NAME=VALUE, such as ignore=11.")
     spec |= {'split': args.split} if args.split else {}
     return sources.with_words(spec, dict(word.split('=', 1) for word in words))
+
+
+def data_score(args):
+    """`ssl_jax data score`."""
+    from ssl_jax.prepare import score as score_lib
+
+    score_lib.score(
+        args.model, _data(args), args.out,
+        masks=args.masks, limit=args.limit, batch_size=args.batch,
+    )  # fmt: skip
 
 
 def export(args):

@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 from ml_collections import ConfigDict
 
 from ssl_jax import fields, methods, optim
+from ssl_jax.data import mixture
 from ssl_jax.fields import Range
 from ssl_jax.methods import base
 from ssl_jax.models import vit as vit_lib
@@ -153,7 +154,8 @@ def default(method: str = 'mae') -> ConfigDict:
     """An unlocked config with every field; recipes change values and never add fields."""
     c = fields.group(Run)
     for name, cls in GROUPS.items():
-        c[name] = fields.group(cls)
+        # `data.train` may be a path, a spec or a list of them; `validate` checks the other fields.
+        c[name] = fields.group(cls, type_safe=name != 'data')
     c.data.train = ConfigDict(dict(source='scenes'))
     c.data.eval_train = None  # labelled images that evaluations learn from
     c.data.eval_test = None  # labelled images that they are scored on
@@ -210,6 +212,10 @@ def load(name: str, overrides: Iterable[str] = ()) -> ConfigDict:
     with config.unlocked():
         config.overrides = overrides
         fill_size(config.method)
+        for name in ('train', 'eval_train', 'eval_test'):
+            if isinstance(listed := config.data[name], (list, tuple)):
+                del config.data[name]  # a field that was a list makes a list of a tuple
+                config.data[name] = mixture.entries(listed)
     if not config.infer:
         validate(config)
     return lock(config)
@@ -342,9 +348,14 @@ def _set_open(config, keys, text):
     """Applies an override below `OPEN`: data.train=PATH, eval.tasks.knn.ks=(10,)."""
     with config.ignore_type():
         parent = config[keys[0]]
-        if len(keys) == 2 and keys[0] == 'data':  # a path
-            parent[keys[1]] = None if text.strip().lower() == 'none' else text.strip()
+        if len(keys) == 2 and keys[0] == 'data':  # a path, or a list of sources
+            value = None if text.strip().lower() == 'none' else mixture.parse(text.strip())
+            parent[keys[1]] = value
             return
+        if keys[0] == 'data' and isinstance(parent.get(keys[1]), (list, tuple)):
+            raise errors.UserError(
+                f"'{'.'.join(keys[:2])}' is a list of sources: write {keys[2]} into its entries."
+            )
         for key in keys[1:-1]:
             if not isinstance(value := parent.get(key), ConfigDict):
                 path = keys[0] == 'data' and value  # data.train=DIR data.train.split=val

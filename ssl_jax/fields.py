@@ -77,9 +77,9 @@ def _spec(hint, default):
     return Spec(kind, optional, choices, limits, default)
 
 
-def group(cls: type) -> ml_collections.ConfigDict:
+def group(cls: type, type_safe: bool = True) -> ml_collections.ConfigDict:
     """Unlocked ConfigDict of the defaults; optional fields keep their type while None."""
-    c = ml_collections.ConfigDict()
+    c = ml_collections.ConfigDict(type_safe=type_safe)
     for name, spec in specs(cls).items():
         value = spec.default
         if spec.optional:

@@ -21,7 +21,7 @@ from etils import epath
 from ssl_jax import config as config_lib
 from ssl_jax import methods, sharding
 from ssl_jax import step as step_lib
-from ssl_jax.data import sources
+from ssl_jax.data import order, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
 from ssl_jax.evals import features, pictures
@@ -104,11 +104,10 @@ def train(config, workdir, programs=None, before: dict | None = None) -> dict:
         with starting('comparing'):
             start.compare(config, source, workdir, compiled=str(programs))
         tasks = evals.load(config.eval.tasks)
-        clock = clock_lib.Clock.of(config, len(source))
+        per_epoch = order.epoch_size(source)
+        clock = clock_lib.Clock.of(config, per_epoch)
         method = methods.make(config, clock)
-        kept = compiled.Kept.of(
-            programs, config, step_lib.make_program(config, method), len(source)
-        )
+        kept = compiled.Kept.of(programs, config, step_lib.make_program(config, method), per_epoch)
         program = kept.start()
         start.banner(config, source, method, program, workdir)
         saved = checkpoint.Checkpointer(
@@ -241,7 +240,8 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
             at_log = done % config.log.every_steps == 0 or done == total
             if at_log:
                 peers.at(f'logging step {done}')
-                writer.log(done, step_metrics)
+                seen = order.seen(run.source, done * size // method.repeats)
+                writer.log(done, {**step_metrics, **seen})
                 book.write(done)
                 trace.look(done)
                 sentence = method.suspect(writer.last, done)

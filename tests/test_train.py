@@ -8,6 +8,8 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import tiny
@@ -16,7 +18,7 @@ from ssl_jax import step as step_lib
 from ssl_jax.data import loader, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import base as evals
-from ssl_jax.run import checkpoint, metrics
+from ssl_jax.run import checkpoint, metrics, start
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import workdir as workdir_lib
 
@@ -90,6 +92,40 @@ def test_a_killed_run_continues_to_the_bits_of_an_unbroken_one(
     assert (book['steps'], book['finished']) == (8, True) and book['seconds']['recomputed'] > 0
     assert_same_bits(final_state(tmp_path, config), final_state(want, config))
     assert rows(tmp_path) == rows(want)
+
+
+def scores_of(source, loss, folder):
+    """A file as `ssl_jax data score` writes it."""
+    loss = np.asarray(loss, np.float32)
+    about = dict(kind='scores', data=source.fingerprint, images=len(source))
+    ones = np.ones(len(loss), np.int32)
+    table = pa.table(
+        dict(id=np.arange(len(loss)), loss=loss, entropy=loss, height=ones, width=ones)
+    )
+    pq.write_table(
+        table.replace_schema_metadata({'ssl_jax': json.dumps(about)}), folder / 's.parquet'
+    )
+    return str(folder / 's.parquet')
+
+
+def test_a_killed_run_on_a_mixture_continues_to_the_bits_of_an_unbroken_one(
+    tmp_path, monkeypatch, capsys
+):
+    parts = [dict(source='scenes', n=40, size=32, split=split) for split in ('train', 'test')]
+    path = scores_of(sources.open_source(parts[1]), [0.1] * 30 + [0.9] * 10, tmp_path)
+    mixed = ({**parts[0], 'weight': 3}, {**parts[1], 'weight': 0.5, 'scores': path})
+    config = tiny.config(data__train=mixed, checkpoint__every_steps=2)
+    train.train(config, tmp_path / 'unbroken')
+    killed_run(config, tmp_path / 'killed', 5, monkeypatch)
+    capsys.readouterr()
+    train.train(start.continued(config, tmp_path / 'killed'), tmp_path / 'killed')
+    assert '85.7% of scenes, 40 images' in capsys.readouterr().out
+    states = [final_state(tmp_path / name, config) for name in ('unbroken', 'killed')]
+    assert_same_bits(*states)
+    found = rows(tmp_path / 'unbroken')
+    assert found == rows(tmp_path / 'killed')
+    seen = [(r['images/scenes.0'], r['images/scenes.1']) for r in found if 'loss' in r]
+    assert seen[:3] == [(14, 2), (27, 5), (41, 7)] and seen[-1] == (110, 18)
 
 
 def test_a_kill_between_a_save_and_its_evaluation_costs_neither(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from ssl_jax import config as config_lib
 from ssl_jax import methods, sharding
 from ssl_jax import step as step_lib
 from ssl_jax.check.rows import Row, spell
-from ssl_jax.data import fingerprint, sources
+from ssl_jax.data import fingerprint, order, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import launch, start
@@ -31,7 +31,7 @@ class Trial:
         self.source = sources.open_source(config.data.train)
         with contextlib.redirect_stdout(io.StringIO()):  # its decisions: pretrain prints them
             self.config = start.complete(config, self.source)
-        clock = clock_lib.Clock.of(self.config, len(self.source))
+        clock = clock_lib.Clock.of(self.config, order.epoch_size(self.source))
         self.method = methods.make(self.config, clock)
         self.program = step_lib.make_program(self.config, self.method)
 
@@ -60,7 +60,7 @@ def rows(found: list[Row], trial: Trial, seconds: float = 8.0) -> float:
 
 def loading(trial: Trial, seconds: float) -> tuple[float, int, int]:
     """(images/s, distinct images that cannot be decoded, images read) of the training stream."""
-    config, n = trial.config, min(BATCH, len(trial.source))
+    config, n = trial.config, min(BATCH, order.epoch_size(trial.source))
     stream = stream_lib.train_stream(
         trial.source,
         trial.method.views(),

@@ -15,6 +15,7 @@ A source is anything with
   describe(i)      where image i comes from, for messages
   fingerprint      str; changes when the images change, see `data/fingerprint.py`
   remote           (optional) whether each image is a request to a bucket
+  order            (optional) which image each training sample shows, see `data/order.py`
 
 that can be pickled and read from several threads.
 """
@@ -37,9 +38,11 @@ from ssl_jax.data import (
     host,
     local_cache,
     maps,
+    mixture,
     parquet,
     records,
     scenes,
+    scores,
     tar,
 )
 from ssl_jax.run import errors, hashing, threads
@@ -91,10 +94,13 @@ SOURCES = {
     'arrays': Arrays,
     'scenes': scenes.Scenes,
 }
+SCORES = ('scores', 'min_entropy', 'min_side')  # of any source, see `scores.sample_by`
 
 
 @files.one_listing()
-def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'train') -> Any:
+def open_source(
+    spec: str | os.PathLike | Mapping[str, Any] | Sequence, purpose: str = 'train'
+) -> Any:
     """Opens the images that `spec` names.
 
     Args:
@@ -103,18 +109,26 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
         arguments of that class. Values that are None or '' count as not given. Arguments of other
         sources are allowed, so that a config can switch `source` and leave the rest. `cache_gb`:
         so many 10^9 bytes of training images in a bucket are kept in `cache_dir` on a local disk.
+        `scores`, `min_entropy` and `min_side` of any source are arguments of `scores.sample_by`.
+        A list of these, or its text, is a mixture, to which each may have a `weight`, see
+        `mixture.Mixture`.
       purpose: what the images are for, 'train', 'test' or 'all': which split is used of a folder
         that has several, if `spec` names none, see `splits.PURPOSES`.
 
     Raises:
       ValueError, FileNotFoundError: one sentence that says what is wrong and what to do.
     """
+    if isinstance(spec, str):
+        spec = mixture.parse(spec)
+    if isinstance(spec, (list, tuple)):
+        return _mixed(mixture.entries(spec), purpose)
     if isinstance(spec, (str, os.PathLike)):
         spec = {'path': os.fspath(spec)}
     spec = dict(spec)
     spec = {k: v for k, v in spec.items() if not (v is None or isinstance(v, str) and v == '')}
     arguments = {k: inspect.signature(v).parameters for k, v in SOURCES.items()}
-    known = sorted({'source', 'cache_dir', 'cache_gb'}.union(*arguments.values()) - {'purpose'})
+    common = {'source', 'cache_dir', 'cache_gb', *SCORES}
+    known = sorted(common.union(*arguments.values()) - {'purpose'})
     for key in spec:
         if key not in known:
             raise errors.UserError(
@@ -131,13 +145,33 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
             raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
     spec['purpose'] = purpose
     source = SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
+    by_scores = {k.replace('scores', 'path'): spec[k] for k in SCORES if k in spec}
+    if 'path' in by_scores:
+        scores.sample_by(source, **by_scores)
+    elif by_scores:
+        raise errors.UserError(f'{next(iter(by_scores))} is of scores: set `scores` too.')
     if purpose != 'train' or 'cache_gb' in arguments[name]:
         return source
     return local_cache.keep(source, spec.get('cache_dir'), spec.get('cache_gb') or 0)
 
 
-def with_words(spec: str | os.PathLike | Mapping, words: Mapping[str, str]) -> dict:
-    """A spec with fields as a command line gives them, {'ignore': '11', 'layout': 'voc'}."""
+def _mixed(entries, purpose):
+    """The mixture of the entries of a list."""
+    weights = mixture.weights_of(entries)  # before anything is listed
+    opened = [open_source({**entry, 'weight': None}, purpose) for entry in entries]
+    longest = max((source.classes or () for source in opened), key=len)
+    opened = [in_classes(source, longest) if source.classes else source for source in opened]
+    return mixture.Mixture(opened, [mixture.name_of(entry) for entry in entries], weights)
+
+
+def with_words(spec: Any, words: Mapping[str, str]) -> dict | tuple[dict, ...]:
+    """A spec with fields as a command line gives them, {'ignore': '11', 'layout': 'voc'}.
+
+    Those of a list go to each of its sources.
+    """
+    spec = mixture.parse(spec) if isinstance(spec, str) else spec
+    if isinstance(spec, (list, tuple)):
+        return tuple(with_words(entry, words) for entry in mixture.entries(spec))
     spec = {'path': os.fspath(spec)} if isinstance(spec, (str, os.PathLike)) else dict(spec)
     return spec | {k: fields.tuples(fields.literal(text)) for k, text in words.items()}
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams of batches; training batches are a pure function of the step.
 
-Row r of step t is sample g = t * batch_size + r of one endless sequence. Its epoch and position are
-divmod(g, len(source)); the image is a permutation of the position keyed by (seed, epoch); its crops
-are drawn from a counter-based generator keyed by (seed, g). So the batches are the same for any
-number of threads, worker processes and hosts, a restart needs no iterator state, and every image
-appears exactly once per epoch, also where a batch crosses from one epoch into the next.
+Row r of step t is sample g = t * batch_size + r of one endless sequence. Its image is a function of
+(seed, g), by the order of the source (`data.order`); its crops are drawn from a counter-based
+generator keyed by (seed, g). So the batches are the same for any number of threads, worker
+processes and hosts, a restart needs no iterator state, and every image appears exactly once per
+epoch (or as the order of the source says), also where a batch crosses from one epoch into the next.
 """
 
 import contextlib
@@ -18,28 +18,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from absl import logging
 from etils import epath
 
-from ssl_jax.data import host, loader, maps
+from ssl_jax.data import host, loader, maps, order
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.run import errors, hashing, launch, storage, uploads
 
 MAX_TRIES = 8  # images tried for one row, the first included, before giving up
 MAPS = {'segmentation': np.uint8, 'depth': np.float32}  # per pixel, cut as the image
 _IO_PAUSES = (0.1, 0.5, 2.0)  # seconds before each repetition of a failed read
-
-
-def sample_index(g: int, n: int, seed: int) -> int:
-    """Index of the image of sample `g`: position g % n of the permutation of (seed, g // n)."""
-    epoch, position = divmod(g, n)
-    if n == 1:
-        return 0
-    return grain.experimental.index_shuffle(
-        position, max_index=n - 1, seed=hashing.mix(seed, epoch), rounds=4
-    )
 
 
 def train_stream(
@@ -65,7 +54,8 @@ def train_stream(
     batch less, but up to four on their way. Nothing is read before the first next().
 
     A hash of (seed, g, attempt) chooses the replacement of an image that cannot be decoded, so it
-    is the same on any number of threads, processes and hosts.
+    is the same on any number of threads, processes and hosts. The order draws it from where the
+    image came from: from the same source of a mixture, from those that an epoch takes by scores.
 
     Args:
       source: see `ssl_jax.data.sources`.
@@ -85,7 +75,7 @@ def train_stream(
       UserError: if there are fewer images than rows in a batch; from next(), if MAX_TRIES images in
         a row could not be decoded.
     """
-    n = len(source)
+    n = order.epoch_size(source)
     if n < batch_size:
         raise errors.UserError(
             f'{n} images are fewer than one batch of {batch_size}: add images or set '
@@ -257,12 +247,11 @@ def first_good(
     Raises:
       UserError: MAX_TRIES images could not be decoded.
     """
-    n = len(source)
+    index_of, sample = order.of(source), g // repeats
     bad = np.full(MAX_TRIES, -1, np.int64)
-    i = sample_index(g // repeats, n, seed)
     for attempt in range(MAX_TRIES):
-        if attempt:
-            i = hashing.mix(seed, g, attempt) % n
+        draw = hashing.mix(seed, g, attempt) if attempt else None
+        i = index_of(sample, seed, draw)
         try:
             item = read(source, i)
             return i, item, host.decode(item['image'], min_size), bad

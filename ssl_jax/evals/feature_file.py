@@ -6,7 +6,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from ssl_jax.data import files, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import features as features_lib
-from ssl_jax.run import checksums, errors, hashing, metrics, storage, uploads
+from ssl_jax.run import checksums, errors, hashing, launch, metrics, storage, uploads
 from ssl_jax.run import workdir as workdir_lib
 
 COLUMNS = ('cls', 'patch')  # the features that are written, see `encoder.make_forward`
@@ -68,28 +68,82 @@ def extract(
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # parameters split, so that large encoders fit
     batch_size = features_lib.round_up(min(batch_size, len(source)), mesh)
     about = _about(model, source, transform, batch_size)
+    view = transform_lib.describe(transform)
+
+    def tables(start):
+        params = jax.device_put(model.params, sharding.infer(model.params, mesh))
+        forward = encoder.make_forward(model.vit, params, mean=model.mean, std=model.std)
+        options = dict(transform=transform, batch_size=batch_size, mesh=mesh, start=start)
+        with contextlib.closing(features_lib.batches(forward, source, **options)) as batches:
+            for batch in batches:
+                positions = np.arange(start, min(start + len(batch['id']), len(source)))
+                mask = batch['mask'][: len(positions)]
+                yield _table({**batch, 'id': positions}, mask, source), positions[~mask]
+                start += len(positions)
+
+    return build(
+        out,
+        about,
+        tables,
+        source=source,
+        total=len(source),
+        same=('model', 'data', 'images', 'size', 'transform', 'batch_size'),
+        lines=[f'{model.source}: {len(source):,} images, {view}, batches of {batch_size}'],
+        log=log,
+    )
+
+
+def build(
+    out: epath.PathLike,
+    about: dict,
+    tables: Callable,
+    *,
+    source,
+    total: int,
+    same: tuple[str, ...],
+    kind: str = 'features',
+    lines: Sequence[str] = (),
+    log: Callable = launch.log,
+) -> int:
+    """Writes a Parquet file of one row per image in parts; the same call continues after a kill.
+
+    Args:
+      out: the file, local or in a bucket.
+      about: its metadata, key `ssl_jax`; with model, model_path, data and images.
+      tables: first position -> iterator over (table of the next images, indices of those of them
+        that do not decode and have no row).
+      source: of the images.
+      total: number of images.
+      same: entries of `about` that a file and its parts have to agree in.
+      kind: what the file holds, for messages.
+      lines: for the log, before the first image.
+      log: called with each line.
+
+    Returns:
+      The number of rows.
+    """
+    out = epath.Path(out)
     if storage.exists(out):
         stored, rows = _stored(out)
-        _compare(about, stored, out)
+        _compare(about, stored, out, same, kind)
         log(f'{out} is complete: {rows:,} rows')
         return rows
     parts, bad = epath.Path(f'{out}.parts'), f'{out}.bad.jsonl'
     with workdir_lib.lock(parts) as held:
         if storage.exists(parts / 'about.json'):
-            about = _compare(about, json.loads(storage.read(parts / 'about.json')), parts)
+            stored = json.loads(storage.read(parts / 'about.json'))
+            about = _compare(about, stored, parts, same, kind)
         else:
             storage.remove(bad)  # of an earlier file
             storage.atomic_write(parts / 'about.json', json.dumps(about, indent=1) + '\n')
-        view = transform_lib.describe(transform)
-        log(f'{model.source}: {len(source):,} images, {view}, batches of {batch_size}')
-        for note in getattr(source, 'notes', ()):
-            log(note)
-        params = jax.device_put(model.params, sharding.infer(model.params, mesh))
-        forward = encoder.make_forward(model.vit, params, mean=model.mean, std=model.std)
-        start = _done(parts, len(source))
-        options = dict(transform=transform, batch_size=batch_size, mesh=mesh, start=start)
-        with contextlib.closing(features_lib.batches(forward, source, **options)) as batches:
-            _fill(parts, bad, batches, source, start, held, log)
+        for line in (*lines, *getattr(source, 'notes', ())):
+            log(line)
+        start = _done(parts, total)
+        if start:
+            log(f'continuing at image {start:,} of {total:,}')
+        if start < total:
+            with contextlib.closing(tables(start)) as found:
+                _fill(parts, bad, found, source, (start, total), held, log)
         rows = _join(parts, out, about)
         storage.remove_folder(parts)
     uploads.close()
@@ -100,10 +154,8 @@ def extract(
 
 def _about(model, source, transform, batch_size):
     """The metadata of the file: what the features depend on, and `model_path` for people."""
-    sums = checksums.of(jax.device_get(model.params))
-    weights = hashing.digest(*(f'{k}={v}' for k, v in sorted(sums.items())))
     return dict(
-        model=hashing.digest(weights, repr(model.vit), model.mean, model.std),
+        model=digest(model.params, repr(model.vit), model.mean, model.std),
         model_path=model.source,
         data=source.fingerprint,
         images=len(source),
@@ -114,11 +166,17 @@ def _about(model, source, transform, batch_size):
     )
 
 
-def _compare(about, stored, path):
+def digest(params, *more) -> str:
+    """A digest of parameters and of what else a model is."""
+    sums = checksums.of(jax.device_get(params))
+    return hashing.digest(hashing.digest(*(f'{k}={v}' for k, v in sorted(sums.items()))), *more)
+
+
+def _compare(about, stored, path, same, kind):
     """`stored`; raises if it is of another extraction than `about`."""
-    if not stored:
-        raise errors.UserError(f'{path} exists and is no file of features: give another --out.')
-    for key in ('model', 'data', 'images', 'size', 'transform', 'batch_size'):
+    if not stored or stored.get('kind') != about.get('kind'):
+        raise errors.UserError(f'{path} exists and is no file of {kind}: give another --out.')
+    for key in same:
         if about[key] != stored.get(key):
             old, new = stored.get(key), about[key]
             if key == 'model':
@@ -161,22 +219,17 @@ def _part_names(parts):
     return [name for name in storage.names(parts) if re.fullmatch(r'\d+-\d+\.parquet', name)]
 
 
-def _fill(parts, bad, batches, source, start, held, log):
-    """Writes parts until the source is done, after the list of images that do not decode."""
-    total, first, done = len(source), start, start
-    if start:
-        log(f'continuing at image {start:,} of {total:,}')
-    if start == total:
-        return
+def _fill(parts, bad, tables, source, of, held, log):
+    """Writes parts until all images are done, after the list of those that do not decode."""
+    first, total = of
     bad = stream_lib.BadImages(source, bad, budget=1.0)
-    collected, started, flushed, shown = [], None, time.monotonic(), time.monotonic()
-    for batch in batches:
-        positions = np.arange(done, min(done + len(batch['id']), total))
-        mask = batch['mask'][: len(positions)]
-        if not mask.all():
-            bad.update({'bad': np.where(mask, -1, positions)[:, None]})
-        collected.append(_table({**batch, 'id': positions}, mask, source))
-        done += len(positions)
+    collected, done, started = [], first, None
+    flushed = shown = time.monotonic()
+    for table, left_out in tables:
+        if len(left_out):
+            bad.update({'bad': np.asarray(left_out)[:, None]})
+        collected.append(table)
+        done += len(table) + len(left_out)
         now = time.monotonic()
         if done == total or done - first >= PART_IMAGES or now - flushed >= PART_SECONDS:
             held(sure=True)

@@ -68,7 +68,8 @@ def rank(workdir, *, data=None, limit: int | None = None, log=launch.log) -> lis
         )
     run = weights.open_run(workdir, steps[-1])
     spec = data or (run.config.data.train if 'data' in run.config else None)
-    if not spec or not (isinstance(spec, str) or spec.get('source') or spec.get('path')):
+    named = isinstance(spec, (str, tuple)) or (spec and (spec.get('source') or spec.get('path')))
+    if not named:
         raise errors.UserError(f'The run in {workdir} names no images: give --data.')
     source = sources.open_source(spec)
     log(*sources.lines(source))

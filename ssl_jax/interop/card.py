@@ -172,7 +172,8 @@ def _training(config, step, field):
 
 
 def _source(source):
-    return json.dumps(source.to_dict(), default=str) if hasattr(source, 'to_dict') else source
+    source = source.to_dict() if hasattr(source, 'to_dict') else source
+    return source if isinstance(source, str) else json.dumps(source, default=str)
 
 
 def _usage(w):

@@ -65,9 +65,10 @@ def mix(*numbers: int) -> int:
     return h >> 32
 
 
-def mix_range(n: int, seed: int) -> np.ndarray:
-    """uint64 (n,): splitmix64 of 0 .. n - 1 in stream `seed`."""
-    return _splitmix64(np.arange(n, dtype=np.uint64) + np.uint64(seed * GOLDEN & MASK))
+def mix_range(n: int, seed: int, start: int = 0) -> np.ndarray:
+    """uint64 (n,): splitmix64 of start .. start + n - 1 in stream `seed`."""
+    first = np.uint64((start + seed * GOLDEN) & MASK)
+    return _splitmix64(np.arange(n, dtype=np.uint64) + first)
 
 
 def _splitmix64(h):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ssl_jax import config as config_lib
 from ssl_jax import methods, optim, sharding
 from ssl_jax import step as step_lib
-from ssl_jax.data import fingerprint, sources
+from ssl_jax.data import fingerprint, order, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.interop import files
 from ssl_jax.methods import base
@@ -86,7 +86,7 @@ def complete(config: ConfigDict, source: Any, is_new: bool = True) -> ConfigDict
     if config.infer:
         device, hw = jax.devices()[0], sources.typical_size(source)
         config, decisions = config_lib.infer(
-            config, len(source), hw, device.platform, jax.device_count()
+            config, order.epoch_size(source), hw, device.platform, jax.device_count()
         )
         log(*decisions)
     values, lines = methods.make(config).complete(source)
@@ -118,7 +118,7 @@ def banner(config, source, method, program, workdir) -> None:
     count = sum(x.size for x in jax.tree.leaves(program.abstract.params))
     device, mesh, clock = jax.devices()[0], program.mesh.shape, method.clock
     axes = {k: v for k, v in mesh.items() if v > 1} or 'one device'
-    epochs = clock.total * config.batch_size / len(source)
+    epochs = clock.total * config.batch_size / order.epoch_size(source)
     version = importlib.metadata.version('ssl_jax')
     log(
         f'{config.name or config.method.name}: ssl_jax {version}, jax {jax.__version__}',
@@ -201,10 +201,11 @@ def check_images(config: ConfigDict, meta: dict, source: Any) -> None:
     if fingerprint.content(before) == fingerprint.content(now):
         log('images    with other times of change; names, sizes and a sample are as before')
         return
+    same = len(source) == meta['images']
     sentence = (
         f'the images are not those that this run has seen: there were {meta["images"]:,}, and '
         f'{source.describe(0)} ... are {len(source):,}'
-        f'{" of other names, sizes or content" if len(source) == meta["images"] else ""}'
+        f'{" of other names, sizes or content, or with other scores" if same else ""}'
     )
     if config.data.changed == 'refuse':
         raise errors.UserError(
