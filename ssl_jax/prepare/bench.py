@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl_jax import config as config_lib
 from ssl_jax.check import data as check_data
-from ssl_jax.data import host, maps
+from ssl_jax.data import host, maps, order
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import task
 from ssl_jax.prepare import encoded
@@ -84,7 +84,7 @@ def measure(
     Raises:
       UserError: none of the images can be decoded.
     """
-    source, n = maps.images_only(source), len(source)
+    source, n, index_of = maps.images_only(source), len(source), order.of(source)
     names = [f'crop and resize {v.count} x {v.size} px' for v in views]
     stages = [Stage(name) for name in ('read', 'decode', *names, 'copy into the batch')]
     batch = {v.name: np.zeros((8, v.count, v.size, v.size, 3), np.uint8) for v in views}
@@ -93,7 +93,7 @@ def measure(
     while (time.perf_counter() < end or count < 8) and (count or g <= n):
         marks = [_now()]
         try:
-            data = stream_lib.read(source, stream_lib.sample_index(g, n, seed))['image']
+            data = stream_lib.read(source, index_of(g, seed))['image']
             marks.append(_now())
             image = host.decode(data, min_size)
             marks.append(_now())
