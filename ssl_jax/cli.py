@@ -12,6 +12,7 @@
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
     ssl_jax check --workdir W --data DIR                     # this machine or pod, in two minutes
+    ssl_jax data curate --pool DIR --model W --out DIR       # fewer and better images to train on
     ssl_jax demo                                             # a few minutes on rendered scenes
 
 Each command imports its modules when it runs, so that `ssl_jax --help` is quick.
@@ -193,6 +194,28 @@ def _parser():
     p.add_argument('--config', help='a recipe instead; its step is measured')
     fields(p)
 
+    p = commands.add_parser('data', help='prepare images for training')
+    prepare = p.add_subparsers(dest='subcommand', required=True)
+
+    p = prepare.add_parser('curate', help='a manifest of images: no copies, like yours, balanced')
+    p.set_defaults(run=curate)
+    p.add_argument('--pool', required=True, help='images to select from')
+    p.add_argument(
+        '--query', action='append', default=[], help='images to find more of; may be repeated'
+    )
+    p.add_argument(
+        '--against', action='append', default=[],
+        help='images of an evaluation that must not be among them; may be repeated',
+    )  # fmt: skip
+    p.add_argument('--model', help='an encoder: a run, an export, an HF or timm folder, a file')
+    p.add_argument(
+        '--embeddings', action='append', default=[], metavar='FILE',
+        help='instead: a Parquet file for each set, pool, queries, evaluations',
+    )  # fmt: skip
+    p.add_argument('--out', required=True, help='a folder, or manifest.parquet; again: continues')
+    text = 'e.g. dedup.threshold=0.7 balance.target=100000'
+    p.add_argument('hints', nargs='*', metavar='STAGE.FIELD=VALUE', help=text)
+
     p = command(demo, help='train on rendered scenes for a few minutes, then evaluate')
     p.add_argument('--workdir', default='runs/demo')
 
@@ -201,7 +224,7 @@ def _parser():
 
 def _ask_buckets(args):
     """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
-    names = ('out', 'model', 'path', 'data', 'test')
+    names = ('out', 'model', 'path', 'data', 'test', 'pool')
     paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
     workdir = getattr(args, 'workdir', None) or ''
     if paths or ':' in workdir:
@@ -412,6 +435,21 @@ def check(args):
     launch.initialize_distributed()
     is_wanted = bool(args.config or args.method)
     sys.exit(not check_lib.run(args.workdir, recipe, fields, step=is_wanted))
+
+
+def curate(args):
+    """`ssl_jax data curate`."""
+    from ssl_jax.curate import command
+
+    command.curate(
+        args.pool,
+        args.out,
+        queries=args.query,
+        against=args.against,
+        model=args.model,
+        embeddings=args.embeddings,
+        words=args.hints,
+    )
 
 
 def demo(args):

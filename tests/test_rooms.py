@@ -20,7 +20,7 @@ ORDER = (
     ('run/weights', 'run/compiled'),
     ('run/start', 'encoder'),
     ('evals', 'plan', 'check'),
-    ('train', 'viz/show', 'app'),
+    ('train', 'viz/show', 'app', 'curate'),
     ('cli', '__init__'),
 )
 # Modules that are slow to import, or of one command: imported where they are used.

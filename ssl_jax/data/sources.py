@@ -29,7 +29,17 @@ from typing import Any
 import numpy as np
 
 from ssl_jax import fields
-from ssl_jax.data import files, fingerprint, folder, host, maps, parquet, records, scenes
+from ssl_jax.data import (
+    files,
+    fingerprint,
+    folder,
+    host,
+    manifest,
+    maps,
+    parquet,
+    records,
+    scenes,
+)
 from ssl_jax.run import errors, hashing, threads
 
 
@@ -70,6 +80,27 @@ class Arrays:
         return f'array {i}'
 
 
+def _manifest(path: str, pool: str | Mapping | None = None) -> manifest.Manifest:
+    """The images that a manifest selects from its pool, see `data.manifest`.
+
+    Args:
+      path: the manifest.
+      pool: where its images are now, a spec; default where they were.
+    """
+    stored = manifest.about(path)['pool']
+    if pool is not None:
+        stored = dict(pool) if isinstance(pool, Mapping) else {**stored, 'path': pool}
+    try:
+        opened = open_source(stored)
+    except (errors.UserError, OSError) as error:
+        reason = str(error).rstrip('.').removesuffix(': give an existing path')
+        raise errors.UserError(
+            f'{path} selects from images that cannot be opened ({reason}): bring them back, or '
+            f'name where they are now with data.train.pool=PATH.'
+        ) from None
+    return manifest.Manifest(opened, path)
+
+
 SOURCES = {
     'folder': folder.Folder,
     'parquet': parquet.Parquet,
@@ -77,6 +108,7 @@ SOURCES = {
     'array_record': records.ArrayRecord,
     'arrays': Arrays,
     'scenes': scenes.Scenes,
+    'manifest': _manifest,
 }
 
 
@@ -86,7 +118,7 @@ def open_source(spec: str | os.PathLike | Mapping[str, Any], purpose: str = 'tra
 
     Args:
       spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them, an
-        ArrayRecord file), or
+        ArrayRecord file, a manifest), or
         a mapping with `source`, a name in SOURCES, and the arguments of that class. Values that are
         None or '' count as not given. Arguments of other sources are allowed, so that a config can
         switch `source` and leave the rest.
@@ -127,10 +159,10 @@ def with_words(spec: str | os.PathLike | Mapping, words: Mapping[str, str]) -> d
 
 
 def _kind(path):
-    """The kind of source that lies at `path`: 'folder', 'parquet' or 'array_record'."""
+    """The kind of source that lies at `path`, a key of SOURCES."""
     path = os.fspath(path)
     if '.parquet' in os.path.basename(path):
-        return 'parquet'
+        return 'manifest' if manifest.is_manifest(path) else 'parquet'
     if '.array_record' in os.path.basename(path):
         return 'array_record'
     if glob.has_magic(path) and not files.exists(path):

@@ -140,18 +140,7 @@ def settings(name: str, words: dict[str, str]) -> Any:
     Raises:
       UserError: a field is unknown or has a wrong value.
     """
-    cls = _module(name).Settings
-    specs, values = fields.specs(cls), {}
-    for key, text in words.items():
-        if key not in specs:
-            raise errors.UserError(
-                f"There is no setting '{name}.{key}'{errors.nearest(key, specs)}"
-            )
-        values[key] = fields.parse(f'{name}.{key}', text, specs[key])
-    found = cls(**values)
-    for problem in fields.problems(cls, found, f'{name}.'):
-        raise errors.UserError(problem)
-    return found
+    return fields.from_words(_module(name).Settings, name, words)
 
 
 def run(name: str, model: Any, data: Data, settings: Any, work: Work) -> list[dict]:
