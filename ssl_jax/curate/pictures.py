@@ -11,7 +11,8 @@ from ssl_jax.run import hashing
 from ssl_jax.viz import draw
 
 SIDE = 112  # pixels of an image on a sheet
-PAIRS = 8  # pairs right below a threshold, right above it, and further above
+PAIRS = 8  # pairs right below a threshold, right above it, and further above,
+PER_ROW = 4  # so many side by side
 ROWS, COLUMNS = 8, 8  # of clusters and their images
 MISSING = np.full((SIDE, SIDE, 3), 200, np.uint8)
 
@@ -47,14 +48,14 @@ def pairs(
       path: of the PNG.
     """
     picked = chosen(similarity, threshold)
-    tiles, texts = [], []
-    for p in picked:
-        tiles += [left(p), right(p)]
-        texts += [f'{similarity[p]:.3f}', 'copies' if similarity[p] > threshold else 'not copies']
-    rows = [tiles[i : i + 8] for i in range(0, len(tiles), 8)]
-    captions = [texts[i : i + 8] for i in range(0, len(texts), 8)]
-    if rows:
-        draw.captioned_sheet(rows, captions, path, note=note)
+    tiles = [np.concatenate([left(p), right(p)], axis=1) for p in picked]
+    texts = [
+        f'{similarity[p]:.3f} {"copies" if similarity[p] > threshold else "not copies"}'
+        for p in picked
+    ]
+    if tiles:
+        rows = [slice(i, i + PER_ROW) for i in range(0, len(tiles), PER_ROW)]
+        draw.captioned_sheet([tiles[r] for r in rows], [texts[r] for r in rows], path, note=note)
 
 
 def clusters(source, cluster: np.ndarray, ids: np.ndarray, kept: np.ndarray, path) -> None:
@@ -94,7 +95,8 @@ def dropped(source, by_stage: dict[str, np.ndarray], path) -> None:
         if len(images):
             rows.append([tile(source, i) for i in _some(images)])
             captions.append([f'{name}: {len(images):,}'])
-    draw.captioned_sheet(rows, captions, path, note='Some of the images that each stage dropped.')
+    note = 'Some of the images that each stage dropped, and of those that are left.'
+    draw.captioned_sheet(rows, captions, path, note=note)
 
 
 def similarities(values: dict, marks: dict, path) -> None:

@@ -162,8 +162,9 @@ def deduplicate(work: Work, state: State) -> None:
     for first in range(0, len(lost), search.PART):
         rows = lost[first : first + search.PART]
         state.similarity[rows] = (x[rows] * x[keeper[rows]]).sum(axis=1)
-    groups = int((state.copies > 1).sum())
-    why = f'copies (cosine above {of.threshold:g}): {groups:,} groups, the {of.keep} of each stays'
+    groups, most = int((state.copies > 1).sum()), int(state.copies.max())
+    why = f'copies (cosine above {of.threshold:g}): {groups:,} groups of up to {most:,} images, '
+    why += f'the {of.keep} of each stays'
     state.drop('dedup', gone, why)
 
 
@@ -209,7 +210,7 @@ def keep_out(work: Work, state: State) -> None:
     state.like[here] = state.nearest['row'][here]
     state.like_set[here] = state.nearest['set'][here]
     state.similarity[here] = found['similarity'][here]
-    why = f'like images of {len(names)} evaluation sets (cosine above {of.threshold:g})'
+    why = f'like one of {len(owner):,} images of evaluations (cosine above {of.threshold:g})'
     through = int((here & ~hit).sum())
     state.drop('against', gone, why + (f', {through:,} through others' if through else ''))
 

@@ -49,7 +49,7 @@ def decoded(images):
     [
         (planted.recompressed, 0.98, 1.0, 1.0),
         (planted.resized, 0.98, 1.0, 1.0),
-        (planted.cropped, 0.93, 0.55, 0.95),
+        (planted.cropped, 0.93, 0.65, 0.85),
     ],
 )
 def test_planted_copies_are_found(plant, threshold, recall, precision, cifar, tmp_path):
