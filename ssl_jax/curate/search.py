@@ -22,7 +22,7 @@ from ssl_jax.evals import knn
 from ssl_jax.fields import Range
 from ssl_jax.run import errors, peers
 
-TILE = 1024  # rows of the database that are compared together
+TILE = 4096  # rows of the database that are compared together, at most
 QUERIES = 1024  # at a time
 PART = 2**16  # queries for which the database is brought to the devices once
 
@@ -80,8 +80,9 @@ def _exact(database, k, mesh, settings):
     """A function of (queries, own) with all of `database` or blocks of it on the mesh."""
     n, d = database.shape
     devices = mesh.shape['data'] * mesh.shape['fsdp']
-    tiles = max(1, int(settings.memory * 2**30 / (4 * d * TILE)))
-    block = min(tiles, math.ceil(n / (TILE * devices))) * TILE * devices
+    tile = int(np.clip(2 ** math.ceil(math.log2(n / 8)), 128, TILE))  # whatever the devices
+    tiles = max(1, int(settings.memory * 2**30 / (4 * d * tile)))
+    block = min(tiles, math.ceil(n / (tile * devices))) * tile * devices
     put = functools.lru_cache(1)(lambda first: _put(database, first, block, mesh))
 
     def search(queries, own):
@@ -95,7 +96,8 @@ def _exact(database, k, mesh, settings):
                 peers.progress()
                 part = slice(at, at + chunk)
                 best = found[0][part], found[1][part].astype(np.int32)
-                new = _merge(placed, first, n, queries[part], own[part], *best, k=k, mesh=mesh)
+                known = queries[part], own[part], *best
+                new = _merge(placed, first, n, *known, k=k, tile=tile, mesh=mesh)
                 for old, x in zip(found, new, strict=True):
                     old[part] = x
         return found
@@ -112,22 +114,22 @@ def _put(database, first, block, mesh):
     return knn.put_rows(np.pad(x, [(0, block - len(x)), (0, 0)]), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'mesh'))
-def _merge(block, first, n, queries, own, similarity, rows, *, k, mesh):
+@functools.partial(jax.jit, static_argnames=('k', 'tile', 'mesh'))
+def _merge(block, first, n, queries, own, similarity, rows, *, k, tile, mesh):
     """The k nearest among those found so far and a block that begins at row `first` of n."""
 
     def local(block, queries, own, similarity, rows):
         begin = first + jax.lax.axis_index(knn.AXES) * len(block)
 
-        def add(best, tile):
-            x = jax.lax.dynamic_slice_in_dim(block, tile * TILE, TILE)
+        def add(best, at):
+            x = jax.lax.dynamic_slice_in_dim(block, at * tile, tile)
             s = jnp.einsum('qd,nd->qn', queries, x, precision='highest')
-            number = begin + tile * TILE + jnp.arange(TILE, dtype=jnp.int32)
+            number = begin + at * tile + jnp.arange(tile, dtype=jnp.int32)
             counts = (number < n) & (number != own[:, None])
             return _best(*best, jnp.where(counts, s, -jnp.inf), number, k), None
 
         empty = jnp.full_like(similarity, -jnp.inf), jnp.full_like(rows, -1)
-        (s, r), _ = jax.lax.scan(add, empty, jnp.arange(len(block) // TILE))
+        (s, r), _ = jax.lax.scan(add, empty, jnp.arange(len(block) // tile))
         # Devices come in the order of their rows, and `top_k` takes the first of equals.
         s, r = (jax.lax.all_gather(x, knn.AXES, axis=1, tiled=True) for x in (s, r))
         return _best(similarity, rows, s, r, k)

@@ -59,7 +59,7 @@ def test_blocks_and_parts_change_nothing(monkeypatch):
     queries = unit(300, 64, seed=1)
     whole = search.all_nearest(queries, x, 5, mesh(2))
     monkeypatch.setattr(search, 'PART', 128)
-    small = search.Settings(memory=2 * search.TILE * 64 * 4 / 2**30)
+    small = search.Settings(memory=2000 * 64 * 4 / 2**30)  # of 9,000 rows, on each of two
     parts = search.all_nearest(queries, x, 5, mesh(2), settings=small)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(a, b)
