@@ -59,14 +59,15 @@ def fit(
       parents: for each level, the cluster of each image (n,), then of each cluster of the level
         below; centroids of the lowest level (counts[0], d).
     """
-    parents, points, lowest = [], x, None
+    parents, points, lowest, iterations = [], x, None, settings.iterations
     for level, k in enumerate(counts):
-        seed = hashing.mix(settings.seed, level)
-        options = dict(seed=seed, iterations=settings.iterations)
-        centroids, cluster = kmeans.fit(points, k, mesh, **options)
-        for _ in range(settings.rounds if level else 0):
+        seeds = [hashing.mix(settings.seed, level, i) for i in range(1 + settings.rounds)]
+        centroids, cluster = kmeans.fit(points, k, mesh, seed=seeds[0], iterations=iterations)
+        for seed in seeds[1:] if level else ():
+            # As many from each cluster: these lie more evenly than the points do, and so do
+            # clusters of them. From the old centroids k-means would stay where it is.
             kept = _closest(points, centroids, cluster, max(1, round(len(points) / k / 2)))
-            centroids, _ = kmeans.fit(points[kept], k, mesh, **options, centroids=centroids)
+            centroids, _ = kmeans.fit(points[kept], k, mesh, seed=seed, iterations=iterations)
             cluster, _ = kmeans.assign(points, centroids, mesh)
         parents.append(cluster)
         lowest = centroids if lowest is None else lowest

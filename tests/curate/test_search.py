@@ -56,6 +56,7 @@ def test_eight_devices_give_the_bits_of_one_and_of_equal_ones_the_first():
 
 def test_blocks_and_parts_change_nothing(monkeypatch):
     x = unit(9000, 64)
+    x[6000:] = x[:3000]  # equal ones in different blocks
     queries = unit(300, 64, seed=1)
     whole = search.all_nearest(queries, x, 5, mesh(2))
     monkeypatch.setattr(search, 'PART', 128)
@@ -121,6 +122,22 @@ def test_shares_are_as_even_as_the_sizes_allow():
         cut = shares < sizes  # those that had to give have the same share, but for one
         assert not cut.any() or shares[cut].max() - shares[cut].min() <= 1
         assert not cut.any() or (shares[~cut] <= shares[cut].min() + 1).all()
+
+
+def test_resampling_spreads_clusters_by_area_and_not_by_the_number_of_images():
+    """A third of the plane has three quarters of the points."""
+    rng = np.random.default_rng(0)
+    dense = rng.random((1900, 2)) * [0.3, 1]
+    sparse = [0.3, 0] + rng.random((600, 2)) * [0.7, 1]
+    x = np.concatenate([dense, sparse]).astype(np.float32)
+
+    def share(rounds):
+        parents, _ = tree.fit(x, (200, 20), tree.Settings(rounds=rounds), mesh())
+        top = parents[1][parents[0]]
+        means = np.array([x[top == k].mean(axis=0) for k in np.unique(top)])
+        return (means[:, 0] < 0.3).mean()
+
+    assert share(0) >= 0.45 and share(10) <= 0.35
 
 
 def test_a_balanced_sample_takes_as_many_from_rare_things_as_from_frequent_ones():
