@@ -13,7 +13,7 @@ from ssl_jax.curate import pictures
 from ssl_jax.curate.steps import State, Work
 from ssl_jax.data import manifest
 from ssl_jax.evals import feature_file, task
-from ssl_jax.run import errors
+from ssl_jax.run import errors, storage
 
 ROWS = 65_536  # of a manifest at a time
 
@@ -110,6 +110,8 @@ def table(work: Work, state: State) -> list[str]:
 def draw(work: Work, state: State) -> None:
     """Draws pairs around the thresholds, similarities, clusters, and what was dropped."""
     source, ids, place = work.sets['pool'], work.pool.ids, work.folder / 'pictures'
+    if storage.exists(place):  # of other settings
+        storage.remove_folder(place)
     edges, nearest, values, marks = state.edges, state.nearest, {}, {}
 
     def ours(rows):

@@ -11,6 +11,7 @@ import pytest
 
 import frozen
 import planted
+import processes
 from ssl_jax import cli, sharding
 from ssl_jax.curate import command, output, search, steps
 from ssl_jax.data import host, sources
@@ -255,6 +256,41 @@ def test_a_curation_that_was_killed_before_a_stage_continues_there(
     stages = ['neighbours', 'dedup', 'against', 'query0', 'tree']
     assert [s for s in stages if f'{s:<12} as before' in log] == stages[:at]
     assert read(path) == read(whole)
+
+
+KILLED = """
+    import os, signal
+    from ssl_jax.curate import command, output, search, stages
+    search.PART, left, real = 64, [3], stages.write
+    output.draw = lambda work, state: None
+
+    def write(path, **arrays):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(path, **arrays)
+
+    stages.write = write
+    command.curate({pool!r}, {out!r}, queries=[{query!r}], against=[{query!r}],
+        embeddings={files!r}, words={words!r})
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_after_every_third_write_comes_to_the_same_manifest(
+    blobs, tmp_path
+):
+    whole, (x, q) = everything(blobs, tmp_path / 'whole'), blobs['files']
+    code = KILLED.format(
+        pool=blobs['pool'], query=blobs['query'], files=[x, q, q], words=ALL,
+        out=str(tmp_path / 'killed'),
+    )  # fmt: skip
+    codes = []
+    while not codes or codes[-1]:
+        codes.append(processes.finish(processes.start(code, devices=2))[0])
+        assert len(codes) < 10
+    assert codes == [-9] * 3 + [0] or codes == [-9] * 4 + [0], codes
+    assert read(tmp_path / 'killed' / 'manifest.parquet') == read(whole)
 
 
 def test_a_search_that_was_killed_goes_on_with_its_next_part(blobs, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 
 import io
 import os
+import pickle
 
 import numpy as np
 import PIL.Image
@@ -56,6 +57,12 @@ def test_a_manifest_is_its_images_with_their_labels_classes_and_names(pool, tmp_
     assert any('10 of 24 images' in note for note in source.notes)
     assert source.remote == getattr(whole, 'remote', False)
     assert manifest.about(tmp_path / 'm.parquet')['made'] == 'for a test'
+
+
+def test_it_is_sent_to_worker_processes(pool, tmp_path):
+    select(pool, tmp_path / 'm.parquet')
+    source = pickle.loads(pickle.dumps(sources.open_source(tmp_path / 'm.parquet')))
+    assert [colour(source, i) for i in range(len(source))] == INDICES.tolist()
 
 
 def test_maps_pass_through_and_can_be_left_out(tmp_path):
