@@ -440,7 +440,9 @@ def check(args):
 def curate(args):
     """`ssl_jax data curate`."""
     from ssl_jax.curate import command
+    from ssl_jax.run import launch
 
+    launch.initialize_distributed()
     command.curate(
         args.pool,
         args.out,

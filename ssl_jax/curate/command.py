@@ -13,7 +13,7 @@ from ssl_jax import encoder, fields, sharding
 from ssl_jax.curate import copies, output, retrieve, search, steps, tree, vectors
 from ssl_jax.data import manifest, sources
 from ssl_jax.evals import feature_file, features
-from ssl_jax.run import errors, launch, storage
+from ssl_jax.run import errors, launch, peers, storage
 from ssl_jax.run import workdir as workdir_lib
 
 GROUPS = {
@@ -41,7 +41,7 @@ def curate(
     """Selects images of a pool: without copies, like the queries, evenly spread.
 
     The same call continues after a kill, and repeats only the stages whose input or settings
-    changed.
+    changed. Several processes make one call together, with `out` on a disk that all of them read.
 
     Args:
       pool, queries, against: images to select from, images to find more of, images of evaluation
@@ -63,7 +63,7 @@ def curate(
     if (model is None) == (not embeddings):
         raise errors.UserError('give --model, or --embeddings with a Parquet file for each set.')
     path, folder = _places(out)
-    with workdir_lib.lock(folder):
+    with workdir_lib.lock(folder), peers.announced():
         sets = _opened(pool, queries, against, of_data)
         work = steps.Work(
             sets=sets,
@@ -75,13 +75,27 @@ def curate(
         state = steps.begin(work)
         for step in STEPS:
             step(work, state)
-        output.draw(work, state)
-        output.write(path, work, state, sources.with_words(pool, of_data))
+            _check_left(work, state)
+        if launch.is_main():
+            output.draw(work, state)
+            output.write(path, work, state, sources.with_words(pool, of_data))
         lines = output.table(work, state)
-        storage.atomic_write(folder / 'report.txt', '\n'.join(lines) + '\n')
-        launch.show('\n' + '\n'.join(lines))
-        launch.show(f'\nwritten to {path}: train with --data {path}; pictures: {folder}/pictures')
+        launch.log('', *lines, '')
+        launch.log(f'written to {path}: train with --data {path}; pictures: {folder}/pictures')
     return path
+
+
+def _check_left(work, state):
+    """Raises where the stages so far left nothing, with the pictures drawn."""
+    if state.kept.any():
+        return
+    if launch.is_main():
+        output.draw(work, state)
+    gone = ', '.join(f'{stage} {gone:,}' for stage, _, gone, _ in state.table)
+    raise errors.UserError(
+        f'No image of the pool is left (dropped by {gone}): look at the pictures in '
+        f'{work.folder}/pictures and raise the thresholds.'
+    )
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -139,6 +153,11 @@ def _embedded(sets, model, embeddings, settings, folder):
         raise errors.UserError(
             'dedup.mirrored=True needs embeddings of the mirrored images: give --model.'
         )
+    if not embeddings and jax.process_count() > 1:
+        raise errors.UserError(
+            'A model embeds images in one process: write features with `ssl_jax features`, and '
+            'give several processes --embeddings.'
+        )
     files, sets = dict(zip(sets, embeddings, strict=False)), dict(sets)
     if not embeddings:
         if mirrored:
@@ -149,7 +168,6 @@ def _embedded(sets, model, embeddings, settings, folder):
             files[name] = os.fspath(folder / 'embeddings' / f'{name}.parquet')
             feature_file.extract(model, source, files[name], log=launch.log)
     place, found = folder / 'vectors', {}
-    place.mkdir(parents=True, exist_ok=True)
     for name, source in sets.items():
         v = vectors.load(files[name], source, place, name, settings['embed'])
         found[name] = v

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from scipy import sparse
 
-from ssl_jax.evals import knn
+from ssl_jax.evals import features, knn
 from ssl_jax.run import hashing, peers
 
 ITERATIONS = 50
@@ -102,10 +102,11 @@ def assign(
         peers.progress()
         some = np.asarray(x[first : first + block], np.float32)
         placed = knn.put_rows(np.pad(some, [(0, block - len(some)), (0, 0)]), mesh)
-        found.append(_assign(placed, jnp.asarray(centroids), tile=tile, mesh=mesh))
+        found.append(_assign(placed, np.asarray(centroids), tile=tile, mesh=mesh))
         if len(found) > 1:  # read one late: the device stays busy
-            found[-2] = jax.device_get(found[-2])
-    cluster, distance = (np.concatenate(v)[:n] for v in zip(*jax.device_get(found), strict=True))
+            found[-2] = features.fetch(found[-2])
+    found[-1] = features.fetch(found[-1])
+    cluster, distance = (np.concatenate(v)[:n] for v in zip(*found, strict=True))
     return cluster.astype(np.int64), distance
 
 

@@ -13,28 +13,19 @@ from ssl_jax.curate import pictures
 from ssl_jax.curate.steps import State, Work
 from ssl_jax.data import manifest
 from ssl_jax.evals import feature_file, task
-from ssl_jax.run import errors, storage
+from ssl_jax.run import storage
 
 ROWS = 65_536  # of a manifest at a time
 
 
 def write(path: epath.Path, work: Work, state: State, spec: Mapping) -> None:
-    """Writes the manifest and, in the folder of the work, dropped.parquet.
+    """Writes the manifest and, in the folder of the work, dropped.parquet and report.txt.
 
     Args:
       path: of the manifest.
       work, state: after all stages.
       spec: of the pool, see `sources.open_source`.
-
-    Raises:
-      UserError: nothing is left.
     """
-    if not state.kept.any():
-        gone = ', '.join(f'{stage} {gone:,}' for stage, _, gone, _ in state.table)
-        raise errors.UserError(
-            f'No image of the pool is left (dropped by {gone}): look at the pictures in '
-            f'{work.folder}/pictures and raise the thresholds.'
-        )
     source, ids = work.sets['pool'], work.pool.ids
     made = dict(stages=state.table, settings=work.settings)
     made = json.loads(json.dumps(made, default=dataclasses.asdict))
@@ -45,6 +36,8 @@ def write(path: epath.Path, work: Work, state: State, spec: Mapping) -> None:
     order = np.argsort(images, kind='stable')
     tables = _dropped(work, state, images[order], rows[order])
     manifest.write_tables(work.folder / 'dropped.parquet', tables)
+    text = '\n'.join(table(work, state)) + '\n'
+    storage.atomic_write(work.folder / 'report.txt', text)
 
 
 def _kept(work, state) -> Iterator[pa.Table]:

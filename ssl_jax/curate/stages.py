@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of stages, kept: a stage whose inputs and settings did not change is not repeated."""
+"""Results of stages, kept: a stage whose inputs and settings did not change is not repeated.
+
+Several processes compute the same; process 0 writes, into a folder that all can read.
+"""
 
 import io
 import json
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ssl_jax.run import hashing, launch, storage
+from ssl_jax.run import hashing, launch, peers, storage
 
 
 def run(
@@ -29,11 +32,11 @@ def run(
       fits: of the arrays of an earlier call, whether they serve, too.
     """
     path, key = folder / f'{name}.npz', json.dumps(key, sort_keys=True)
-    if storage.exists(path):
-        earlier = read(path)
-        if str(earlier.pop('key')) == key and fits(earlier):
-            launch.log(f'{name:<12} as before')
-            return earlier
+    earlier = read(path) if launch.is_main() and storage.exists(path) else {}
+    if launch.main_says(str(earlier.get('key')) == key and fits(earlier)):
+        launch.log(f'{name:<12} as before')
+        return {k: x for k, x in read(path).items() if k != 'key'}
+    peers.at(f'curating: {name}')
     launch.log(f'{name:<12} ...')
     arrays = compute()
     write(path, key=np.array(key), **arrays)
@@ -47,7 +50,9 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def write(path: epath.Path, **arrays: np.ndarray) -> None:
-    """Writes arrays as .npz, atomically."""
+    """Writes arrays as .npz, atomically, in process 0."""
+    if not launch.is_main():
+        return
     data = io.BytesIO()
     np.savez(data, **arrays)
     storage.atomic_write(path, data.getbuffer())

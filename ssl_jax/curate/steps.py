@@ -113,7 +113,7 @@ def find_edges(work: Work, state: State) -> None:
         return dict(a=a, b=b, s=s, near=near, at=at, floor=np.float64(floor))
 
     state.edges = work.run('neighbours', key, compute, fits=lambda x: x['floor'] <= floor)
-    for path in work.folder.glob('neighbours-*.parts'):
+    for path in work.folder.glob('neighbours-*.parts') if launch.is_main() else ():
         storage.remove_folder(path)
 
 
@@ -125,7 +125,7 @@ def _searched(how):
 def _parts(v, work, floor, folder):
     """[{a, b, s, near, at}] of parts of a set, computed or of an earlier call."""
     done, how = [], work.settings['search']
-    while storage.exists(path := folder / f'{len(done):06d}.npz'):
+    while launch.main_says(storage.exists(path := folder / f'{len(done):06d}.npz')):
         done.append(stages.read(path))
     own, start = np.searchsorted(work.pool.ids, v.ids), len(done) * search.PART
     found = search.nearest(v.x, work.pool.x, how.k, work.mesh, own=own, settings=how, start=start)
@@ -286,7 +286,7 @@ def _by_clusters(work, state, name, x, rows, key, this):
 def balance(work: Work, state: State) -> None:
     """Takes images evenly from the clusters of hierarchical k-means."""
     of, rows = work.settings['balance'], np.flatnonzero(state.kept)
-    if not of.target or not len(rows):
+    if not of.target:
         return
     counts = of.clusters or tree.levels(len(rows))
     if any(b > a or b < 1 for a, b in zip((len(rows), *counts), counts, strict=False)):

@@ -12,7 +12,7 @@ from etils import epath
 
 from ssl_jax.data import columns, files, fingerprint
 from ssl_jax.evals import features
-from ssl_jax.run import errors, hashing, storage
+from ssl_jax.run import errors, hashing, launch, storage
 
 BATCH = 4096  # rows of a Parquet file at a time
 
@@ -34,14 +34,14 @@ class Vectors:
     feature: str  # the column
 
 
-def load(file: str, source: Any, folder: epath.Path, name: str, settings: Settings) -> Vectors:
-    """Unit vectors from a Parquet file, kept in `folder` for the next call.
+def load(file: str, source: Any, place: epath.Path, name: str, settings: Settings) -> Vectors:
+    """Unit vectors from a Parquet file, kept in `place` for the next call.
 
     Args:
       file: with a column of lists of numbers, all of one length, and perhaps `id`, which image of
         the source a row is of; without it row i is of image i.
       source: of the images.
-      folder: for NAME.npy and NAME.json.
+      place: for NAME.npy and NAME.json.
       name: of the set.
       settings: column, and whether the mean is subtracted: that of the set called 'pool', which
         has to be loaded first.
@@ -53,15 +53,18 @@ def load(file: str, source: Any, folder: epath.Path, name: str, settings: Settin
     column = _column(file, settings.feature)
     _check_source(file, source)
     stamp = fingerprint.of_files('embeddings', [file])
-    pool = folder / 'pool.json'
+    pool = place / 'pool.json'
     mean = json.loads(storage.read(pool))['mean'] if name != 'pool' and settings.centre else None
     key = hashing.digest(stamp, column, settings.centre, mean, source.fingerprint)
-    about, array = folder / f'{name}.json', folder / f'{name}.npy'
-    stored = json.loads(storage.read(about)) if storage.exists(about) else {}
-    if stored.get('key') != key:
-        stored = dict(key=key, mean=_write(file, column, len(source), folder, name, settings, mean))
-        storage.atomic_write(about, json.dumps(stored) + '\n')
-    x, ids = np.load(array, mmap_mode='r'), np.load(folder / f'{name}.ids.npy')
+    about, array = place / f'{name}.json', place / f'{name}.npy'
+    if launch.is_main():
+        place.mkdir(parents=True, exist_ok=True)
+        stored = json.loads(storage.read(about)) if storage.exists(about) else {}
+        if stored.get('key') != key:
+            mean = _write(file, column, len(source), place, name, settings, mean)
+            storage.atomic_write(about, json.dumps(dict(key=key, mean=mean)) + '\n')
+    launch.main_number(0)  # the others wait
+    x, ids = np.load(array, mmap_mode='r'), np.load(place / f'{name}.ids.npy')
     return Vectors(x, ids, key, column)
 
 
@@ -93,7 +96,7 @@ def _check_source(file, source):
         )
 
 
-def _write(file, column, images, folder, name, settings, mean):
+def _write(file, column, images, place, name, settings, mean):
     """Writes the unit vectors and ids of a set; returns the mean that was subtracted, or None."""
     n = columns.opened(file).metadata.num_rows
     ids, total, rows = [], 0, 0
@@ -110,7 +113,7 @@ def _write(file, column, images, folder, name, settings, mean):
         )
     if settings.centre and mean is None:
         mean = (total / n).tolist()
-    with storage.atomic_file(folder / f'{name}.npy') as temporary:
+    with storage.atomic_file(place / f'{name}.npy') as temporary:
         shape = n, len(some[0])
         out = np.lib.format.open_memmap(temporary, 'w+', np.float32, shape)
         begin = 0
@@ -121,7 +124,7 @@ def _write(file, column, images, folder, name, settings, mean):
             begin += len(some)
         out.flush()
         del out
-    with storage.atomic_file(folder / f'{name}.ids.npy') as temporary, open(temporary, 'wb') as f:
+    with storage.atomic_file(place / f'{name}.ids.npy') as temporary, open(temporary, 'wb') as f:
         np.save(f, ids)
     return mean
 
