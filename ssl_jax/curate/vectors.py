@@ -61,6 +61,7 @@ def load(file: str, source: Any, place: epath.Path, name: str, settings: Setting
         place.mkdir(parents=True, exist_ok=True)
         stored = json.loads(storage.read(about)) if storage.exists(about) else {}
         if stored.get('key') != key:
+            storage.remove(about)  # what it says of the arrays ends here
             mean = _write(file, column, len(source), place, name, settings, mean)
             storage.atomic_write(about, json.dumps(dict(key=key, mean=mean)) + '\n')
     launch.main_number(0)  # the others wait
