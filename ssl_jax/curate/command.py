@@ -63,8 +63,16 @@ def curate(
     if (model is None) == (not embeddings):
         raise errors.UserError('give --model, or --embeddings with a Parquet file for each set.')
     path, folder = _places(out)
+    specs = {
+        name: sources.with_words(spec, of_data)
+        for name, spec in {
+            'pool': pool,
+            **{f'query{i}': spec for i, spec in enumerate(queries)},
+            **{f'against{i}': spec for i, spec in enumerate(against)},
+        }.items()
+    }
     with workdir_lib.lock(folder), peers.announced():
-        sets = _opened(pool, queries, against, of_data)
+        sets = {name: _opened(name, spec) for name, spec in specs.items()}
         work = steps.Work(
             sets=sets,
             vectors=_embedded(sets, model, embeddings, settings, folder),
@@ -78,7 +86,7 @@ def curate(
             _check_left(work, state)
         if launch.is_main():
             output.draw(work, state)
-            output.write(path, work, state, sources.with_words(pool, of_data))
+            output.write(path, work, state, specs)
         lines = output.table(work, state)
         launch.log('', *lines, '')
         launch.log(f'written to {path}: train with --data {path}; pictures: {folder}/pictures')
@@ -128,17 +136,11 @@ def _places(out):
     return out / 'manifest.parquet', out
 
 
-def _opened(pool, queries, against, of_data):
-    """{'pool': source, 'query0': ..., 'against0': ...}."""
-    wanted = {'pool': (pool, 'train')}
-    wanted |= {f'query{i}': (spec, 'train') for i, spec in enumerate(queries)}
-    wanted |= {f'against{i}': (spec, 'all') for i, spec in enumerate(against)}
-    opened = {}
-    for name, (spec, purpose) in wanted.items():
-        spec = sources.with_words(spec, of_data)
-        opened[name] = sources.open_source(spec, purpose)
-        launch.log(f'{name}: {manifest.where(spec)}', *sources.lines(opened[name]))
-    return opened
+def _opened(name, spec):
+    """The source of a set; of evaluation sets every split counts."""
+    source = sources.open_source(spec, 'all' if name.startswith('against') else 'train')
+    launch.log(f'{name}: {manifest.where(spec)}', *sources.lines(source))
+    return source
 
 
 def _embedded(sets, model, embeddings, settings, folder):

@@ -18,18 +18,18 @@ from ssl_jax.run import storage
 ROWS = 65_536  # of a manifest at a time
 
 
-def write(path: epath.Path, work: Work, state: State, spec: Mapping) -> None:
+def write(path: epath.Path, work: Work, state: State, specs: dict[str, Mapping]) -> None:
     """Writes the manifest and, in the folder of the work, dropped.parquet and report.txt.
 
     Args:
       path: of the manifest.
       work, state: after all stages.
-      spec: of the pool, see `sources.open_source`.
+      specs: of the sets, see `sources.open_source`.
     """
     source, ids = work.sets['pool'], work.pool.ids
-    made = dict(stages=state.table, settings=work.settings)
+    made = dict(sets=specs, stages=state.table, settings=work.settings)
     made = json.loads(json.dumps(made, default=dataclasses.asdict))
-    manifest.write(path, _kept(work, state), source, spec, **made)
+    manifest.write(path, _kept(work, state), source, specs['pool'], **made)
     lost = np.setdiff1d(np.arange(len(source)), ids)
     images = np.concatenate([lost, ids[~state.kept]])
     rows = np.concatenate([np.full(len(lost), -1), np.flatnonzero(~state.kept)])

@@ -14,7 +14,7 @@ import planted
 import processes
 from ssl_jax import cli, sharding
 from ssl_jax.curate import command, output, search, steps
-from ssl_jax.data import host, sources
+from ssl_jax.data import host, manifest, sources
 from ssl_jax.run import errors
 
 
@@ -74,6 +74,9 @@ def test_planted_copies_are_found(plant, threshold, recall, precision, cifar, tm
     text = (tmp_path / 'out' / 'report.txt').read_text()
     assert f'{len(kept["index"]):,}' in text and f'cosine above {threshold}' in text
     assert len(sources.open_source(path)) == len(kept['index'])
+    about = manifest.about(path)
+    assert about['sets'] == {'pool': {'path': pool}} and about['stages'][1][0] == 'dedup'
+    assert about['settings']['dedup']['threshold'] == threshold
 
 
 def test_of_copies_the_one_with_most_pixels_is_kept(cifar, tmp_path):

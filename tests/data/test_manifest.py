@@ -11,7 +11,7 @@ import pytest
 
 from ssl_jax.data import host, manifest, maps, sources, subset
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.run import errors
+from ssl_jax.run import errors, storage
 
 VIEW = [host.View('view', count=1, size=8, scale=(0.5, 1.0))]
 INDICES = np.array([1, 3, 4, 8, 9, 15, 16, 21, 22, 23])
@@ -136,6 +136,18 @@ def test_a_pool_that_moved_is_named(pool, tmp_path):
         sources.open_source(tmp_path / 'm.parquet')
     spec = {'path': str(tmp_path / 'm.parquet'), 'pool': str(tmp_path / 'moved')}
     assert colour(sources.open_source(spec), 2) == 4
+
+
+def test_the_manifest_and_its_pool_may_lie_in_a_bucket(bucket, pool, tmp_path):
+    for path in pool.rglob('*.png'):
+        name = path.relative_to(tmp_path)
+        storage.atomic_write(f'{bucket.root}/{name}', path.read_bytes())
+    select(f'{bucket.root}/pool', f'{bucket.root}/m.parquet')
+    source = sources.open_source(f'{bucket.root}/m.parquet')
+    assert [colour(source, i) for i in range(10)] == INDICES.tolist() and source.remote
+    # The local copy is the same pool.
+    spec = {'path': f'{bucket.root}/m.parquet', 'pool': str(pool)}
+    assert colour(sources.open_source(spec), 3) == 8
 
 
 def test_a_pool_that_changed_is_a_sentence(pool, tmp_path):
