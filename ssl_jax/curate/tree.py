@@ -67,6 +67,8 @@ def fit(
             # As many from each cluster: these lie more evenly than the points do, and so do
             # clusters of them. From the old centroids k-means would stay where it is.
             kept = _closest(points, centroids, cluster, max(1, round(len(points) / k / 2)))
+            if len(kept) < k:  # some clusters are empty
+                break
             centroids, _ = kmeans.fit(points[kept], k, mesh, seed=seed, iterations=iterations)
             cluster, _ = kmeans.assign(points, centroids, mesh)
         parents.append(cluster)

@@ -100,6 +100,8 @@ def _check_source(file, source):
 def _write(file, column, images, place, name, settings, mean):
     """Writes the unit vectors and ids of a set; returns the mean that was subtracted, or None."""
     n = columns.opened(file).metadata.num_rows
+    if not n:
+        raise errors.UserError(f'{file} has no rows: write it again.')
     ids, total, rows = [], 0, 0
     for some, of in _batches(file, column):
         features.check_finite(name, some)

@@ -362,6 +362,8 @@ def test_embeddings_that_do_not_fit_are_a_sentence(blobs, tmp_path):
     refused('give --model, or --embeddings', [])
     wrong = planted.write_vectors(tmp_path / 'w.parquet', np.ones((401, 16)))
     refused('401 rows and the set 400 images', [wrong])
+    wrong = planted.write_vectors(tmp_path / 'w.parquet', np.ones((0, 16)))
+    refused('has no rows', [wrong])
     wrong = planted.write_vectors(tmp_path / 'w.parquet', np.full((400, 16), np.nan))
     refused('pool features have NaN', [wrong])
     wrong = planted.write_vectors(tmp_path / 'w.parquet', np.ones((10, 8)))

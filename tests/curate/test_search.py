@@ -114,6 +114,12 @@ def test_points_go_to_the_nearest_centroid_and_no_cluster_is_empty():
     np.testing.assert_allclose(away[np.arange(500), cluster], away.min(axis=1), atol=1e-5)
 
 
+def test_images_that_are_all_alike_are_clustered_and_sampled_too():
+    x = np.repeat(unit(3), 40, axis=0)
+    parents, _ = tree.fit(x, (10, 6, 2), tree.Settings(rounds=4), mesh())
+    assert len(tree.sample(parents, 30, np.arange(120), seed=0)) == 30
+
+
 def test_shares_are_as_even_as_the_sizes_allow():
     for total in (0, 1, 7, 40, 99, 1000):
         sizes = np.array([1, 50, 3, 0, 20, 7])
