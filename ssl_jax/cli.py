@@ -10,6 +10,7 @@
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
     ssl_jax data pack DIR --to tar --out SHARDS              # and check, info, bench: the images
     ssl_jax data score --model W --data DIR --out S.parquet  # how hard each image is, for sampling
+    ssl_jax data curate --pool DIR --model W --out DIR       # fewer and better images to train on
     ssl_jax export --workdir W --to hf --out DIR             # weights for PyTorch, ONNX, JAX
     ssl_jax import FILE_OR_DIR --workdir W                   # and from PyTorch
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
@@ -203,6 +204,25 @@ def _parser():
     p.add_argument('--limit', type=_positive, help='most images; default: all')
     p.add_argument('--batch', type=_positive, default=64, help='images at a time')
 
+    p = jobs.add_parser('curate', help='a manifest of images: no copies, like yours, balanced')
+    p.set_defaults(run=data_curate)
+    p.add_argument('--pool', required=True, help='images to select from')
+    p.add_argument(
+        '--query', action='append', default=[], help='images to find more of; may be repeated'
+    )
+    p.add_argument(
+        '--against', action='append', default=[],
+        help='images of an evaluation that must not be among them; may be repeated',
+    )  # fmt: skip
+    p.add_argument('--model', help='an encoder: a run, an export, an HF or timm folder, a file')
+    p.add_argument(
+        '--embeddings', action='append', default=[], metavar='FILE',
+        help='instead: a Parquet file for each set, pool, queries, evaluations',
+    )  # fmt: skip
+    p.add_argument('--out', required=True, help='a folder, or manifest.parquet; again: continues')
+    text = 'e.g. dedup.threshold=0.7 balance.target=100000'
+    p.add_argument('hints', nargs='*', metavar='STAGE.FIELD=VALUE', help=text)
+
     p = command(export, help='weights for PyTorch, ONNX Runtime or plain JAX')
     p.add_argument('--workdir', required=True, help='a run, or a bare checkpoint folder')
     p.add_argument('--to', required=True, help='official, hf, timm (all for PyTorch), onnx or jax')
@@ -251,7 +271,7 @@ def _parser():
 
 def _ask_buckets(args):
     """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
-    names = ('out', 'model', 'path', 'data', 'test')
+    names = ('out', 'model', 'path', 'data', 'test', 'pool')
     paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
     workdir = getattr(args, 'workdir', None) or ''
     if paths or ':' in workdir:
@@ -464,6 +484,23 @@ def data_score(args):
         args.model, _data(args), args.out,
         masks=args.masks, limit=args.limit, batch_size=args.batch,
     )  # fmt: skip
+
+
+def data_curate(args):
+    """`ssl_jax data curate`."""
+    from ssl_jax.curate import command
+    from ssl_jax.run import launch
+
+    launch.initialize_distributed()
+    command.curate(
+        args.pool,
+        args.out,
+        queries=args.query,
+        against=args.against,
+        model=args.model,
+        embeddings=args.embeddings,
+        words=args.hints,
+    )
 
 
 def export(args):

@@ -113,6 +113,25 @@ def parse(name: str, text: str, spec: Spec):
     raise errors.UserError(f"'{name}' takes {allowed}, not '{text}': write {name}={example}.")
 
 
+def from_words(cls: type, name: str, words: dict[str, str]) -> Any:
+    """A dataclass from {field: text}, for words NAME.FIELD=VALUE of a command line.
+
+    Raises:
+      UserError: a field is unknown or has a wrong value.
+    """
+    known, values = specs(cls), {}
+    for key, text in words.items():
+        if key not in known:
+            raise errors.UserError(
+                f"There is no setting '{name}.{key}'{errors.nearest(key, known)}"
+            )
+        values[key] = parse(f'{name}.{key}', text, known[key])
+    found = cls(**values)
+    for problem in problems(cls, found, f'{name}.'):
+        raise errors.UserError(problem)
+    return found
+
+
 def literal(text: str):
     """`text` as a Python literal, else unchanged."""
     try:

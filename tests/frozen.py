@@ -28,8 +28,9 @@ def pixels(size=32, patch_size=8):
     return encoder.Pixels(patch_size, transform(size))
 
 
-def untrained(size=32, patch_size=8):
-    vit = vit_lib.ViT(embed_dim=16, depth=3, num_heads=2, patch_size=patch_size, img_size=size)
+def untrained(size=32, patch_size=8, depth=3):
+    shape = dict(embed_dim=16, depth=depth, num_heads=2)
+    vit = vit_lib.ViT(**shape, patch_size=patch_size, img_size=size)
     params = vit_lib.init_params(vit, jax.random.key(0))
     return encoder.Model(vit, params, transform(size), 'untrained')
 

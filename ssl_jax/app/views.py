@@ -16,7 +16,7 @@ import PIL.Image
 from etils import epath
 
 from ssl_jax import encoder
-from ssl_jax.data import host, sources
+from ssl_jax.data import host, sources, subset
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import feature_file, features, heads
 from ssl_jax.run import errors, launch, weights
@@ -102,7 +102,7 @@ def look(path, data, limit: int = LIMIT) -> Look:
     if len(source) > limit:
         chosen = features.pick(len(source), limit)
         launch.log(f'neighbours are searched among {limit:,} of them (--limit)')
-    ids, found = _features(model, features.Subset(source, chosen))
+    ids, found = _features(model, subset.Subset(source, chosen))
     return Look(model, source, chosen[ids], found, _trained(opened), _heads(model, opened))
 
 

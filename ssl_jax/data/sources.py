@@ -37,6 +37,7 @@ from ssl_jax.data import (
     folder,
     host,
     local_cache,
+    manifest,
     maps,
     mixture,
     parquet,
@@ -85,6 +86,27 @@ class Arrays:
         return f'array {i}'
 
 
+def _manifest(path: str, pool: str | Mapping | None = None) -> manifest.Manifest:
+    """The images that a manifest selects from its pool, see `data.manifest`.
+
+    Args:
+      path: the manifest.
+      pool: where its images are now, a spec; default where they were.
+    """
+    stored = manifest.about(path)['pool']
+    if pool is not None:
+        stored = dict(pool) if isinstance(pool, Mapping) else {**stored, 'path': pool}
+    try:
+        opened = open_source(stored)
+    except (errors.UserError, OSError) as error:
+        reason = str(error).rstrip('.').removesuffix(': give an existing path')
+        raise errors.UserError(
+            f'{path} selects from images that cannot be opened ({reason}): bring them back, or '
+            f'name where they are now with data.train.pool=PATH.'
+        ) from None
+    return manifest.Manifest(opened, path)
+
+
 SOURCES = {
     'folder': folder.Folder,
     'parquet': parquet.Parquet,
@@ -93,6 +115,7 @@ SOURCES = {
     'tar': tar.Tar,
     'arrays': Arrays,
     'scenes': scenes.Scenes,
+    'manifest': _manifest,
 }
 SCORES = ('scores', 'min_entropy', 'min_side')  # of any source, see `scores.sample_by`
 
@@ -105,8 +128,8 @@ def open_source(
 
     Args:
       spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them,
-        ArrayRecord files, tar files), or a mapping with `source`, a name in SOURCES, and the
-        arguments of that class. Values that are None or '' count as not given. Arguments of other
+        ArrayRecord files, tar files, a manifest), or a mapping with `source`, a name in SOURCES,
+        and the arguments of that class. Values that are None or '' count as not given. Arguments of other
         sources are allowed, so that a config can switch `source` and leave the rest. `cache_gb`:
         so many 10^9 bytes of training images in a bucket are kept in `cache_dir` on a local disk.
         `scores`, `min_entropy` and `min_side` of any source are arguments of `scores.sample_by`.
@@ -177,10 +200,10 @@ def with_words(spec: Any, words: Mapping[str, str]) -> dict | tuple[dict, ...]:
 
 
 def _kind(path):
-    """The kind of source that lies at `path`: 'folder', 'parquet' or 'array_record'."""
+    """The kind of source that lies at `path`, a key of SOURCES."""
     path = os.fspath(path)
     if '.parquet' in os.path.basename(path):
-        return 'parquet'
+        return 'manifest' if manifest.is_manifest(path) else 'parquet'
     if '.array_record' in os.path.basename(path):
         return 'array_record'
     if re.search(r'\.(tar|tgz|tar\.\w+)$', path):

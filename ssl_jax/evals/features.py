@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from ssl_jax import sharding
 from ssl_jax.augment import photometry
-from ssl_jax.data import host
+from ssl_jax.data import host, subset
 from ssl_jax.data import maps as maps_lib
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.methods import base
@@ -113,7 +113,7 @@ def batches(
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     batch_size = round_up(min(batch_size, len(source)), mesh)
     rows = sharding.process_rows(mesh, batch_size)
-    rest = Subset(source, np.arange(start, len(source))) if start else source
+    rest = subset.Subset(source, np.arange(start, len(source))) if start else source
     pending = None
     with stream_lib.eval_stream(rest, transform, batch_size, rows=rows) as stream:
         for batch in stream:
@@ -185,38 +185,11 @@ def fetch(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-class Subset:
-    """The images `indices` of another source."""
-
-    def __init__(self, source, indices: np.ndarray):
-        self._source = source
-        self._indices = indices
-        self.classes = source.classes
-        content, plus, times = source.fingerprint.partition('+')
-        self.fingerprint = f'{content}[{len(indices)}]{plus}{times}'
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @property
-    def map_classes(self):
-        return getattr(self._source, 'map_classes', None)
-
-    def without_maps(self) -> 'Subset':
-        return Subset(maps_lib.images_only(self._source), self._indices)
-
-    def __getitem__(self, i: int) -> dict:
-        return self._source[int(self._indices[i])]
-
-    def describe(self, i: int) -> str:
-        return self._source.describe(int(self._indices[i]))
-
-
-class Edited(Subset):
+class Edited(subset.Subset):
     """The images `indices` of another source, edited on the host; without labels and maps.
 
     Args:
-      source, indices: see `Subset`; an image may be named several times.
+      source, indices: see `subset.Subset`.
       edit: (uint8 (H, W, 3), position in `indices`) -> uint8 (h, w, 3), a pure function.
     """
 
@@ -224,7 +197,7 @@ class Edited(Subset):
 
     def __init__(self, source, indices: np.ndarray, edit: Callable):
         super().__init__(maps_lib.images_only(source), indices)
-        self.classes, self._edit = None, edit
+        self.classes, self.labels, self._edit = None, None, edit
 
     def without_maps(self) -> 'Edited':
         return self
@@ -237,7 +210,7 @@ def limited(source, limit: int | None):
     """The source, or `limit` of its images, see `pick`."""
     if limit is None or limit >= len(source):
         return source
-    return Subset(source, pick(len(source), limit))
+    return subset.Subset(source, pick(len(source), limit))
 
 
 def pick(n: int, count: int) -> np.ndarray:
@@ -245,7 +218,7 @@ def pick(n: int, count: int) -> np.ndarray:
     return np.sort(np.argsort(hashing.mix_range(n, seed=0), kind='stable')[:count])
 
 
-def split(source) -> tuple[Subset, Subset]:
+def split(source) -> tuple[subset.Subset, subset.Subset]:
     """(train, test) of one labelled source; a hash of the index chooses a fifth for test.
 
     It is the same fifth on every machine and in every version.
@@ -254,4 +227,4 @@ def split(source) -> tuple[Subset, Subset]:
     if n < 2:
         raise errors.UserError(f'{n} image cannot be split in train and test; give at least two.')
     test = pick(n, min(n - 1, max(1, round(n * 0.2))))
-    return Subset(source, np.setdiff1d(np.arange(n), test)), Subset(source, test)
+    return subset.Subset(source, np.setdiff1d(np.arange(n), test)), subset.Subset(source, test)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ssl_jax import sharding
-from ssl_jax.data import maps
+from ssl_jax.data import maps, subset
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import features
 from ssl_jax.fields import Range
@@ -76,7 +76,7 @@ def spread_images(source, transform: dict | int, count: int) -> np.ndarray:
     edges = np.arange(min(count, n) + 1) * n // min(count, n)
     spread = np.random.default_rng(0).integers(edges[:-1], edges[1:])
     order = dict.fromkeys(((spread + np.arange(4)[:, None]) % n).reshape(-1).tolist())
-    images, bad, some = [], [], features.Subset(maps.images_only(source), list(order))
+    images, bad, some = [], [], subset.Subset(maps.images_only(source), list(order))
     with stream_lib.eval_stream(some, transform, len(spread)) as stream:
         for batch in stream:
             bad += features.left_out(batch)

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from ssl_jax import sharding
-from ssl_jax.data import fingerprint, sources
+from ssl_jax.data import fingerprint, sources, subset
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import accuracy, features, knn, task
@@ -211,7 +211,7 @@ def _landmarks(model, data, settings, work):
             'retrieval.ground_truth.'
         )
     photos = data.train if data.test is None else data.test
-    database = features.Subset(data.train, _named(data.train, truth['imlist'], settings))
+    database = subset.Subset(data.train, _named(data.train, truth['imlist'], settings))
     asked = _named(photos, truth['qimlist'], settings)
     boxes = [entry['bbx'] for entry in truth['gnd']]
     queries = features.Edited(photos, asked, functools.partial(_cropped, boxes))

@@ -142,17 +142,7 @@ def settings(name: str, words: dict[str, str]) -> Any:
     """
     module = _module(name)
     cls = getattr(module, 'Settings', None) or module.Options
-    specs, values = fields.specs(cls), {}
-    for key, text in words.items():
-        if key not in specs:
-            raise errors.UserError(
-                f"There is no setting '{name}.{key}'{errors.nearest(key, specs)}"
-            )
-        values[key] = fields.parse(f'{name}.{key}', text, specs[key])
-    found = cls(**values)
-    for problem in fields.problems(cls, found, f'{name}.'):
-        raise errors.UserError(problem)
-    return found
+    return fields.from_words(cls, name, words)
 
 
 def run(name: str, model: Any, data: Data, settings: Any, work: Work) -> list[dict]:

@@ -78,6 +78,50 @@ def contact_sheet(images: np.ndarray, path) -> None:
     _sheet(rows, None, path)
 
 
+def captioned_sheet(
+    rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], path, note: str = ''
+) -> None:
+    """Draws rows of images with text below each.
+
+    Args:
+      rows: lists of images (H, W, 3) of one size, uint8 or in [0, 1]; short ones are filled up.
+      captions: as many texts; '' for none.
+      path: of the PNG.
+      note: a line below.
+    """
+    columns = max(map(len, rows))
+    blank = np.full(uint8(rows[0][0]).shape, 255, np.uint8)
+    rows = [[*map(uint8, row), *[blank] * (columns - len(row))] for row in rows]
+    _sheet(rows, None, path, note=note, captions=captions)
+
+
+def histogram(values: dict[str, np.ndarray], marks: dict[str, float], name: str, path) -> None:
+    """Draws how often numbers occur, on a logarithmic scale, with vertical lines.
+
+    Args:
+      values: {name: (n,)}.
+      marks: {name: where}, the lines.
+      name: of the numbers.
+      path: of the PNG.
+    """
+    figure = _figure(760, 380)
+    axes = figure.add_subplot(1, 1, 1)
+    low = min(float(x.min()) for x in values.values() if len(x))
+    bins = np.linspace(low, max(1.0, low + 1e-3), 101)
+    for colour, (label, x) in zip(COLOURS, values.items(), strict=False):
+        axes.hist(x, bins, histtype='stepfilled', color=colour, alpha=0.45, label=label)
+    for colour, (label, x) in zip(COLOURS[::-1], marks.items(), strict=False):
+        axes.axvline(x, color=colour, linewidth=1.8, linestyle='--', label=f'{label} {x:g}')
+    axes.set_yscale('log')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.tick_params(labelsize=9, colors='#555555', length=3)
+    axes.set_xlabel(name, fontsize=9, color='#555555')
+    axes.set_ylabel('images', fontsize=9, color='#555555')
+    axes.legend(frameon=False, fontsize=8, loc='upper left', labelcolor=INK)
+    figure.tight_layout(pad=1.6)
+    _save(figure, path)
+
+
 def pca_patches(
     tokens: np.ndarray,
     grid: tuple[int, int],
@@ -343,7 +387,7 @@ def _enlarge(x, size):
     return x[:, rows][:, :, columns]
 
 
-def _sheet(rows, headers, path, note='', legend=(), bar=None):
+def _sheet(rows, headers, path, note='', legend=(), bar=None, captions=None):
     """Draws tiles (H, W, 3) of one size in rows.
 
     Args:
@@ -353,6 +397,7 @@ def _sheet(rows, headers, path, note='', legend=(), bar=None):
       note: text below the tiles.
       legend: (colour, name) below the tiles.
       bar: texts at the dark and the bright end of a bar of `heat`, below the tiles.
+      captions: rows of texts, one below each tile.
     """
     h, w = rows[0][0].shape[:2]
     scale = max(1, math.ceil(MIN_TILE / w))
@@ -365,14 +410,18 @@ def _sheet(rows, headers, path, note='', legend=(), bar=None):
     cell = int(LETTER * max((len(name) for _, name in legend), default=0)) + 2 * LINE
     fits = max(1, inside // cell)
     below = MARGIN + LINE * (len(lines) + math.ceil(len(legend) / fits) + (2 if bar else 0))
-    bottom = top + len(rows) * h + (len(rows) - 1) * GAP
+    pitch = h + (LINE if captions else 0) + GAP
+    bottom = top + len(rows) * pitch - GAP
     height = bottom + below
     canvas = np.full((height, width, 3), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            y, x = top + i * (h + GAP), MARGIN + j * (w + GAP)
+            y, x = top + i * pitch, MARGIN + j * (w + GAP)
             canvas[y : y + h, x : x + w] = tile.repeat(scale, axis=0).repeat(scale, axis=1)
     texts, y = [], bottom + LINE // 2  # (x, y of the middle, text, alignment)
+    for i, row in enumerate(captions or ()):
+        below = top + i * pitch + h + LINE / 2
+        texts += [(MARGIN + j * (w + GAP), below, text, 'left') for j, text in enumerate(row)]
     if bar:
         canvas[y + 2 : y + LINE - 4, MARGIN : MARGIN + inside] = heat(np.arange(inside), 0, inside)
         texts.append((MARGIN, y + 1.5 * LINE, bar[0], 'left'))

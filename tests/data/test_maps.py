@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssl_jax.data import host, layouts, maps, scenes, sources, stream
+from ssl_jax.data import host, layouts, maps, scenes, sources, stream, subset
 from ssl_jax.evals import features, pictures
 from ssl_jax.run import errors
 
@@ -323,10 +323,10 @@ def test_black_and_white_masks_ask_for_their_meaning(tmp_path):
 
 def test_a_subset_keeps_the_names_and_can_go_without_maps(tmp_path):
     root = write(tmp_path, splits_of('kind first') | {'classes.txt': 'a\nb\nc'})
-    some = features.Subset(sources.open_source(root), np.array([2, 1]))
+    some = subset.Subset(sources.open_source(root), np.array([2, 1]))
     assert some.map_classes == ('a', 'b', 'c') and values(some) == [2, 1]
     assert set(maps.images_only(some)[0]) == {'image'} and 'segmentation' in some[0]
-    assert features.Subset(maps.images_only(some), [0]).map_classes is None
+    assert subset.Subset(maps.images_only(some), [0]).map_classes is None
 
 
 def test_the_classes_of_two_sources_are_joined():
@@ -514,7 +514,7 @@ def test_words_of_a_command_line_make_a_spec(tmp_path):
 def test_a_row_of_parquet_without_a_map_is_named(tmp_path):
     save(tmp_path / 'x.parquet', photo=[photo(), photo()], mask=[label(), None], label=[0, 1])
     source = sources.open_source(str(tmp_path / 'x.parquet'))
-    assert source[0]['label'] == 0 and values(features.Subset(source, [0])) == [0]
+    assert source[0]['label'] == 0 and values(subset.Subset(source, [0])) == [0]
     with pytest.raises(errors.UserError, match=r"row 1, column 'mask', has no map"):
         source[1]
     with pytest.raises(errors.UserError, match="no column 'mas'.*did you mean 'mask'"):

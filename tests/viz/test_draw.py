@@ -228,3 +228,29 @@ def test_curves_before_the_first_row_are_a_picture_too(tmp_path):
 def test_importing_viz_does_not_import_matplotlib():
     code = 'import sys; from ssl_jax.viz import draw; sys.exit("matplotlib" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_captions_stand_below_their_images_and_short_rows_are_filled_up(tmp_path):
+    x = images(3, 128)
+    draw.captioned_sheet([[x[0], x[1]], [x[2]]], [['first', ''], ['third']], tmp_path / 'c.png')
+    sheet, pitch = read(tmp_path / 'c.png'), 128 + draw.LINE + draw.GAP
+    at = draw.MARGIN, draw.MARGIN + 128 + draw.GAP
+    for k, (row, column) in enumerate(((0, 0), (0, 1), (1, 0))):
+        y, left = draw.MARGIN + row * pitch, at[column]
+        np.testing.assert_array_equal(sheet[y : y + 128, left : left + 128], x[k])
+        below = sheet[y + 128 : y + 128 + draw.LINE, left : left + 128]
+        assert ((below < 100).sum() > 20) == (k != 1)  # ink
+    assert (
+        sheet[draw.MARGIN + pitch : draw.MARGIN + pitch + 128, at[1] : at[1] + 128] == 255
+    ).all()
+
+
+def test_a_histogram_has_its_bars_and_a_line_at_each_mark(tmp_path):
+    values = {'near': np.full(50, 0.5), 'far': np.linspace(0, 1, 200)}
+    for marks in ({}, {'threshold': 0.8}):
+        draw.histogram(values, marks, 'cosine', tmp_path / f'{len(marks)}.png')
+    plain, marked = read(tmp_path / '0.png'), read(tmp_path / '1.png')
+    changed = (plain != marked).any(axis=2)
+    column = changed.sum(axis=0).argmax()  # the dashed line
+    assert changed[:, column].sum() > 0.4 * len(plain)
+    assert 0.7 * plain.shape[1] < column < 0.9 * plain.shape[1]
