@@ -129,9 +129,9 @@ def open_source(
     Args:
       spec: a path (a folder of images, of images and maps, a Parquet file or a folder of them,
         ArrayRecord files, tar files, a manifest), or a mapping with `source`, a name in SOURCES,
-        and the arguments of that class. Values that are None or '' count as not given. Arguments of other
-        sources are allowed, so that a config can switch `source` and leave the rest. `cache_gb`:
-        so many 10^9 bytes of training images in a bucket are kept in `cache_dir` on a local disk.
+        and the arguments of that class. Values that are None or '' count as not given. Arguments of
+        other sources are allowed, so that a config can switch `source` and leave the rest.
+        `cache_gb`: so many 10^9 bytes of training images in a bucket are kept in `cache_dir` on a local disk.
         `scores`, `min_entropy` and `min_side` of any source are arguments of `scores.sample_by`.
         A list of these, or its text, is a mixture, to which each may have a `weight`, see
         `mixture.Mixture`.
