@@ -131,7 +131,7 @@ def open_source(
         ArrayRecord files, tar files, a manifest), or a mapping with `source`, a name in SOURCES,
         and the arguments of that class. Values that are None or '' count as not given. Arguments of
         other sources are allowed, so that a config can switch `source` and leave the rest.
-        `cache_gb`: 10^9 bytes of training images in a bucket that a local disk keeps in `cache_dir`.
+        `cache_gb`: 10^9 bytes of images in a bucket that a local disk keeps, in `cache_dir`.
         `scores`, `min_entropy` and `min_side` of any source are arguments of `scores.sample_by`.
         A list of these, or its text, is a mixture, to which each may have a `weight`, see
         `mixture.Mixture`.
