@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope='module', params=['mae', 'pixio'])
+@pytest.fixture(scope='module', params=['mae', pytest.param('pixio', marks=pytest.mark.slow)])
 def run(request, folder, tmp_path_factory):
     """A workdir that `ssl_jax pretrain` made."""
     workdir = tmp_path_factory.mktemp('run') / 'w'
