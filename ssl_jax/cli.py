@@ -161,7 +161,7 @@ def _parser():
     about(p)
 
     p = commands.add_parser('data', help='pack, check, describe and measure a set of images')
-    jobs = p.add_subparsers(dest='job', required=True)
+    jobs = p.add_subparsers(dest='job', required=True, metavar='COMMAND')
 
     def job(run, help):
         p = jobs.add_parser(run.__name__.removeprefix('data_'), help=help)
