@@ -208,15 +208,15 @@ def _parser():
     p.set_defaults(run=data_curate)
     p.add_argument('--pool', required=True, help='images to select from')
     p.add_argument(
-        '--query', action='append', default=[], help='images to find more of; may be repeated'
+        '--query', nargs='+', action='extend', default=[], help='sets of images to find more of'
     )
     p.add_argument(
-        '--against', action='append', default=[],
-        help='images of an evaluation that must not be among them; may be repeated',
+        '--against', nargs='+', action='extend', default=[],
+        help='sets of images of evaluations that must not be among them',
     )  # fmt: skip
     p.add_argument('--model', help='an encoder: a run, an export, an HF or timm folder, a file')
     p.add_argument(
-        '--embeddings', action='append', default=[], metavar='FILE',
+        '--embeddings', nargs='+', action='extend', default=[], metavar='FILE',
         help='instead: a Parquet file for each set, pool, queries, evaluations',
     )  # fmt: skip
     p.add_argument('--out', required=True, help='a folder, or manifest.parquet; again: continues')
@@ -492,15 +492,12 @@ def data_curate(args):
     from ssl_jax.run import launch
 
     launch.initialize_distributed()
-    command.curate(
-        args.pool,
-        args.out,
-        queries=args.query,
-        against=args.against,
-        model=args.model,
-        embeddings=args.embeddings,
-        words=args.hints,
-    )
+    several = {'queries': args.query, 'against': args.against, 'embeddings': args.embeddings}
+    words = list(args.hints)
+    for name, values in several.items():  # which argparse fills with the words behind them too
+        words += (own := [x for x in values if '=' in x and not os.path.exists(x)])
+        several[name] = [x for x in values if x not in own]
+    command.curate(args.pool, args.out, model=args.model, words=words, **several)
 
 
 def export(args):

@@ -382,7 +382,7 @@ def test_images_without_an_embedding_are_listed(blobs, tmp_path):
 
 def test_the_command_line_takes_sets_and_settings_in_any_order(blobs, tmp_path, capsys):
     x, q = blobs['files']
-    words = ['--pool', blobs['pool'], '--embeddings', x, 'dedup.threshold=None', '--embeddings', q]
+    words = ['--pool', blobs['pool'], '--embeddings', x, q, 'dedup.threshold=None']
     words += ['--query', blobs['query'], 'retrieve.by=sample', '--out', str(tmp_path / 'o')]
     cli.main(['data', 'curate', *words])
     out = capsys.readouterr().out
