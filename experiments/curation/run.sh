@@ -19,7 +19,7 @@ for seed in 0 1; do
     ssl_jax pretrain --config cifar10_mae --workdir "$run" "data.train=$data" "seed=$seed" \
       total_epochs=None warmup_epochs=None "total_steps=$steps" "warmup_steps=$((steps / 20))" \
       eval.every_epochs=None > "$run.log"
-    ssl_jax eval --workdir "$run" --tasks knn > "$run.eval.txt"
+    ssl_jax eval --workdir "$run" --tasks knn --limit 10000 > "$run.eval.txt"
   done
 done
 python experiments/curation/table.py "$out"
