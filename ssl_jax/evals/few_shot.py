@@ -16,7 +16,7 @@ from ssl_jax.fields import Range
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings:
     """Fields few_shot.FIELD=VALUE of `ssl_jax eval`."""
 
     per_class: tuple = (1, 2, 5, 10)  # images
@@ -34,12 +34,12 @@ def few_shot(
     test_y: np.ndarray,
     *,
     num_classes: int,
-    per_class: tuple = Options.per_class,
-    percent: tuple = Options.percent,
-    tries: int = Options.tries,
-    k: int = Options.k,
-    temperature: float = Options.temperature,
-    seed: int = Options.seed,
+    per_class: tuple = Settings.per_class,
+    percent: tuple = Settings.percent,
+    tries: int = Settings.tries,
+    k: int = Settings.k,
+    temperature: float = Settings.temperature,
+    seed: int = Settings.seed,
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[dict]:
     """Accuracy of kNN with parts of the training set.

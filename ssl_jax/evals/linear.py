@@ -40,7 +40,7 @@ OPTIMIZERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings:
     """Fields linear.FIELD=VALUE of `ssl_jax eval`."""
 
     # Times batch_size / 256. Wide on purpose: BatchNorm fixes the input scale, the width does not.
@@ -59,12 +59,12 @@ def probe(
     test_y: np.ndarray,
     *,
     num_classes: int,
-    lrs: tuple = Options.lrs,
-    epochs: int = Options.epochs,
-    warmup_epochs: int = Options.warmup_epochs,
-    batch_size: int = Options.batch_size,
-    optimizer: str = Options.optimizer,
-    seed: int = Options.seed,
+    lrs: tuple = Settings.lrs,
+    epochs: int = Settings.epochs,
+    warmup_epochs: int = Settings.warmup_epochs,
+    batch_size: int = Settings.batch_size,
+    optimizer: str = Settings.optimizer,
+    seed: int = Settings.seed,
 ) -> tuple[list[dict], dict, dict]:
     """Sweeps learning rates over features and tests the best choice.
 

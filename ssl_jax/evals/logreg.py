@@ -41,7 +41,7 @@ TRIALS = 40  # lengths of one step
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings:
     """Fields logreg.FIELD=VALUE of `ssl_jax eval`."""
 
     cs: tuple = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # values of C; of DINOv2
@@ -56,9 +56,9 @@ def probe(
     test_y: np.ndarray,
     *,
     num_classes: int,
-    cs: tuple = Options.cs,
-    max_steps: int = Options.max_steps,
-    seed: int = Options.seed,
+    cs: tuple = Settings.cs,
+    max_steps: int = Settings.max_steps,
+    seed: int = Settings.seed,
     mesh: jax.sharding.Mesh | None = None,
     log: Callable | None = None,
 ) -> tuple[list[dict], dict, dict]:
@@ -126,7 +126,7 @@ def protocol(cs: tuple, max_steps: int) -> dict:
     )
 
 
-def path(x, y, weight, cs, *, num_classes, max_steps=Options.max_steps, mesh):
+def path(x, y, weight, cs, *, num_classes, max_steps=Settings.max_steps, mesh):
     """Yields (C, params, dict(steps, gradient)) with C rising, each fit from the one before.
 
     Args: see `fit`.
@@ -148,7 +148,7 @@ def fit(
     start: jax.Array | None = None,
     *,
     num_classes: int,
-    max_steps: int = Options.max_steps,
+    max_steps: int = Settings.max_steps,
     mesh: jax.sharding.Mesh,
 ) -> tuple[jax.Array, dict]:
     """The minimum for one C.

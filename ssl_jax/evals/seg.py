@@ -44,7 +44,7 @@ class Settings:
 
     ks: tuple = (1, 3, 10, 30)  # neighbours, with each of METRICS
     cs: tuple = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 8))  # see `logreg`; (): kNN alone
-    max_steps: Annotated[int, Range(1, 10**6)] = logreg.Options.max_steps
+    max_steps: Annotated[int, Range(1, 10**6)] = logreg.Settings.max_steps
     max_patches: Annotated[int, Range(1, 10**9)] = 2**19  # of the training images, see `collect`
 
 

@@ -127,7 +127,7 @@ def kept(folder: epath.Path) -> dict[str, tuple[dict, list[tuple]]]:
 def names() -> list[str]:
     """Evaluations of this folder."""
     files = [m.name for m in pkgutil.iter_modules(evals.__path__)]
-    return sorted(name for name in files if hasattr(_module(name), 'Settings'))
+    return sorted(name for name in files if hasattr(_module(name), 'NEEDS'))
 
 
 def _module(name):
@@ -135,7 +135,7 @@ def _module(name):
 
 
 def settings(name: str, words: dict[str, str]) -> Any:
-    """The `Settings` of an evaluation, or the `Options` of one of class labels, from {field: text}.
+    """The `Settings` of an evaluation (of kNN its `Options`) from {field: text}.
 
     Raises:
       UserError: a field is unknown or has a wrong value.

@@ -9,13 +9,14 @@ import pytest
 from etils import epath
 
 from ssl_jax.data import scenes, sources
-from ssl_jax.evals import command, seg, task
+from ssl_jax.evals import command, knn, seg, task
 from ssl_jax.run import errors
 
 
 def test_words_set_evaluations_and_say_what_the_data_mean():
     settings, of_data = command._settings(('seg', 'knn'), ['seg.ks=(1,3)', 'data.ignore=11'])
-    assert settings == {'seg': seg.Settings(ks=(1, 3))} and of_data == {'ignore': '11'}
+    assert settings == {'seg': seg.Settings(ks=(1, 3)), 'knn': knn.Options()}
+    assert of_data == {'ignore': '11'}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_separable_classes_and_features_far_from_standard_are_fitted_too():
     params, found = fit(100 * x + 30, y, 1e5)
     guessed = (100 * x + 30) @ params[:-1] + params[-1]
     assert (guessed.argmax(axis=1) == y).all() and np.isfinite(params).all()
-    assert found['steps'] < logreg.Options.max_steps
+    assert found['steps'] < logreg.Settings.max_steps
 
 
 def test_rows_of_weight_zero_and_padding_do_not_count():
