@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kNN top-1 (k = 20) of the runs of run.sh, both seeds: python experiments/curation/table.py OUT."""
+"""kNN top-1 (k = 20) of the runs of run.sh, two seeds: python experiments/curation/table.py OUT."""
 
 import json
 import pathlib
