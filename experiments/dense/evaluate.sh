@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Scores the encoders of pretrain.sh: CamVid (segmentation, correspondence, video) and rendered scenes
-# (classes, segmentation, depth). About 40 minutes on two idle cores.
+# (classes, segmentation, depth). Two hours on two cores beside other work.
 # Usage: SSL_JAX_DATA=/data experiments/dense/evaluate.sh RUNS
 set -euo pipefail
 runs=$1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Encoders of one size and of equal cost, 4.5e13 useful FLOPs each: about 10 minutes on two idle cores.
+# Encoders of one size and of equal cost, 4.5e13 useful FLOPs each: about 10 minutes each on two idle cores.
 # Usage: SSL_JAX_DATA=/data experiments/dense/pretrain.sh RUNS
 set -euo pipefail
 runs=$1

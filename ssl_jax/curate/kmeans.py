@@ -23,7 +23,7 @@ from ssl_jax.run import hashing, peers
 
 ITERATIONS = 50
 PLUS_PLUS = 4096  # clusters up to which the beginning is k-means++,
-SAMPLE, SAMPLES = 32, 2**14  # on so many points for each, so many at least
+SAMPLE, SAMPLES = 32, 2**14  # on SAMPLE points for each cluster, at least on SAMPLES
 BLOCK_ELEMENTS = 2**26  # of points on one device at a time
 TILE_ELEMENTS = 2**23  # distances of a tile
 

@@ -12,7 +12,7 @@ from ssl_jax.viz import draw
 
 SIDE = 112  # pixels of an image on a sheet
 PAIRS = 8  # pairs right below a threshold, right above it, and further above,
-PER_ROW = 4  # so many side by side
+PER_ROW = 4  # pairs side by side
 ROWS, COLUMNS = 8, 8  # of clusters and their images
 MISSING = np.full((SIDE, SIDE, 3), 200, np.uint8)
 

@@ -128,8 +128,7 @@ class Folder(maps.WithMaps):
         self._map_files = {
             kind: [_joined(root, found.maps[name][kind]) for name in whole] for kind in self._kinds
         }
-        stated = {k: v for k, v in meaning.items() if v is not None}
-        self._meaning = maps.Meaning(**{**found.meaning, **stated}).check()
+        self._meaning = maps.Meaning.of(found.meaning, **meaning)
         map_classes = map_classes or found.classes
         map_classes = map_classes or files.read_class_names(os.path.join(root, 'classes.txt'))
         self._names = self._meaning.names(map_classes)
@@ -215,7 +214,9 @@ def _listed_split(found, names, split, purpose, path):
     return [name for name in names if name in chosen], said
 
 
-def one_split(path, names, split, purpose):
+def one_split(
+    path: str, names: Sequence[str], split: str | None, purpose: str
+) -> tuple[Sequence[int], str, int | None, list[str]]:
     """The images of the split to use, of all if there are no splits.
 
     Args:
@@ -264,7 +265,9 @@ def one_split(path, names, split, purpose):
     return chosen, tops.pop(), None, said
 
 
-def labels_of(names, drop=None):
+def labels_of(
+    names: Sequence[str], drop: int | None = None
+) -> tuple[np.ndarray | None, tuple[str, ...] | None, list[str]]:
     """Labels from the folders at the level where images divide.
 
     Args:

@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from ssl_jax.data import maps
 from ssl_jax.run import errors, launch
 
 FREE = 0.5  # of the disk that is free, taken where no limit is given
@@ -123,7 +124,8 @@ class Kept:
     """
 
     def __init__(self, source: Any, cache: Cache):
-        self._source, self._cache = source, cache
+        self._source, self._images, self._cache = source, maps.images_only(source), cache
+        self.labels, self.classes = getattr(source, 'labels', None), source.classes
 
     def __getattr__(self, name):
         if name.startswith('_'):
@@ -135,16 +137,18 @@ class Kept:
 
     def __getitem__(self, i: int) -> dict:
         found = self._cache.get(i)
-        if found is not None:
-            return msgpack.unpackb(found)
-        item = self._source[i]
-        if all(isinstance(value, bytes | int) for value in item.values()):
+        item = self._images[i] if found is None else msgpack.unpackb(found)
+        if found is None and isinstance(item['image'], bytes):
             self._cache.put(i, msgpack.packb(item))
-        return item
+        if self.labels is not None:  # `sources.in_classes` may have moved them
+            item['label'] = int(self.labels[i])
+        has_maps = self._source is not self._images
+        return item | self._source._maps(i) if has_maps else item
 
     def without_maps(self) -> 'Kept':
-        strip = getattr(self._source, 'without_maps', None)
-        return Kept(strip(), self._cache) if strip else self
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, _source=self._images)
+        return new
 
 
 def keep(source: Any, folder: str | None, gigabytes: float) -> Any:

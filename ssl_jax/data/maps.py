@@ -9,7 +9,7 @@ uint8 (H, W), 255 where no class counts. A source with depth maps has items with
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,16 @@ class Meaning:
     reduce_zero_label: bool = False
     label_values: Sequence[int] | None = None
     depth_scale: float | None = None
+
+    @classmethod
+    def of(cls, known: Mapping, **given: Any) -> 'Meaning':
+        """Of what is known of the files, where the user gives nothing (None) instead.
+
+        Raises:
+          UserError: a value is impossible.
+        """
+        found = {k: known.get(k) if v is None else v for k, v in given.items()}
+        return cls(**{k: v for k, v in found.items() if v is not None}).check()
 
     @functools.cached_property
     def table(self) -> np.ndarray:

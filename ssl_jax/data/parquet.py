@@ -120,19 +120,18 @@ class Parquet(maps.WithMaps):
         own = _map_columns(schemas, self._image, segmentation_column, depth_column)
         self._kinds = tuple(own)
         self._map_columns = {kind: held(name) for kind, name in own.items()}
-        stated = dict(
+        known = _packed(schemas[0])
+        map_classes = map_classes or known.get('map_classes')
+        self._meaning = maps.Meaning.of(
+            known,
             ignore=ignore,
             reduce_zero_label=reduce_zero_label,
             label_values=label_values,
             depth_scale=depth_scale,
-            map_classes=map_classes,
         )
-        stated = _packed(schemas[0]) | {k: v for k, v in stated.items() if v is not None}
-        map_classes = stated.pop('map_classes', None)
-        self._meaning = maps.Meaning(**stated)
         if map_classes is None and own and self.labels is None:
             map_classes = files.read_class_names(self.files[0])
-        self._names = self._meaning.check().names(map_classes)
+        self._names = self._meaning.names(map_classes)
         if own:
             said = ' and '.join(f'{kind} from the column {name!r}' for kind, name in own.items())
             self.notes = (*self.notes, f'maps: {said}')
@@ -251,8 +250,7 @@ def _packed(schema):
         found = json.loads((schema.metadata or {})[b'ssl_jax'])['maps']
     except (KeyError, ValueError, TypeError):
         return {}
-    known = ('ignore', 'reduce_zero_label', 'label_values', 'depth_scale', 'map_classes')
-    return {k: v for k, v in found.items() if k in known} if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _map_columns(schemas, image, segmentation, depth):

@@ -168,12 +168,12 @@ def open_source(
             raise errors.UserError(f'source={name!r} needs {key!r}: set it in the data spec.')
     spec['purpose'] = purpose
     source = SOURCES[name](**{k: spec[k] for k in arguments[name] if k in spec})
-    by_scores = {k.replace('scores', 'path'): spec[k] for k in SCORES if k in spec}
-    if 'path' in by_scores:
-        scores.sample_by(source, **by_scores)
-    elif by_scores:
-        raise errors.UserError(f'{next(iter(by_scores))} is of scores: set `scores` too.')
-    if purpose != 'train' or 'cache_gb' in arguments[name]:
+    limits = {key: spec[key] for key in SCORES[1:] if key in spec}
+    if 'scores' in spec:
+        scores.sample_by(source, spec['scores'], **limits)
+    elif limits:
+        raise errors.UserError(f'{next(iter(limits))} is of scores: set `scores` too.')
+    if 'cache_gb' in arguments[name]:
         return source
     return local_cache.keep(source, spec.get('cache_dir'), spec.get('cache_gb') or 0)
 

@@ -71,13 +71,17 @@ class Tar(maps.WithMaps):
                 break
         self.notes = (*notes, *self.notes)
         self.remote = storage.is_remote(self.files[0])
-        stated = dict(ignore=ignore, reduce_zero_label=reduce_zero_label)
-        stated |= dict(label_values=label_values, depth_scale=depth_scale)
-        known = self._layout.meaning | {'map_classes': self._layout.classes} if self._layout else {}
-        known = known or (self._kinds and _packed(self.files[0])) or {}
-        known |= {key: value for key, value in stated.items() if value is not None}
+        known = _packed(self.files[0]) if self._kinds else {}
+        if self._layout:
+            known = {**self._layout.meaning, 'map_classes': self._layout.classes}
         map_classes = map_classes or known.get('map_classes')
-        self._meaning = maps.Meaning(**{k: known[k] for k in known if k in stated}).check()
+        self._meaning = maps.Meaning.of(
+            known,
+            ignore=ignore,
+            reduce_zero_label=reduce_zero_label,
+            label_values=label_values,
+            depth_scale=depth_scale,
+        )
         if map_classes is None and self._kinds and self.labels is None:
             map_classes = files.read_class_names(self.files[0])
         self._names = self._meaning.names(map_classes)

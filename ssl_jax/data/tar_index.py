@@ -24,14 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssl_jax.data import files
-from ssl_jax.run import bucket, errors, hashing, launch, storage, threads
+from ssl_jax.run import bucket, errors, hashing, launch, progress, storage, threads
 
 VERSION = 1  # of the index files
 ENDING = '.index'
 WINDOW = 1 << 20  # bytes per request to a bucket while headers are read
 AT_ONCE = 64  # shards in a bucket whose headers are read at once
 PROCESS_BYTES = 2 << 30  # of shards on a disk, above which processes index them
-SECONDS = 10  # between two lines of progress
 CANDIDATES = (*files.EXTENSIONS, *files.HEIF, '.npy')  # of images and maps
 LABELS = '.cls', '.json'  # members that may hold a label; the first one counts
 _LABEL_KEYS = ('label', 'cls', 'class', 'target', 'labels')  # in a .json
@@ -80,15 +79,13 @@ def indexes(shards: list[str], cache_dir: str) -> list[Index]:
         launch.log(f'Indexing tar shards once: {len(missing):,}, {missing[0]}{more}')
         if at_once == 1 and len(missing) > 1 and size > PROCESS_BYTES:
             _in_processes(missing, cache_dir)
-        start = last = time.monotonic()
+        done = progress.Progress(len(missing), launch.log, 'shards')
         # Each host begins at another one: those that share the index files share the work.
         missing = launch.share(missing)
         made = threads.at_once(lambda f: kept(f, cache_dir) or make(f, cache_dir), missing, at_once)
-        for done, (shard, index) in enumerate(zip(missing, made, strict=True), 1):
+        for shard, index in zip(missing, made, strict=True):
             found[shard] = index
-            if (now := time.monotonic()) > last + SECONDS:
-                left, last = (now - start) / done * (len(missing) - done), now
-                launch.log(f'indexed {done:,}/{len(missing):,} shards, eta {left:.0f} s')
+            done.add()
     return [found[shard] for shard in shards]
 
 
@@ -107,16 +104,12 @@ def _in_processes(shards, cache_dir):
             process.stdin.write(json.dumps(shards[k::count]))
             process.stdin.close()
             running.append(process)
-        start = last = time.monotonic()
+        done, seen = progress.Progress(len(shards), launch.log, 'shards'), 0
         while any(process.poll() is None for process in running):
-            time.sleep(0.1)
-            if (now := time.monotonic()) > last + SECONDS:
-                done, last = (
-                    sum(any(map(os.path.exists, _places(f, cache_dir))) for f in shards),
-                    now,
-                )
-                left = (now - start) / max(1, done) * (len(shards) - done)
-                launch.log(f'indexed {done:,}/{len(shards):,} shards, eta {left:.0f} s')
+            time.sleep(1 if seen else 0.1)
+            now = sum(any(map(os.path.exists, _places(f, cache_dir))) for f in shards)
+            done.add(now - seen)
+            seen = now
 
 
 def kept(shard: str, cache_dir: str) -> Index | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ssl_jax.evals import knn
 from ssl_jax.fields import Range
+from ssl_jax.run import errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,8 @@ def few_shot(
       One dict(shots='5 per class' or '1 %', images, k, tries, top1, top1_std, top5, top5_std) for
       each part; means and sample standard deviations over the tries, in percent.
     """
+    if tries < 1:
+        raise errors.UserError(f'tries={tries} must be 1 or more.')
     sizes = np.bincount(train_y, minlength=num_classes)
     smallest = sizes[sizes > 0].min()
     parts = [(f'{n} per class', np.minimum(n, sizes), n) for n in per_class if n <= smallest]

@@ -15,8 +15,8 @@ import simplejpeg
 from ssl_jax.data import files, host, maps, sources
 from ssl_jax.data import stream as stream_lib
 from ssl_jax.evals import task
-from ssl_jax.prepare import encoded, progress
-from ssl_jax.run import errors, launch, patience, storage, threads
+from ssl_jax.prepare import encoded
+from ssl_jax.run import errors, launch, patience, progress, storage, threads
 from ssl_jax.viz import draw
 
 TINY = 32  # pixels of the short side

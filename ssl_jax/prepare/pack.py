@@ -16,8 +16,8 @@ from typing import Any
 
 from ssl_jax.data import files, sources, tar_index
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.prepare import encoded, progress, writers
-from ssl_jax.run import errors, launch, patience, storage, threads
+from ssl_jax.prepare import encoded, writers
+from ssl_jax.run import errors, launch, patience, progress, storage, threads
 from ssl_jax.run import workdir as workdir_lib
 
 PER_SHARD = 10_000  # images, unless a number of shards is given

@@ -4,11 +4,14 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import threading
 
+import numpy as np
+import PIL.Image
 import pytest
 
-from ssl_jax.data import local_cache
+from ssl_jax.data import local_cache, sources
 from ssl_jax.run import errors
 
 
@@ -71,6 +74,31 @@ def test_damaged_bytes_are_not_given_out(damage, tmp_path):
     assert cache.get(0) is None
     cache.put(0, item(0))
     assert bytes(cache.get(0)) == item(0)
+
+
+def test_maps_and_moved_labels_are_those_of_the_source_whatever_is_kept(tmp_path):
+    folder = tmp_path / 'images'
+    for i in range(3):
+        for name, value in ((f'images/{i}.png', i), (f'labels/{i}.png', 2 - i)):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(np.full((4, 4), value, np.uint8)).save(path)
+    source = sources.open_source(str(folder))
+    kept = local_cache.Kept(source, local_cache.Cache(str(tmp_path / 'c'), 3, 10**6))
+    plain = kept.without_maps()
+    assert 'segmentation' not in plain[1] and 'segmentation' not in plain[1]  # kept by now
+    assert [int(kept[i]['segmentation'][0, 0]) for i in range(3)] == [2, 1, 0]
+    assert kept[1]['image'] == plain[1]['image'] == source[1]['image']
+
+    one_class = tmp_path / 'labelled'
+    for name in ('5/a.png', '7/b.png'):
+        (one_class / name).parent.mkdir(parents=True)
+        shutil.copy(folder / 'images/0.png', one_class / name)
+    source = sources.open_source(str(one_class))
+    kept = local_cache.Kept(source, local_cache.Cache(str(tmp_path / 'd'), 2, 10**6))
+    assert [kept[i]['label'] for i in range(2)] == [0, 1]
+    moved = sources.in_classes(kept, tuple('0123456789'))
+    assert [moved[i]['label'] for i in range(2)] == [5, 7] and len(moved.classes) == 10
 
 
 def test_a_negative_limit_is_refused():

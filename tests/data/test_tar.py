@@ -12,7 +12,7 @@ import pytest
 
 from ssl_jax.data import fingerprint, host, sources, tar, tar_index
 from ssl_jax.data import stream as stream_lib
-from ssl_jax.run import errors
+from ssl_jax.run import errors, launch
 
 VIEWS = (host.View('image', 8),)
 
@@ -260,6 +260,30 @@ def test_processes_index_many_bytes_and_give_the_same(tmp_path, monkeypatch):
     there = sources.open_source(str(tmp_path))
     assert here.fingerprint == there.fingerprint
     assert want == [(tmp_path / f'train-0000{s}.tar.index').read_bytes() for s in range(3)]
+
+
+def test_hosts_begin_with_different_shards_and_take_what_another_has_indexed(tmp_path, monkeypatch):
+    shards(tmp_path, 4)
+    names = [str(tmp_path / f'train-{s:05d}.tar') for s in range(4)]
+    monkeypatch.setattr(launch.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(launch.jax, 'process_index', lambda: 1)
+    made = []
+
+    def read(shard, read=tar_index.read):
+        made.append(shard)
+        if len(made) == 1:  # meanwhile the other host has finished its first
+            monkeypatch.setattr(tar_index, 'read', read)
+            tar_index.make(names[0], str(tmp_path / 'cache'))
+            monkeypatch.setattr(tar_index, 'read', recorded)
+        return read(shard)
+
+    recorded = read
+    monkeypatch.setattr(tar_index, 'read', recorded)
+    found = tar_index.indexes(names, str(tmp_path / 'cache'))
+    assert made == [names[2], names[3], names[1]]
+    assert [index.table['name'][0].as_py() for index in found] == [
+        f'{4 * s:05d}.png' for s in range(4)
+    ]
 
 
 # What is wrong with a shard.

@@ -4,7 +4,7 @@
 import re
 import threading
 
-from ssl_jax.prepare import progress
+from ssl_jax.run import progress
 
 
 def test_lines_count_every_image_and_none_comes_at_the_end(monkeypatch):
