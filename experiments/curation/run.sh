@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/curation}
-steps=${2:-6000}
+steps=${2:-1000}
 mkdir -p "$out"
 [ -e "$out/random.parquet" ] || python experiments/curation/pool.py "$out" | tee "$out/curation.txt"
 for seed in 0 1; do
