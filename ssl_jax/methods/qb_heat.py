@@ -243,7 +243,21 @@ class QBHeat(base.OneView):
 
     def reconstruct(self, params, extra, images, keys):
         del extra
-        mask = self.mask(keys)
+        return self._pictures(params, images, self.mask(keys))
+
+    def reconstruct_hidden(self, params, extra, images, order, visible):
+        """Shows the block with the fewest patches to hide, the first of several, and hides the
+        rest: the encoder cannot see other shapes."""
+        del extra
+        side, most = self.grid[0], self.grid[0] // 2 + 1
+        corners = jnp.indices((most, most)).reshape(2, -1).T  # (O, 2)
+        blocks = quarters(corners, side)[:, : self.num_patches // 4]  # (O, K)
+        hidden = jnp.argsort(order, axis=1) >= visible  # (B, N)
+        best = hidden[:, blocks].sum(axis=-1).argmin(axis=1)
+        mask = masking.from_order(quarters(corners[best], side), self.num_patches // 4)
+        return self._pictures(params, images, mask)
+
+    def _pictures(self, params, images, mask):
         pred = self.forward(params, photometry.normalize(images), mask)
         return patches_lib.from_pixels(images, mask.mask, self.patch_size, pred, self.norm_pix_loss)
 

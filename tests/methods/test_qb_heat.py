@@ -116,6 +116,18 @@ def test_the_hidden_three_quarters_change_no_prediction(method, params):
     assert np.abs(found - forward(params, images + 9 * (1 - hidden), mask)).max() > 1e-3
 
 
+def test_of_a_painted_mask_the_block_with_fewest_painted_patches_is_shown(method, params):
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    painted = np.ones((4, 4), bool)
+    painted[1:3, 2:] = [[False, False], [False, True]]
+    order = np.argsort(painted.reshape(1, -1), axis=1, kind='stable')
+    made = jax.jit(method.reconstruct_hidden, static_argnums=4)(params, {}, images, order, 3)
+    grey = np.asarray(made['masked'] == 0.5).all(axis=-1)[0, ::8, ::8]
+    want = np.ones((4, 4), bool)
+    want[1:3, 2:] = False
+    np.testing.assert_array_equal(grey, want)
+
+
 def test_an_odd_grid_is_refused_with_an_image_size_that_works(method):
     run = config_lib.default()
     [message] = dataclasses.replace(method, img_size=56).check(run)
