@@ -6,8 +6,13 @@ that you set is kept. Watch `teacher_entropy` and the k-NN scores (with labelled
 data.eval_train and data.eval_test): unlike a reconstruction loss, this loss alone does not show
 whether anything is learned. A collapse is named in the log.
 
+If each image is one centred object that fills it (cells, products, galaxies), a local crop often
+shows a part that any object could have, or background, and need not say which object it is: try
+method.n_local_crops=0, which leaves the two global crops and the masked patches.
+
 Command:
   ssl_jax pretrain --data DIR --method dinov2 --workdir runs/mine [method.img_size=128 ...]
+  ssl_jax pretrain --data DIR --method dinov2 --workdir runs/mine method.n_local_crops=0
 
 Cost: about four minutes on a CPU; on accelerators 400 to 1600 passes over the images.
 """

@@ -58,7 +58,7 @@ class DINOv2(base.Method):
     drop_path_mode: Literal['subset', 'image'] = 'subset'
     drop_path_uniform: bool = True  # same rate in all blocks; False: linear from 0
 
-    n_local_crops: Annotated[int, fields.Range(0, 64)] = 8
+    n_local_crops: Annotated[int, fields.Range(0, 64)] = 8  # 0 for single centred objects
     local_size: int | None = 96  # pixels, side of a local crop; img_size is that of a global crop
     global_crops_scale: tuple = (0.32, 1.0)  # RandomResizedCrop: fraction of the image's area
     local_crops_scale: tuple = (0.05, 0.32)
@@ -144,8 +144,9 @@ class DINOv2(base.Method):
 
     def infer(self, facts, choose):
         size, patch = self.infer_crop(facts, choose)
-        local = max(round(size * 3 / 7 / patch), 1) * patch
-        choose('local_size', local, f'three sevenths of {size}, in whole patches')
+        if self.n_local_crops:
+            local = max(round(size * 3 / 7 / patch), 1) * patch
+            choose('local_size', local, f'three sevenths of {size}, in whole patches')
         n = facts.num_images
         count = 1024 if n < 20_000 else 8192 if n < 2_000_000 else 65_536
         for name in ('dino_out_dim', 'ibot_out_dim'):

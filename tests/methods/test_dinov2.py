@@ -132,6 +132,22 @@ def test_the_teacher_is_the_moving_average_and_gets_no_gradient():
         np.testing.assert_array_equal(a, b)
 
 
+def test_without_local_crops_an_inferred_run_chooses_no_size_for_them_and_has_a_loss():
+    """For centred objects, of which a small crop shows none."""
+    c = config_lib.load('images_dinov2', ('method.n_local_crops=0',))
+    c, decisions = config_lib.infer(c, 2000, (32, 32), 'cpu', 1, 2)
+    assert not any('local' in line for line in decisions) and c.method.local_size is None
+    method = methods.make(c, clock_lib.Clock.of(c, num_examples=2000))
+    assert [(v.name, v.count) for v in method.views()] == [('global', 2)]
+    batch = {**crops(method, c.batch_size), 'row': jnp.arange(c.batch_size)}
+    state = jax.eval_shape(method.init, jax.random.key(0))
+    loss, (_, terms) = jax.eval_shape(method.loss, *state, batch, jax.random.key(1), jnp.int32(0))
+    assert loss.shape == () and {'dino_global', 'ibot', 'koleo'} < terms.keys()
+    assert method.flops(1) < methods.make(
+        tiny.changed(c, {'method__n_local_crops': 4, 'method__local_size': 16})
+    ).flops(1)
+
+
 def test_dropped_images_cost_nothing_and_the_expectation_stays():
     """Half of the images left out: the branch sees half the tokens, those that stay count twice."""
     x = jax.random.normal(jax.random.key(0), (2 * 4 * 5, 8))
