@@ -18,7 +18,7 @@ class BatchNormMLP(nn.Module):
     A linear layer to `in_dim` channels unless the tokens have them, then an MLP of three layers
     with BatchNorm and ReLU between them. BatchNorm is by the mean and variance over all leading
     axes: of the global batch, whatever the devices. There are no running averages, for no one uses
-    the head after training.
+    the head after training. Layers before a norm have no bias, which the norm would subtract.
     """
 
     out_dim: int
@@ -28,16 +28,16 @@ class BatchNormMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def dense(width, x, name):
+        def dense(width, x, name, bias=False):
             init = blocks.torch_uniform(x.shape[-1])
-            return blocks.Dense(width, self.dtype, init, init, name=name)(x)
+            return nn.Dense(width, bias, self.dtype, kernel_init=init, bias_init=init, name=name)(x)
 
         if x.shape[-1] != self.in_dim:
             x = dense(self.in_dim, x, 'input')
         for i in range(2):
             x = BatchNorm(name=f'norm_{i}')(dense(self.hidden_dim, x, f'mlp_{i}'))
             x = jax.nn.relu(x)
-        return dense(self.out_dim, x, 'output').astype(jnp.float32)
+        return dense(self.out_dim, x, 'output', bias=True).astype(jnp.float32)
 
     def flops_per_token(self, width: int) -> int:
         """Forward FLOPs for one token of `width` channels."""
