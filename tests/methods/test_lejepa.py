@@ -159,8 +159,11 @@ def test_two_steps_with_photometry_are_equal_on_any_mesh(regularizer):
             found.append((values, jax.device_get(state.params)))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
     one, eight = (trees.named(params) for _, params in found)
+    # Biases whose gradient is rounding noise: the softmax cancels that of keys, BatchNorm the last.
+    noise = ('encoder/blocks/attn/qkv/bias', 'encoder/norm/bias')
+    assert set(noise) < set(one)
     for name, value in one.items():
-        if not name.endswith('qkv/bias'):  # the gradient of a key's bias is rounding noise
+        if name not in noise:
             np.testing.assert_allclose(eight[name], value, atol=2e-5, err_msg=name)
 
 
