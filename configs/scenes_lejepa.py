@@ -4,8 +4,9 @@
 Command:
   ssl_jax pretrain --config scenes_lejepa --workdir runs/scenes_lejepa
 
-Expected: TODO
-Cost: TODO
+Expected: `invariance` falls, `embedding_std` goes towards 1, no collapse. Not run here to the end.
+Cost: 6.7e13 useful FLOPs, 1.6 times those of `scenes_dinov2`: about ten minutes on 2 CPU cores, by
+that recipe's time.
 """
 
 from ssl_jax import config
