@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method on CIFAR-10 for the same time: SSL_JAX_DATA=/data python experiments/methods/run.py OUT
+"""Every method on CIFAR-10 for the same time.
+
+    SSL_JAX_DATA=/data python experiments/methods/run.py OUT
 
 Each method's step is timed in a run of 60 steps, alone on the machine; the length of its training
 follows from that, so that a machine that is busy later makes no difference. Starts again where it

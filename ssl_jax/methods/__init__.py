@@ -7,10 +7,12 @@ import pkgutil
 from ssl_jax import fields
 from ssl_jax.run import errors
 
+SHARED = ('base', 'crops')  # modules that several methods use
+
 
 def names() -> list[str]:
-    """The methods there are: the modules of this package besides `base`."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != 'base')
+    """The methods there are: the modules of this package besides those of `SHARED`."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED)
 
 
 def get(name: str) -> type:

@@ -165,14 +165,15 @@ class Method:
         del source
         return {}, []
 
-    def warnings(self, batch_size: int, ways: int) -> Iterator[str]:
-        """Yields a sentence for each setting that is correct but slow.
+    def warnings(self, batch_size: int, ways: int, accum_steps: int = 1) -> Iterator[str]:
+        """Yields a sentence for each setting that is slow, or changes what a batch is.
 
         Args:
           batch_size: images per micro-batch.
           ways: devices that share it.
+          accum_steps: micro-batches per step.
         """
-        del batch_size, ways
+        del batch_size, ways, accum_steps
         yield from ()
 
     @property
@@ -341,6 +342,16 @@ class OneView(Method):
 
     def views(self):
         return (host.View('image', self.img_size, scale=self.crop_scale),)
+
+
+def micro_batches(terms: str, batch_size: int, accum_steps: int) -> Iterator[str]:
+    """Says that `terms` of a loss compare the images of a micro-batch, if there are several."""
+    if accum_steps > 1:
+        yield (
+            f'accum_steps={accum_steps}: the {batch_size} images of a micro-batch, not the '
+            f'{batch_size * accum_steps} of a step, are compared by {terms}, so the loss is '
+            f'another one than with accum_steps=1.'
+        )
 
 
 def interval(method, name: str) -> Iterator[str]:

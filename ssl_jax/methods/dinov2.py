@@ -30,21 +30,19 @@ import jax.numpy as jnp
 
 from ssl_jax import fields, optim
 from ssl_jax.augment import photometry
-from ssl_jax.data import host
-from ssl_jax.methods import base
+from ssl_jax.methods import base, crops
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import heads
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.objectives import collapse, losses, masking
 from ssl_jax.run import clock as clock_lib
 
-JITTER = ('brightness', 'contrast', 'saturation', 'hue', 'jitter_prob', 'grey_prob')
 PARAMS = {'encoder': 'backbone'}  # name of a network -> its key in `params`, where they differ
 CENTERS = {'class': 'dino_center', 'patch': 'ibot_center'}  # keys in `extra`
 
 
 @dataclasses.dataclass(frozen=True)
-class DINOv2(base.Method):
+class DINOv2(crops.MultiCrop):
     """DINOv2; the defaults are those of its large runs."""
 
     removed = {'crop_ratio': (3 / 4, 4 / 3), 'koleo_per_group': False}
@@ -58,17 +56,6 @@ class DINOv2(base.Method):
     drop_path_mode: Literal['subset', 'image'] = 'subset'
     drop_path_uniform: bool = True  # same rate in all blocks; False: linear from 0
 
-    n_local_crops: Annotated[int, fields.Range(0, 64)] = 8  # 0 for single centred objects
-    local_size: int | None = 96  # pixels, side of a local crop; img_size is that of a global crop
-    global_crops_scale: tuple = (0.32, 1.0)  # RandomResizedCrop: fraction of the image's area
-    local_crops_scale: tuple = (0.05, 0.32)
-    flip: fields.Probability = 0.5  # probability of a horizontal flip
-    brightness: float = 0.4  # colour jitter, largest changes as torchvision's ColorJitter has them
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    jitter_prob: fields.Probability = 0.8  # probability of any jitter
-    grey_prob: fields.Probability = 0.2
     blur: Literal['released', 'intended', 'none'] = 'released'  # probabilities, photometry.BLUR
     solarize: tuple = (0.0, 0.2, 0.0)  # probability for global crop 1, global crop 2, local crops
 
@@ -106,14 +93,6 @@ class DINOv2(base.Method):
     def check(self, run):
         yield from super().check(run)
         batch, group = run.batch_size // run.accum_steps, self.group_size
-        yield from base.interval(self, 'global_crops_scale')
-        yield from base.interval(self, 'local_crops_scale')
-        if self.n_local_crops and (self.local_size is None or self.local_size % self.patch_size):
-            near = base.near_multiple(self.local_size or 96, self.patch_size)
-            yield (
-                f'method.local_size={self.local_size} is not a multiple of method.patch_size='
-                f'{self.patch_size}: use local_size={near}.'
-            )
         if not group or group < 1 or (batch > group and batch % group):
             yield (
                 f'a batch of {batch} (batch_size / accum_steps) does not consist of groups of '
@@ -143,10 +122,7 @@ class DINOv2(base.Method):
         return 2 if self.koleo_weight else 1
 
     def infer(self, facts, choose):
-        size, patch = self.infer_crop(facts, choose)
-        if self.n_local_crops:
-            local = max(round(size * 3 / 7 / patch), 1) * patch
-            choose('local_size', local, f'three sevenths of {size}, in whole patches')
+        self.infer_crop(facts, choose)
         n = facts.num_images
         count = 1024 if n < 20_000 else 8192 if n < 2_000_000 else 65_536
         for name in ('dino_out_dim', 'ibot_out_dim'):
@@ -155,12 +131,16 @@ class DINOv2(base.Method):
         own = facts.per_device
         choose('group_size', divisor(own, 64), f'of the {own} images of a device')
 
-    def warnings(self, batch_size, ways):
-        """Groups that the devices do not divide.
+    def warnings(self, batch_size, ways, accum_steps=1):
+        """Terms that see micro-batches, and groups that the devices do not divide.
 
         A group is one row of tokens. Rows that cannot be divided are exchanged between devices in
         every block, which is many times slower.
         """
+        terms = ['Sinkhorn-Knopp'] if self.centering == 'sinkhorn_knopp' else []
+        terms += ['KoLeo'] if self.koleo_weight else []
+        if terms:
+            yield from base.micro_batches(' and '.join(terms), batch_size, accum_steps)
         groups, own = self.groups(batch_size), batch_size // ways
         if groups % ways:
             yield (
@@ -225,13 +205,6 @@ class DINOv2(base.Method):
         start, end = 1 - self.momentum_teacher, 1 - self.final_momentum_teacher
         return optim.cosine(start, end, self.clock.total)(step)
 
-    def views(self):
-        views = (host.View('global', self.img_size, count=2, scale=self.global_crops_scale),)
-        if self.n_local_crops:
-            local = dict(count=self.n_local_crops, scale=self.local_crops_scale)
-            views += (host.View('local', self.local_size, **local),)
-        return views
-
     def init(self, rng):
         params = self.init_network(rng, self.vit)
         extra = {'teacher': params}
@@ -285,33 +258,13 @@ class DINOv2(base.Method):
 
     def augment(self, batch, rng):
         """uint8 crops -> normalised float (B, 2, H, W, 3) and (B, V, h, w, 3) or None."""
-        strengths = {name: getattr(self, name) for name in JITTER}
-
-        def view(name, rng, blur, solarize):
-            crops = batch[name]
-            size, count = crops.shape[:2]
-            keys = jax.vmap(lambda k: jax.random.split(k, count))(
-                photometry.sample_keys(rng, batch['row'])
-            ).reshape(-1)
-            flip_keys, color_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-            x = crops.reshape(-1, *crops.shape[2:])
-            x = photometry.random_flip(flip_keys, x, self.flip)
-            x = photometry.photometric(
-                color_keys,
-                x,
-                blur_prob=jnp.tile(jnp.asarray(blur), size) if any(blur) else 0.0,
-                solarize_prob=jnp.tile(jnp.asarray(solarize), size) if any(solarize) else 0.0,
-                **strengths,
-            )
-            return photometry.normalize(x).reshape(crops.shape)
-
         global_rng, local_rng = jax.random.split(rng)
-        blur = photometry.BLUR[self.blur]
-        out = view('global', global_rng, blur[:2], self.solarize[:2])
+        rows, blur, solarize = batch['row'], photometry.BLUR[self.blur], self.solarize
+        out = self.distort(global_rng, rows, batch['global'], blur[:2], solarize[:2])
         if not self.n_local_crops:
             return out, None
         n = self.n_local_crops
-        return out, view('local', local_rng, blur[2:] * n, self.solarize[2:] * n)
+        return out, self.distort(local_rng, rows, batch['local'], blur[2:] * n, solarize[2:] * n)
 
     def masks(self, keys, num_crops):
         """bool (groups, num_crops, N): masked patches of the global crops, a key per group."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projection heads of self-distillation."""
+"""Projection heads, for training only."""
 
 import itertools
 from typing import Any
@@ -10,6 +10,52 @@ import jax.numpy as jnp
 
 from ssl_jax.kernels import ops
 from ssl_jax.models import blocks
+
+
+class BatchNormMLP(nn.Module):
+    """Class tokens (..., D) -> embeddings (..., out_dim) in float32 (LeJEPA).
+
+    A linear layer to `in_dim` channels unless the tokens have them, then an MLP of three layers
+    with BatchNorm and ReLU between them. BatchNorm is by the mean and variance over all leading
+    axes: of the global batch, whatever the devices. There are no running averages, for no one uses
+    the head after training. Layers before a norm have no bias, which the norm would subtract.
+    """
+
+    out_dim: int
+    hidden_dim: int = 2048  # of the two hidden layers
+    in_dim: int = 512
+    dtype: Any = jnp.float32  # of the matrix products
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(width, x, name, bias=False):
+            init = blocks.torch_uniform(x.shape[-1])
+            return nn.Dense(width, bias, self.dtype, kernel_init=init, bias_init=init, name=name)(x)
+
+        if x.shape[-1] != self.in_dim:
+            x = dense(self.in_dim, x, 'input')
+        for i in range(2):
+            x = BatchNorm(name=f'norm_{i}')(dense(self.hidden_dim, x, f'mlp_{i}'))
+            x = jax.nn.relu(x)
+        return dense(self.out_dim, x, 'output', bias=True).astype(jnp.float32)
+
+    def flops_per_token(self, width: int) -> int:
+        """Forward FLOPs for one token of `width` channels."""
+        widths = [self.in_dim, self.hidden_dim, self.hidden_dim, self.out_dim]
+        widths = widths if width == self.in_dim else [width, *widths]
+        return 2 * sum(a * b for a, b in itertools.pairwise(widths))
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) * scale + bias in float32, over all axes but the last."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        axes = tuple(range(x.ndim - 1))
+        return (x - x.mean(axes)) * (jax.lax.rsqrt(x.var(axes) + 1e-5) * scale) + bias
 
 
 class DINOHead(nn.Module):

@@ -89,7 +89,9 @@ def plan(
         'kernels': kernels(config) == 'on',
         'flops': float(method.flops(config.batch_size)),
         'parameters': sum(x.size for x in jax.tree.leaves(built.abstract.params)),
-        'warnings': list(method.warnings(config.batch_size // config.accum_steps, ways)),
+        'warnings': list(
+            method.warnings(config.batch_size // config.accum_steps, ways, config.accum_steps)
+        ),
         'hbm': {'capacity': chip.hbm_gib * GIB, **state_bytes(built.abstract)},
     }
     started = time.monotonic()

@@ -131,7 +131,11 @@ def banner(config, source, method, program, workdir) -> None:
         f'warm-up {clock.warmup:,}; {optim.scaled_lr(config.optim, config.batch_size)[1]}',
         program.groups,
         f'workdir   {workdir}',
-        *method.warnings(config.batch_size // config.accum_steps, mesh['data'] * mesh['fsdp']),
+        *method.warnings(
+            config.batch_size // config.accum_steps,
+            mesh['data'] * mesh['fsdp'],
+            config.accum_steps,
+        ),
     )
 
 

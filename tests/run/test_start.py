@@ -2,8 +2,13 @@
 """The config of a run is stored, and a restart says what changed."""
 
 import json
+import types
 
+import tiny
 from ssl_jax import config as config_lib
+from ssl_jax import methods
+from ssl_jax.data import sources
+from ssl_jax.run import clock as clock_lib
 from ssl_jax.run import start
 
 
@@ -37,3 +42,15 @@ def test_a_stored_field_that_is_gone_is_named_where_the_run_goes_on_without_it(t
     (tmp_path / 'config.json').write_text(json.dumps(values))
     start.store_config(tmp_path, config)
     assert 'method.crop_ratio' in capsys.readouterr().out
+
+
+def test_the_start_says_which_terms_see_micro_batches_where_there_are_any(capsys):
+    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, tensor=1))
+    nothing = types.SimpleNamespace(params={})
+    program = types.SimpleNamespace(abstract=nothing, mesh=mesh, groups='')
+    for accum_steps in (1, 2):
+        c = tiny.dinov2(accum_steps=accum_steps)
+        method = methods.make(c, clock_lib.Clock.of(c))
+        start.banner(c, sources.open_source(c.data.train), method, program, 'runs/here')
+        said = 'accum_steps=2: the 8 images of a micro-batch, not the 16 of a step, are compared by'
+        assert (said in capsys.readouterr().out) == (accum_steps == 2)
