@@ -31,7 +31,7 @@ FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL
 FIRST += ('finetune_mae_vitb16', 'finetune_beit_vitb16')
 EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
 # Their methods share most with others of SMALL.
-LONG = ('scenes_distill', 'scenes_beit', 'scenes_pixio', 'dinov2_vitb14_distill')
+LONG = ('scenes_distill', 'scenes_beit', 'scenes_pixio', 'dinov2_vitb14_distill', 'scenes_dinov3')
 MOST = [pytest.param(r, marks=pytest.mark.slow) if r in LONG else r for r in SMALL]
 FEW = [
     pytest.param('scenes_dinov2', marks=pytest.mark.slow) if r == 'scenes_dinov2' else r
