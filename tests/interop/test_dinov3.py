@@ -14,6 +14,7 @@ import tiny
 import tiny_weights
 from ssl_jax import config as config_lib
 from ssl_jax import encoder, methods
+from ssl_jax import step as step_lib
 from ssl_jax.interop import card, export, files, layouts, processors
 from ssl_jax.interop.families import dinov3
 from ssl_jax.models import vit as vit_lib
@@ -354,7 +355,7 @@ def test_a_run_leaves_and_comes_back_and_gives_the_same_features(run, tmp_path, 
 
 
 def test_the_licence_is_named_on_import_in_its_exports_and_in_those_of_runs_begun_from_it(tmp_path):
-    w, params, tensors = exported('mlp', 'official')
+    _, _, tensors = exported('mlp', 'official')
     files.write(tmp_path / 'published.safetensors', tensors)
     lines = []
     weights.import_weights(tmp_path / 'published.safetensors', tmp_path / 'w', log=lines.append)
@@ -370,6 +371,40 @@ def test_the_licence_is_named_on_import_in_its_exports_and_in_those_of_runs_begu
     out = export.export(weights.open_run(tmp_path / 'run'), 'hf', tmp_path / 'begun')
     want = f'This run began from `published.safetensors`. {dinov3.LICENCE}'
     assert want in (out / 'README.md').read_text()
+
+
+def begun(config, path):
+    """(params, extra, lines) of a run with `config` that begins with the weights at `path`."""
+    method = methods.make(config)
+    shapes = jax.eval_shape(method.init, jax.random.key(0))
+    fresh = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+    state, abstract = (
+        step_lib.TrainState(0, params, {}, extra, 0)
+        for params, extra in (fresh, jax.tree.map(place, fresh))
+    )
+    return weights.load_into(str(path), method, state, abstract)
+
+
+def test_a_run_begins_with_the_official_file_at_its_own_image_size(tmp_path):
+    w, params, tensors = exported('mlp', 'official')
+    files.write(tmp_path / 'published.safetensors', tensors)
+    path = f'{tmp_path}/published.safetensors'
+    sizes = dict(num_register_tokens=4, patch_size=16, mlp_ratio=4.0)
+    config = tiny.dinov2('dinov3', **{f'method__{k}': x for k, x in sizes.items()})
+    found, extra, lines = begun(config, path)
+    for tree in (found, extra['teacher']):
+        same(jax.device_get(tree['backbone']), params['encoder'])
+    assert [line.split()[0] for line in lines] == ['taken', 'fresh', 'fresh']
+    with pytest.raises(
+        ValueError, match='key_bias is False there and True here.*pos_embed is rope'
+    ):
+        begun(tiny.dinov2(method__num_register_tokens=4, method__patch_size=16), path)
+    follow = methods.get('classifier')().follow(weights.open_weights(path), set())
+    config = config_lib.default('classifier')
+    config.method.update(follow)
+    vit = methods.make(config).vit  # without a mask token
+    assert vit.clone(drop_path=0.0, mask_token=True) == w.vit
 
 
 @pytest.mark.slow
