@@ -227,8 +227,7 @@ def their_model(kind, folder):
     files.write(folder / 'model.safetensors', tensors, {'format': 'pt'})
     (folder / 'config.json').write_text(json.dumps(layouts.config_json(w)))
     kw = dict(output_loading_info=True, attn_implementation='eager')
-    model, info = transformers.AutoModel.from_pretrained(folder, **kw)
-    assert type(model).__name__ == 'DINOv3ViTModel'
+    model, info = transformers.DINOv3ViTModel.from_pretrained(folder, **kw)
     for problem in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
         assert not info[problem], f'{problem} {info[problem]}'
     return model.eval()
@@ -354,7 +353,9 @@ def test_a_run_leaves_and_comes_back_and_gives_the_same_features(run, tmp_path, 
     assert 'DINOv3 License' not in text + ' '.join(lines)  # of no one else's weights
 
 
-def test_the_licence_is_named_on_import_in_its_exports_and_in_those_of_runs_begun_from_it(tmp_path):
+def test_the_licence_is_named_on_import_in_its_exports_and_in_those_of_runs_begun_from_it(
+    run, tmp_path
+):
     _, _, tensors = exported('mlp', 'official')
     files.write(tmp_path / 'published.safetensors', tensors)
     lines = []
@@ -366,9 +367,10 @@ def test_the_licence_is_named_on_import_in_its_exports_and_in_those_of_runs_begu
     weights.import_weights(out, tmp_path / 'w2', log=lines.append)
     export.export(weights.open_run(tmp_path / 'w2'), 'official', again)
     assert f'\n{dinov3.LICENCE}\n' in (again / 'README.md').read_text()
-    config = tiny.dinov2('dinov3', init_from='published.safetensors')
-    tiny.save(config, tmp_path / 'run', step=2)
-    out = export.export(weights.open_run(tmp_path / 'run'), 'hf', tmp_path / 'begun')
+    opened = weights.open_run(run)
+    opened.config.unlock()
+    opened.config.init_from = 'published.safetensors'
+    out = export.export(opened, 'hf', tmp_path / 'begun')
     want = f'This run began from `published.safetensors`. {dinov3.LICENCE}'
     assert want in (out / 'README.md').read_text()
 

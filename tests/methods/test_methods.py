@@ -27,7 +27,8 @@ RECIPES = [r for r in config_lib.recipes() if not config_lib.load(r).infer]
 SMALL = [r for r in RECIPES if 'scenes' in r or r in SHRINK_MORE]
 # Tracing takes seconds each: one recipe of every kind here, all others among the slow tests.
 FIRST = ('mae_vitb16', 'pixio_vit5b16', 'dinov2_vitl16_short', 'dino_vits16', 'splitmask_vitb16')
-FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL)
+FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16')
+FIRST += tuple(r for r in SMALL if r != 'scenes_dinov3')  # `test_dinov3` traces it in small
 FIRST += ('finetune_mae_vitb16', 'finetune_beit_vitb16')
 EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
 # Their methods share most with others of SMALL.

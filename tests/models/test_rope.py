@@ -11,6 +11,7 @@ from ssl_jax.models import rope
 from ssl_jax.models import vit as vit_lib
 
 QUICK = {'xla_backend_optimization_level': 0}
+rotate = jax.jit(rope.rotate, static_argnums=1)
 VIT = vit_lib.ViT(
     embed_dim=32,
     depth=2,
@@ -52,7 +53,7 @@ def test_the_product_of_a_query_and_a_key_depends_on_their_distance_alone():
     h, w, d = 3, 5, 16
     cos, sin = rope.tables([(h, w)], 0, [Segment(1, h * w)], d)
     same = jnp.tile(drawn((1, 3 * d)), (h * w, 1))
-    q, k, v = np.split(np.asarray(rope.rotate(same, 1, cos, sin)), 3, axis=1)
+    q, k, v = np.split(np.asarray(rotate(same, 1, cos, sin)), 3, axis=1)
     logits = (q @ k.T).reshape(h, w, h, w)
     np.testing.assert_allclose(logits[0, 0, 1, 2], logits[1, 2, 2, 4], rtol=1e-4)
     np.testing.assert_allclose(logits[2, 1, 0, 3], logits[2, 0, 0, 2], rtol=1e-4)
@@ -63,10 +64,10 @@ def test_the_product_of_a_query_and_a_key_depends_on_their_distance_alone():
 def test_class_tokens_registers_and_padding_are_not_turned():
     cos, sin = rope.tables([(2, 2), (1, 1)], 3, [Segment(2, 7, 1), Segment(1, 4)], 8)
     still = [0, 1, 2, 7, 8, 9, 10, 15, 16, 17, 18]
-    x = drawn((2 * len(cos), 24))
-    y = rope.rotate(x, 1, cos, sin)
+    x = np.asarray(drawn((2 * len(cos), 24)))
+    y = np.asarray(rotate(x, 1, cos, sin))
     for row in (0, len(cos)):
-        np.testing.assert_array_equal(y[row:][np.array(still)], x[row:][np.array(still)])
+        np.testing.assert_array_equal(y[row:][still], x[row:][still])
         assert (y[row + 3 : row + 7, :16] != x[row + 3 : row + 7, :16]).all()
     np.testing.assert_array_equal(cos[3:7], cos[11:15])  # the second image as the first
 
@@ -114,5 +115,7 @@ def test_a_scale_of_the_positions_changes_the_tokens_and_is_no_parameter(params)
 
 
 def test_some_of_the_patches_are_refused(params):
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     with pytest.raises(ValueError, match="pos_embed='rope' is for whole images"):
-        VIT.apply({'params': params}, drawn((1, 32, 32, 3)), ids_keep=jnp.zeros((1, 2), jnp.int32))
+        keep = jnp.zeros((1, 2), jnp.int32)
+        jax.eval_shape(lambda x: VIT.apply({'params': params}, x, ids_keep=keep), images)
