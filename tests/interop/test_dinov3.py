@@ -38,7 +38,7 @@ KINDS = {
     'mlp': {},
     # Heads of width 12, three blocks, the FFN of the plus sizes; keys with bias, no registers.
     'swiglu': dict(embed_dim=36, depth=3, num_heads=3, ffn='swiglu', mlp_ratio=6.0),
-    'keys': dict(key_bias=True, num_register_tokens=0, mlp_ratio=1.7),
+    'keys': dict(key_bias=True, num_register_tokens=0, mlp_ratio=1.7, img_size=64),
 }
 LAYOUTS = ('official', 'hf')
 CASES = [(kind, layout) for kind in KINDS for layout in LAYOUTS]
@@ -74,7 +74,7 @@ def ours(vit, params, images, **kw):
 @pytest.mark.parametrize('kind,layout', CASES)
 def test_out_and_in_again_is_bit_identical_and_everything_is_found(kind, layout):
     w, params, tensors = exported(kind, layout)
-    hints = json.loads(json.dumps(layouts.config_json(w)))
+    hints = json.loads(json.dumps(layouts.config_json(w))) or {'img_size': w.vit.img_size}
     found = layouts.recognise(tensors, hints)
     assert dataclasses.replace(found, remarks=(), names='hub') == w
     assert found.remarks == (dinov3.LICENCE,) and found.left_out == ()

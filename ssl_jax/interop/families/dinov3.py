@@ -130,14 +130,15 @@ def _read(found, stack, *, patch, cls, registers, mask, ffn, scale, key_bias):
     if heads is None and periods:
         heads = max(dim // (4 * periods[0]), 1)
     heads = heads or HEADS.get((dim, depth))
-    pixels = hints.get('img_size', hints.get('image_size')) or SIZE
+    sized = hints if {'img_size', 'image_size'} & set(hints) else {**hints, 'img_size': SIZE}
+    pixels = sized.get('img_size', sized.get('image_size'))
     pixels = pixels[0] if isinstance(pixels, list | tuple) else pixels
     vit = vit_lib.ViT(
         embed_dim=dim,
         depth=depth,
         num_heads=shapes.num_heads({'num_heads': heads}, dim, depth),
         patch_size=side,
-        img_size=shapes.stated({'img_size': SIZE, **hints}, max(pixels // side, 1), side),
+        img_size=shapes.stated(sized, pixels // side, side),
         mlp_ratio=shapes.mlp_ratio(shapes.rows(have, f'{name}.weight'), dim, ffn[name]),
         num_cls_tokens=have.get(cls, (1, 0))[1],
         num_register_tokens=have.get(registers, (1, 0))[1],
