@@ -176,11 +176,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, segments: tuple[Segment, ...], bias=None, gamma=None, turn=None
+        self, x, segments: tuple[Segment, ...], bias=None, gamma=None, rotation=None
     ) -> jax.Array:
         """x (B * T, D), see `Block`; bias (H, T, T) of the logits; gamma (D,), see `Dense`.
 
-        turn: cosines and sines of rotary positions, see `rope.tables`.
+        rotation: cosines and sines of rotary positions, see `rope.tables`.
         """
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
@@ -188,8 +188,8 @@ class Attention(nn.Module):
             qkv = Dense(3 * dim, name='qkv', **dense)(x)
         else:
             qkv = QKV(name='qkv', **dense)(x)
-        if turn is not None:
-            qkv = rope.rotate(qkv, self.num_heads, *turn)
+        if rotation is not None:
+            qkv = rope.rotate(qkv, self.num_heads, *rotation)
         if self.window is not None:
             shape = (relative_rows((self.window[1],) * 2), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
@@ -262,7 +262,7 @@ class Block(nn.Module):
     window: tuple | None = None  # see `Attention`
 
     @nn.compact
-    def __call__(self, x: jax.Array, drop, bias: jax.Array | None = None, turn=None):
+    def __call__(self, x: jax.Array, drop, bias: jax.Array | None = None, rotation=None):
         """Returns (x, x if `capture` else None).
 
         Args:
@@ -273,7 +273,7 @@ class Block(nn.Module):
             tuple with (B, 2, k) per segment: positions of the k images that go through the branch,
               weighted by n/k; the others skip it at no cost (DINOv2's form).
           bias: (H, T, T) bias of the attention logits.
-          turn: cosines and sines of rotary positions, see `rope.tables`, of the tokens that
+          rotation: cosines and sines of rotary positions, see `rope.tables`, of the tokens that
             attention sees: those of the k images where `drop` is a tuple.
         """
         dim = x.shape[-1]
@@ -293,7 +293,7 @@ class Block(nn.Module):
             gammas = [LayerScale(self.layer_scale, name=f'ls{i}')(dim) for i in (1, 2)]
 
         def branch(i, y, segments):
-            return attn(y, segments, bias, gammas[0], turn) if i == 0 else mlp(y, gammas[1])
+            return attn(y, segments, bias, gammas[0], rotation) if i == 0 else mlp(y, gammas[1])
 
         for i in (0, 1):
             if isinstance(drop, tuple):

@@ -163,8 +163,8 @@ class ViT(nn.Module):
             )
         window = self._window(images, ids_keep) if self.rel_pos else None
         grids = [self._grid(crops) for crops in images]
-        turn = self._turn(grids, segments, drop, pos_scale, ids_keep)
-        shared = (None, turn) if turn else ()
+        rotation = self._rotation(grids, segments, drop, pos_scale, ids_keep)
+        shared = (None, rotation) if rotation else ()
         if self.rel_pos == 'shared':
             shape = (blocks_lib.relative_rows((window[1],) * 2), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
@@ -268,7 +268,7 @@ class ViT(nn.Module):
         """(h, w) in patches of crops (B, n, H, W, 3)."""
         return tuple(side // self.patch_size for side in crops.shape[2:4])
 
-    def _turn(self, grids, segments, drop, scale, ids_keep):
+    def _rotation(self, grids, segments, drop, scale, ids_keep):
         """`rope.tables` of the tokens that attention sees; None without rotary positions."""
         if self.pos_embed != 'rope':
             return None
