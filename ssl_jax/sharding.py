@@ -24,7 +24,7 @@ BATCH = P(('data', 'fsdp'))
 TENSOR_RULES = (
     (r'(qkv|fc1|w12)/(kernel|bias)$', -1),  # columns: each device has some heads or hidden units
     (r'(attn/proj|fc2|w3)/kernel$', -2),  # rows: partial sums are added up
-    (r'last_layer/weight_[vg]$', -1),  # each device has some prototypes
+    (r'last_layer/weight(_[vg])?$', -1),  # each device has some prototypes
 )
 MAX_FSDP = 16  # with 128, shards of 1,280 channels have 10 rows, and XLA gathers by all-reduce
 # Paths whose leading axis is the scan over blocks; splitting it would gather every iteration.

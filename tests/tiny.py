@@ -63,7 +63,7 @@ def dinov2(method='dinov2', **fields):
         group_size=8,
         drop_path=0.3,
         num_register_tokens=1,
-        pos_resize='antialias',
+        **({'pos_resize': 'antialias'} if 'pos_resize' in c.method else {}),
         dino_out_dim=64,
         ibot_out_dim=32,
         dino_bottleneck_dim=16,

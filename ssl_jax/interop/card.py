@@ -27,13 +27,13 @@ def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
     beside = ' and projection heads' if w.dino_head is not None else beside
     beside = ' and layer to visual words' if w.vocab else beside
     beside = ' and classifier' if w.num_classes else beside
-    positions = {'sincos': 'sin-cos, fixed', 'learned': 'learned', 'none': 'none'}[v.pos_embed]
+    positions = {'sincos': 'sin-cos, fixed', 'rope': 'rotary'}.get(v.pos_embed, v.pos_embed)
     if v.rel_pos:
         where = {'shared': 'for all blocks', 'layer': 'in each block'}[v.rel_pos]
         positions = '' if v.pos_embed == 'none' else f'{positions}, and '
         positions += f'relative, a table of biases {where}'
     names = '' if w.layout in PROGRAMS else f', {w.layout} names'
-    rules = [v.pos_resize] * (v.pos_embed != 'none') + [v.rel_resize] * bool(v.rel_pos)
+    rules = [v.pos_resize] * v.has_table + [v.rel_resize] * bool(v.rel_pos)
     if rules:
         positions += f'; other sizes: {" and ".join(layouts.RULES[rule] for rule in rules)}'
     parts = {
@@ -156,8 +156,22 @@ def model_card(
         '',
         'No licence is claimed here: state yours, and mind those of the training data'
         + (' and of the imported weights.' if imported else '.'),
+        *_licence(opened, w, imported and 'config' not in origin),
     ]
     return '\n'.join(lines) + '\n'
+
+
+def _licence(opened, w, imported):
+    """Lines on the licence of published weights of the family, where these were made from others.
+
+    Args:
+      imported: whether they are an import of weights that no run of ssl_jax trained.
+    """
+    text = getattr(layouts.family(w), 'LICENCE', None)
+    start = None if opened.config is None else opened.config.init_from
+    if text is None or not (imported or start):
+        return []
+    return ['', text if imported else f'This run began from `{start}`. {text}']
 
 
 def _training(config, step, field):

@@ -9,6 +9,7 @@ For other image sizes weights keep the rule of the library that they come from (
 `ViT.rel_resize`). Libraries differ in that; `other_sizes` says where an export will.
 """
 
+import collections
 import collections.abc
 import dataclasses
 import functools
@@ -32,6 +33,7 @@ from ssl_jax.run import errors, trees
 ENCODER = {
     'patch_embed.proj.weight': 'official',
     'embeddings.patch_embeddings.projection.weight': 'hf',
+    'embeddings.patch_embeddings.weight': 'hf',
 }
 # What stands beside an encoder in a file: heads of training and of tasks.
 HEADS = re.compile(r'(pooler|classifier|head|head_dist|dino_head|ibot_head|last_proj)\.')
@@ -54,7 +56,10 @@ RULES = {
     'linear': 'linear on geometric distances',
     'bilinear': 'bilinear',
 }
-KNOWN = 'MAE, Pixio, DINOv2, BEiT, plain ViTs, in the names of their authors, transformers or timm'
+KNOWN = (
+    'MAE, Pixio, DINOv2, DINOv3, BEiT, plain ViTs, in the names of their authors, transformers or '
+    'timm'
+)
 PARTS = {'decoder': Decoder, 'dino_head': DINOHead, 'ibot_head': DINOHead}  # fields of `Weights`
 NORM = ['encoder/norm/scale', 'encoder/norm/bias']
 NOT_SAVED = ('dtype', 'remat', 'parent', 'name')  # how a module computes, not what it is
@@ -64,7 +69,7 @@ NOT_SAVED = ('dtype', 'remat', 'parent', 'name')  # how a module computes, not w
 class Weights:
     """Description of a set of tensors."""
 
-    family: str  # a file of `families`: 'mae', 'pixio', 'dinov2', 'beit', or 'vit' for a plain ViT
+    family: str  # a file of `families`: 'mae', 'dinov2', ..., or 'vit' for a plain ViT
     layout: str  # 'official', 'hf' or 'timm'
     # 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2), the linear layer
     # to visual words (BEiT) or the classifier (fine-tuned models).
@@ -146,14 +151,13 @@ def recognise(tensors, hints=None) -> Weights:
         value = tensors[key]
         return value if hasattr(value, 'dtype') else None
 
-    if stated.is_dinov3(hints, shape_of):
-        raise errors.UserError(
-            f'these {len(shape_of)} tensors are those of DINOv3, which is not read, as it has '
-            f'rotary positions; known are {KNOWN}.'
-        )
-    marker = _marker(shape_of)
-    prefix, inner = marker.removesuffix(next(k for k in ENCODER if marker.endswith(k))), ''
     known = families.all_families()
+    for why in (f.foreign(hints, shape_of) for f in known if hasattr(f, 'foreign')):
+        if why:
+            raise errors.UserError(f'these {len(shape_of)} tensors are {why}; known are {KNOWN}.')
+    marker = _marker(shape_of)
+    prefix = base = marker.removesuffix(next(k for k in ENCODER if marker.endswith(k)))
+    inner = ''
     for start, key in (f.INNER for f in known if hasattr(f, 'INNER')):
         outer = prefix.removesuffix(start)
         if outer != prefix and f'{outer}{key}' in shape_of:
@@ -164,7 +168,7 @@ def recognise(tensors, hints=None) -> Weights:
         keys=keys,
         hints=hints,
         table=lambda name: array(keys[name]),
-        hf=marker.endswith('projection.weight'),
+        hf=ENCODER[marker.removeprefix(base)] == 'hf',
         inner=inner,
         shapes=shape_of,
         base=prefix.removesuffix('backbone.'),
@@ -266,7 +270,7 @@ def rows(w: Weights) -> list:
 
 def other_sizes(w: Weights) -> str:
     """A sentence if the library of the layout will resize positions by another rule; else ''."""
-    v, learned = w.vit, w.vit.pos_embed != 'none'
+    v = w.vit
     if w.layout == 'official':
         registers = 'antialias' if v.num_register_tokens else 'offset'
         # Plain ViTs are those of MAE or those of DINO.
@@ -277,7 +281,7 @@ def other_sizes(w: Weights) -> str:
     else:
         plain = family(w).hf_class(w) != 'Dinov2WithRegistersModel'
         positions, relative = ('bicubic' if plain else 'antialias',), 'bilinear'
-    pairs = [(v.pos_resize, positions)] if learned else []
+    pairs = [(v.pos_resize, positions)] if v.has_table else []
     pairs += [(v.rel_resize, (relative,))] if v.rel_pos else []
     differ = [(RULES[a], RULES[b[0]]) for a, b in pairs if a not in b]
     if not differ:
@@ -373,6 +377,8 @@ def to_layout(weights, params):
             extra |= {path: np.asarray(norm[path.rpartition('/')[2]]) for path in NORM}
     folded = {**params, 'encoder': enc}
     out = tables.to_torch(rows(weights), folded, fixed(weights))
+    if hasattr(family(weights), 'joined'):
+        out = family(weights).joined(weights, out)
     return {**out, **buffers(weights)}, extra
 
 
@@ -401,7 +407,10 @@ def to_ours(weights, state_dict, extra=None):
         shape_of['encoder/pos_embed'] = (1, 1, dim)
     if hasattr(family(w), 'check'):
         family(w).check(w, state_dict)
-    params = tables.from_torch(rows(w), _Renamed(state_dict, w), want, fixed(w))
+    tensors = _Renamed(state_dict, w)
+    if hasattr(family(w), 'parts'):
+        tensors = collections.ChainMap(family(w).parts(w, state_dict), tensors)
+    params = tables.from_torch(rows(w), tensors, want, fixed(w))
     given = {path: np.asarray(extra[path], np.float32) for path in homeless if path in extra}
     for path, value in given.items():
         if not np.isfinite(value).all():

@@ -28,17 +28,20 @@ VIT = dict(COMMON, size=224, resample=BILINEAR)
 BEIT = dict(COMMON, size=224, resample=BICUBIC, crop_size=224)
 DEIT = dict(COMMON, size=256, resample=BICUBIC, do_center_crop=True, crop_size=224)
 BIT = dict(DEIT, size=224, default_to_square=False, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+DINOV3 = dict(VIT, image_mean=photometry.MEAN, image_std=photometry.STD)
 CLASSES = {
     'ViTImageProcessor': VIT,
     'BeitImageProcessor': BEIT,
     'DeiTImageProcessor': DEIT,
     'BitImageProcessor': BIT,
     'CLIPImageProcessor': BIT,
+    'DINOv3ViTImageProcessor': DINOV3,
 }
 # Classes of files that name none, by the model_type of config.json.
 OF_MODEL = {
     'dinov2': 'BitImageProcessor',
     'dinov2_with_registers': 'BitImageProcessor',
+    'dinov3_vit': 'DINOv3ViTImageProcessor',
     'pixio': 'BitImageProcessor',
     'beit': 'BeitImageProcessor',
     'deit': 'DeiTImageProcessor',

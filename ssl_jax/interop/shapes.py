@@ -306,7 +306,8 @@ def num_heads(hints, dim, depth):
     """Heads leave no trace in the tensors: from the hints, or from the named sizes."""
     heads = hints.get('num_heads', hints.get('num_attention_heads'))
     heads = heads or (hints.get('model_args') or {}).get('num_heads')
-    heads = heads or {(d, n): h for d, n, h in vit_lib.SIZES.values()}.get((dim, depth))
+    named = reversed(vit_lib.SIZES.values())  # of two equal sizes the first
+    heads = heads or {(d, n): h for d, n, h in named}.get((dim, depth))
     if not heads:
         raise errors.UserError(
             f'{depth} blocks of width {dim} are no size with a name, and the number of heads is '

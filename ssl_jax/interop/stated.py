@@ -8,12 +8,13 @@ in neither is named to the user. A field that is absent has the value of its def
 """
 
 from ssl_jax.models import blocks as blocks_lib
+from ssl_jax.models import rope
 from ssl_jax.run import errors
 
 # `model_type` of transformers whose code computes what is computed here.
 KINDS = (
     *('vit', 'vit_mae', 'vit_msn', 'deit', 'dinov2', 'dinov2_with_registers', 'beit'),
-    *('data2vec-vision', 'pixio', 'ijepa'),
+    *('data2vec-vision', 'pixio', 'ijepa', 'dinov3_vit'),
 )
 EXACT_GELU = ('gelu', 'gelu_python')
 USED = frozenset(
@@ -40,7 +41,8 @@ HARMLESS = frozenset(
         *('_commit_hash', 'auto_map', 'torchscript', 'use_cache', 'pruned_heads'),
         *('gradient_checkpointing', 'is_decoder', 'add_cross_attention'),
         *('cross_attention_hidden_size', 'finetuning_task', '_attn_implementation_internal'),
-        *('experts_implementation', '_experts_implementation'),
+        *('experts_implementation', '_experts_implementation', 'attention_dropout'),
+        *('pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale', 'return_class_token'),
     )
 )
 # They matter only where the file has what they describe.
@@ -107,14 +109,23 @@ def _wanted(hints, vit, decoder, have):
         mlp_ratio=(ratio if same else vit.mlp_ratio,),
         intermediate_size=(hidden,),
         use_swiglu_ffn=(swiglu,),
+        use_gated_mlp=(swiglu,),
+        rope_theta=(rope.PERIOD,),
+        query_bias=(any(k.endswith('.q_proj.bias') for k in have),),
+        key_bias=(vit.key_bias,),
+        value_bias=(any(k.endswith('.v_proj.bias') for k in have),),
+        proj_bias=(True,),
+        mlp_bias=(True,),
         num_register_tokens=(vit.num_register_tokens,),
         n_cls_tokens=(vit.num_cls_tokens,),
-        use_absolute_position_embeddings=(vit.pos_embed != 'none',),
+        use_absolute_position_embeddings=(vit.has_table,),
         use_relative_position_bias=(vit.rel_pos == 'layer',),
         use_shared_relative_position_bias=(vit.rel_pos == 'shared',),
         quantization_config=(None,),
     )
-    if swiglu:  # its activation is SiLU whatever that field says
+    if swiglu and vit.pos_embed == 'rope':
+        found['hidden_act'] = ('silu',)
+    elif swiglu:  # its activation is SiLU whatever that field says
         del found['hidden_act']
     # With the layer to words the norm is outside the encoder, where the field does not matter.
     if hints.get('model_type') == 'beit' and 'lm_head.weight' not in have:
@@ -151,16 +162,3 @@ def pixel_loss(hints: dict) -> dict:
     if 'mask_ratio' in hints:
         found['mask_ratio'] = float(hints['mask_ratio'])
     return found
-
-
-def is_dinov3(hints: dict, shape_of: dict) -> bool:
-    """Whether weights are a ViT of DINOv3: in its own names, in those of transformers or timm."""
-    kind = f'{hints.get("model_type", "")} {hints.get("architecture", "")}'
-    if 'dinov3' in kind:
-        return True
-    names = {k.rpartition('backbone.')[2] for k in shape_of}
-    own = any('rope_embed.periods' in k or 'storage_tokens' in k for k in names)
-    hf = any(k.endswith('embeddings.patch_embeddings.weight') for k in names)
-    hf = hf and any(k.endswith('embeddings.register_tokens') for k in names)
-    timm = 'patch_embed.proj.weight' in names and 'pos_embed' not in names and 'reg_token' in names
-    return own or hf or timm

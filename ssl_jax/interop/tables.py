@@ -71,7 +71,7 @@ def encoder(vit, ours='encoder'):
         (f'{prefix}patch_embed/proj/kernel', 'patch_embed.proj.weight', 'conv'),
         (f'{prefix}patch_embed/proj/bias', 'patch_embed.proj.bias', 'same'),
     ]
-    if vit.pos_embed != 'none':
+    if vit.has_table:
         how = 'fixed' if vit.pos_embed == 'sincos' else 'same'
         rows.append((f'{prefix}pos_embed', 'pos_embed', how))
     if vit.num_cls_tokens:
@@ -156,7 +156,7 @@ def hf_encoder(vit, name, prefix=''):
     """
     e = f'{prefix}embeddings'
     rows = named_rows('encoder/patch_embed/proj', f'{e}.patch_embeddings.projection', CONV_ROWS)
-    if vit.pos_embed != 'none':
+    if vit.has_table:
         fixed = 'fixed' if vit.pos_embed == 'sincos' else 'same'
         rows.append(('encoder/pos_embed', f'{e}.position_embeddings', fixed))
     if vit.num_cls_tokens:

@@ -80,13 +80,14 @@ class Classifier(base.OneView):
     num_cls_tokens: Annotated[int, fields.Range(0, 64)] = 1
     num_register_tokens: Annotated[int, fields.Range(0, 64)] = 0
     # 'learned' also after pretraining with the fixed table, which initializes it.
-    pos_embed: Literal['learned', 'sincos', 'none'] = 'learned'
+    pos_embed: Literal['learned', 'sincos', 'rope', 'none'] = 'learned'
     pos_resize: Literal['bicubic', 'offset', 'antialias'] = 'bicubic'  # to img_size, of a table
     rel_pos: Literal['layer', 'shared'] | None = None  # biases by relative position (BEiT)
-    key_bias: bool = True  # False: keys without bias (BEiT)
+    key_bias: bool = True  # False: keys without bias (BEiT, DINOv3)
     ffn: Literal['mlp', 'swiglu'] = 'mlp'
     layer_scale: float | None = None  # initial factor of each residual branch; None: none
-    init_scheme: Literal['mae', 'dinov2', 'beit'] = 'mae'  # initializers, where no model is given
+    # Initializers, where no model is given.
+    init_scheme: Literal['mae', 'dinov2', 'dinov3', 'beit'] = 'mae'
     mean: tuple = photometry.MEAN  # of the channels, for values in [0, 1]
     std: tuple = photometry.STD
     drop_path: Annotated[float, fields.Range(0.0, 0.999)] = 0.1

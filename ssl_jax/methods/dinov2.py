@@ -190,6 +190,15 @@ class DINOv2(crops.MultiCrop):
         )
 
     @property
+    def dino_weights(self):
+        """Weights of the class-token terms of global and of local crops."""
+        return self.dino_weight, self.dino_weight
+
+    def pos_scale(self, rng):
+        """Factor of the student's coordinates in a step, None for 1; see `models.rope`."""
+        del rng
+
+    @property
     def temp_warmup(self):
         """Steps of the warm-up of the teacher's temperatures."""
         return self.clock.steps('warmup_teacher_temp', self, default=0)
@@ -254,6 +263,7 @@ class DINOv2(crops.MultiCrop):
             masks,
             temps=self.temps(step),
             drop=self.stochastic_depth(drop_rng, batch['row'], group_ids),
+            pos_scale=self.pos_scale(rng),
         )
 
     def augment(self, batch, rng):
@@ -303,7 +313,17 @@ class DINOv2(crops.MultiCrop):
         )
 
     def objective(
-        self, params, extra, global_crops, local_crops, masks, *, temps, drop=None, taken=None
+        self,
+        params,
+        extra,
+        global_crops,
+        local_crops,
+        masks,
+        *,
+        temps,
+        drop=None,
+        taken=None,
+        pos_scale=None,
     ):
         """The loss on given crops, masks and temperatures.
 
@@ -313,6 +333,7 @@ class DINOv2(crops.MultiCrop):
           temps: teacher temperatures of class and patch tokens.
           drop: stochastic depth of the student, see `stochastic_depth`.
           taken: `masking.Masked`, patches of iBOT's loss if they are not those of `masks`.
+          pos_scale: of the student's positions, see the method of that name.
 
         Returns:
           loss, (rows for `with_centers`, metrics). The terms in the metrics include their weights
@@ -333,6 +354,7 @@ class DINOv2(crops.MultiCrop):
             tuple(x.reshape(rows, -1, *x.shape[2:]) for x in crops),
             mask=None if masks is None else masks.reshape(rows, -1, masks.shape[-1]),
             drop=drop,
+            pos_scale=pos_scale,
         )
         tokens = [out['cls_tokens'].reshape(size, -1, self.vit.embed_dim) for out in outs]
         patches = None
@@ -348,7 +370,8 @@ class DINOv2(crops.MultiCrop):
             class_logits[2:] if local_crops is not None else None,
             self.student_temp,
         )
-        terms['dino_global'], terms['dino_local'] = (self.dino_weight * term for term in pairs)
+        for name, weight, term in zip(('global', 'local'), self.dino_weights, pairs, strict=True):
+            terms[f'dino_{name}'] = weight * term
         if taken is not None:
             terms['ibot'] = self.ibot_weight * losses.ibot_loss(
                 targets['patch'], patch_logits, taken.weights, 2 * size, self.student_temp

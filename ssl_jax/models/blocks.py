@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ssl_jax import sharding
 from ssl_jax.kernels import attention, ops, subsets
 from ssl_jax.kernels.segments import Segment, tokens_per_row
-from ssl_jax.models import pos_embed
+from ssl_jax.models import pos_embed, rope
 from ssl_jax.run import errors
 
 # 'dots' keeps the results of attention, of the first layer of the MLP and of the residual sum
@@ -101,9 +101,10 @@ QKV_BIASES = ('q_bias', 'v_bias')
 
 
 class QKV(nn.Module):
-    """Fused queries, keys and values, where keys have no bias (BEiT).
+    """Fused queries, keys and values, where keys have no bias (BEiT, DINOv3).
 
-    A bias of the keys adds the same number to all logits of a query, which the softmax cancels.
+    A bias of the keys adds the same number to all logits of a query, which the softmax cancels
+    (not with rotary positions).
     """
 
     dtype: Any
@@ -174,14 +175,21 @@ class Attention(nn.Module):
     window: tuple | None = None
 
     @nn.compact
-    def __call__(self, x, segments: tuple[Segment, ...], bias=None, gamma=None) -> jax.Array:
-        """x (B * T, D), see `Block`; bias (H, T, T) of the logits; gamma (D,), see `Dense`."""
+    def __call__(
+        self, x, segments: tuple[Segment, ...], bias=None, gamma=None, rotation=None
+    ) -> jax.Array:
+        """x (B * T, D), see `Block`; bias (H, T, T) of the logits; gamma (D,), see `Dense`.
+
+        rotation: cosines and sines of rotary positions, see `rope.tables`.
+        """
         dim = x.shape[-1]
         dense = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         if self.key_bias:
             qkv = Dense(3 * dim, name='qkv', **dense)(x)
         else:
             qkv = QKV(name='qkv', **dense)(x)
+        if rotation is not None:
+            qkv = rope.rotate(qkv, self.num_heads, *rotation)
         if self.window is not None:
             shape = (relative_rows((self.window[1],) * 2), self.num_heads)
             table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
@@ -254,7 +262,7 @@ class Block(nn.Module):
     window: tuple | None = None  # see `Attention`
 
     @nn.compact
-    def __call__(self, x: jax.Array, drop, bias: jax.Array | None = None):
+    def __call__(self, x: jax.Array, drop, bias: jax.Array | None = None, rotation=None):
         """Returns (x, x if `capture` else None).
 
         Args:
@@ -265,6 +273,8 @@ class Block(nn.Module):
             tuple with (B, 2, k) per segment: positions of the k images that go through the branch,
               weighted by n/k; the others skip it at no cost (DINOv2's form).
           bias: (H, T, T) bias of the attention logits.
+          rotation: cosines and sines of rotary positions, see `rope.tables`, of the tokens that
+            attention sees: those of the k images where `drop` is a tuple.
         """
         dim = x.shape[-1]
         parts = dict(dtype=self.dtype, kernel_init=self.kernel_init)
@@ -283,7 +293,7 @@ class Block(nn.Module):
             gammas = [LayerScale(self.layer_scale, name=f'ls{i}')(dim) for i in (1, 2)]
 
         def branch(i, y, segments):
-            return attn(y, segments, bias, gammas[0]) if i == 0 else mlp(y, gammas[1])
+            return attn(y, segments, bias, gammas[0], rotation) if i == 0 else mlp(y, gammas[1])
 
         for i in (0, 1):
             if isinstance(drop, tuple):
@@ -308,20 +318,20 @@ def _per_token(factor, segments):
     return factor.reshape(-1, 1)
 
 
-def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw) -> Callable:
+def block_stack(depth, *, remat, name, shared=0, segments=None, **kw) -> Callable:
     """`depth` blocks as one scan: parameters stacked on axis 0, one block compiled.
 
     Args:
       depth: number of blocks.
       remat: a key of REMAT.
       name: of the stacked module.
-      shared_bias: whether one bias of the logits is passed for all blocks.
+      shared: number of arguments of `Block` behind `drop` that are passed, one for all blocks.
       segments: layout of the tokens of a row; None if a row is one image.
       **kw: further fields of `Block`.
 
     Returns:
-      (x, drop) -> (x, outputs of all blocks or None), or (x, drop, bias) -> ... with `shared_bias`.
-      x is (B, T, D); drop is that of `Block` with a leading depth axis.
+      (x, drop, *shared) -> (x, outputs of all blocks or None). x is (B, T, D); drop is that of
+      `Block` with a leading depth axis.
     """
     block = Block
     if REMAT[remat] is not None:
@@ -330,14 +340,14 @@ def block_stack(depth, *, remat, name, shared_bias=False, segments=None, **kw) -
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
-        in_axes=(0, nn.broadcast) if shared_bias else 0,
+        in_axes=(0, *[nn.broadcast] * shared) if shared else 0,
         length=depth,
     )
 
-    def run(x, drop, *bias):
+    def run(x, drop, *more):
         layout = segments or (Segment(1, x.shape[1]),)
         rows = x.reshape(-1, x.shape[-1])
-        rows, captured = stack(name=name, segments=layout, **kw)(rows, drop, *bias)
+        rows, captured = stack(name=name, segments=layout, **kw)(rows, drop, *more)
         return rows.reshape(x.shape), jax.tree.map(lambda y: y.reshape(depth, *x.shape), captured)
 
     return run

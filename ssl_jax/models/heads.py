@@ -62,11 +62,12 @@ class DINOHead(nn.Module):
     """Tokens (..., D) -> logits (..., K) in float32; class and patch tokens may be concatenated.
 
     An MLP with GELU between its layers, L2 normalisation, then prototypes: column k of the last
-    layer is g_k v_k / |v_k|, so a logit is g_k times a cosine. Matrix products are computed in
-    `dtype`, norms and logits in float32.
+    layer is g_k v_k / |v_k|, so a logit is g_k times a cosine; without `weight_norm` (DINOv3) it is
+    a plain matrix. Matrix products are computed in `dtype`, norms and logits in float32.
 
     Parameters: mlp_0, mlp_2, ... (`mlp` if num_layers is 1) with kernel (in, out) and bias;
-    last_layer/weight_v (bottleneck, K) and last_layer/weight_g (1, K), which starts at 1. DINOv2
+    last_layer/weight_v (bottleneck, K) and last_layer/weight_g (1, K), which starts at 1, or
+    last_layer/weight (bottleneck, K). DINOv2
     trains and decays weight_g; DINO and iBOT freeze it (`norm_last_layer`): for that, add
     `last_layer/weight_g` to `optim.freeze`.
 
@@ -78,6 +79,7 @@ class DINOHead(nn.Module):
     hidden_dim: int = 2048  # of the MLP
     bottleneck_dim: int = 256  # output width of the MLP
     num_layers: int = 3  # linear layers of the MLP, 1 or more
+    weight_norm: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -91,18 +93,23 @@ class DINOHead(nn.Module):
                 fn=ops.gelu_dense if i else ops.dense,
                 name=f'mlp_{2 * i}' if last else 'mlp',
             )(x)
-        return Prototypes(self.out_dim, self.dtype, name='last_layer')(blocks.l2_normalize(x))
+        last = Prototypes(self.out_dim, self.dtype, self.weight_norm, name='last_layer')
+        return last(blocks.l2_normalize(x))
 
 
 class Prototypes(nn.Module):
-    """Weight-normed linear layer without bias, (..., b) -> (..., K) in float32."""
+    """Linear layer without bias, weight-normed or not, (..., b) -> (..., K) in float32."""
 
     out_dim: int
     dtype: Any
+    weight_norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b = x.shape[-1]
+        if not self.weight_norm:
+            w = self.param('weight', nn.initializers.normal(0.02), (b, self.out_dim))
+            return _float32_product(x.astype(self.dtype), w.astype(self.dtype))
         v = self.param('weight_v', blocks.torch_uniform(b), (b, self.out_dim))
         g = self.param('weight_g', nn.initializers.ones, (1, self.out_dim))
         # `sum_rows`, because XLA on CPU fuses a plain sum into the product below and takes 200

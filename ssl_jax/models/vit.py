@@ -3,8 +3,8 @@
 
 Differences from the original ViT: any number of class tokens, each with a position row; register
 tokens without position; a patch embedding that is a matrix product on patches, so hidden patches
-are dropped before it; blocks as one scan with stacked parameters; relative position biases and keys
-without bias (BEiT).
+are dropped before it; blocks as one scan with stacked parameters; relative position biases (BEiT),
+rotary positions (DINOv3), keys without bias (both).
 
 References:
   Dosovitskiy et al., arXiv 2010.11929; MAE `models_mae.py`; Pixio `pixio.py`;
@@ -25,7 +25,7 @@ from ssl_jax.kernels.tpu import attention as tpu_attention
 from ssl_jax.kernels.tpu import rows as tpu_rows
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import patches as patches_lib
-from ssl_jax.models import pos_embed
+from ssl_jax.models import pos_embed, rope
 from ssl_jax.run import errors
 
 Size = Literal['Ti', 'S', 'B', 'L', 'H', '1B', '5B', 'g']
@@ -39,6 +39,11 @@ SIZES = {
     '1B': (1536, 48, 24),
     '5B': (3072, 48, 32),
     'g': (1536, 40, 24),
+    # Of DINOv3 alone, with SwiGLU, see `methods.dinov3`.
+    'S+': (384, 12, 6),
+    'L+': (1024, 24, 16),
+    'H+': (1280, 32, 20),
+    '7B': (4096, 40, 32),
 }
 
 
@@ -75,20 +80,21 @@ class ViT(nn.Module):
     mlp_ratio: float = 4.0  # hidden width of the MLP / embed_dim
     num_cls_tokens: int = 1  # the sequence is class tokens, registers, patches
     num_register_tokens: int = 0
-    pos_embed: str = 'learned'  # or 'sincos' (fixed, MAE), or 'none'
+    # 'learned' or 'sincos' (fixed, MAE), tables; 'rope' (rotary, DINOv3), or 'none'.
+    pos_embed: str = 'learned'
     pos_resize: str = 'bicubic'  # see `pos_embed.resize_weights`
     # Relative position biases of attention: one table for all blocks ('shared', BEiT in
     # pretraining), one per block ('layer', in fine-tuning), or None.
     rel_pos: str | None = None
     rel_resize: str = 'spline'  # see `pos_embed.relative_weights`
-    key_bias: bool = True  # not in BEiT
+    key_bias: bool = True  # not in BEiT and DINOv3
     ffn: str = 'mlp'  # or 'swiglu'
     layer_scale: float | None = None  # initial gamma; None for no LayerScale
     mask_token: bool = False  # it replaces masked patch embeddings (iBOT, BEiT)
     drop_path: float = 0.0  # rate of stochastic depth, see `blocks.drop_path_keep`
     drop_path_uniform: bool = False
-    # 'mae' (Xavier, cls N(0, .02)), 'dinov2' (N(0, .02), cls and registers N(0, 1e-6)) or 'beit'
-    # (all N(0, .02) within one deviation; `init_params` scales it by depth).
+    # 'mae' (Xavier, cls N(0, .02)), 'dinov2' (N(0, .02), cls and registers N(0, 1e-6)), 'dinov3'
+    # (all N(0, .02)) or 'beit' (N(0, .02) within one deviation; `init_params` scales it by depth).
     init_scheme: str = 'mae'
     eps: float = 1e-6  # of the norms
     # The final norm is that of the mean of the patch tokens, and tokens have none (`fc_norm` of
@@ -106,6 +112,7 @@ class ViT(nn.Module):
         mask: jax.Array | None = None,
         drop_keys: jax.Array | None = None,
         drop: jax.Array | tuple[jax.Array, ...] | None = None,
+        pos_scale: jax.Array | None = None,
         capture: Sequence[int] = (),
     ) -> dict[str, jax.Array] | list[dict[str, jax.Array]]:
         """Runs the encoder on images of one size, or on crops of several sizes at once.
@@ -120,6 +127,7 @@ class ViT(nn.Module):
             the first of several sizes.
           drop_keys: (B,), one key per row for per-image stochastic depth; None for none.
           drop: stochastic depth drawn by the caller, see `blocks.Block`.
+          pos_scale: factor of the coordinates of rotary positions; None for 1.
           capture: indices of blocks whose raw outputs are returned (one size only).
 
         Returns:
@@ -154,24 +162,25 @@ class ViT(nn.Module):
                 drop_keys, self.depth, self.drop_path, self.drop_path_uniform, num_images
             )
         window = self._window(images, ids_keep) if self.rel_pos else None
-        shared = self.rel_pos == 'shared'
+        grids = [self._grid(crops) for crops in images]
+        rotation = self._rotation(grids, segments, drop, pos_scale, ids_keep)
+        shared = (None, rotation) if rotation else ()
+        if self.rel_pos == 'shared':
+            shape = (blocks_lib.relative_rows((window[1],) * 2), self.num_heads)
+            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
+            shared = (blocks_lib.relative_bias(table, *window),)
         same = ('num_heads', 'mlp_ratio', 'ffn', 'layer_scale', 'eps', 'dtype', 'key_bias', 'remat')
         blocks = blocks_lib.block_stack(
             self.depth,
             name='blocks',
-            shared_bias=shared,
-            window=None if shared else window,
+            shared=len(shared),
+            window=window if self.rel_pos == 'layer' else None,
             kernel_init=self._inits[0],
             capture=bool(capture),
             segments=segments,
             **{field: getattr(self, field) for field in same},
         )
-        bias = ()
-        if shared:
-            shape = (blocks_lib.relative_rows((window[1],) * 2), self.num_heads)
-            table = self.param('rel_pos_bias', nn.initializers.zeros, shape)
-            bias = (blocks_lib.relative_bias(table, *window),)
-        x, captured = blocks(x, drop, *bias)
+        x, captured = blocks(x, drop, *shared)
         norm = blocks_lib.LayerNorm(self.eps, name='norm')
         tokens = split(x, segments)
         normed = tokens if self.pooled_norm else split(norm(x), segments)
@@ -193,6 +202,7 @@ class ViT(nn.Module):
         return {
             'mae': (nn.initializers.xavier_uniform(), normal, nn.initializers.zeros),
             'dinov2': (normal, nn.initializers.normal(1e-6), nn.initializers.zeros),
+            'dinov3': (normal, normal, nn.initializers.zeros),
             'beit': (blocks_lib.truncated_normal,) * 3,
         }[self.init_scheme]
 
@@ -200,17 +210,21 @@ class ViT(nn.Module):
         """Tokens with positions, (B, n, C + R + patches, D) per size."""
         batch, c, r = images[0].shape[0], self.num_cls_tokens, self.num_register_tokens
         kernel_init, token_init, mask_init = self._inits
-        dinov2, beit = self.init_scheme == 'dinov2', self.init_scheme == 'beit'
+        dinov2 = self.init_scheme in ('dinov2', 'dinov3')
+        beit = self.init_scheme == 'beit'
 
         # Replicated before rows are gathered, or their channels would go to all chips and back.
-        table = sharding.whole(self.position_table())
+        table = None if self.pos_embed == 'rope' else sharding.whole(self.position_table())
         patches, positions = [], []
         for crops in images:
             n, height, width = crops.shape[1:4]
-            grid = (height // self.patch_size, width // self.patch_size)
+            grid = self._grid(crops)
             x = patches_lib.patchify(crops.reshape(-1, height, width, 3), self.patch_size)
             patches.append(x.reshape(batch, n, *x.shape[1:]))  # (B, n, N, p*p*3)
-            positions.append(pos_embed.resize(table, grid, c, self.pos_resize))
+            if table is None:
+                positions.append(jnp.zeros((1, c + grid[0] * grid[1], self.embed_dim)))
+            else:
+                positions.append(pos_embed.resize(table, grid, c, self.pos_resize))
         patch_positions = [pos[:, None, c:] for pos in positions]
         if ids_keep is not None:
             patches = [jnp.take_along_axis(patches[0], ids_keep[:, None, :, None], axis=2)]
@@ -250,6 +264,30 @@ class ViT(nn.Module):
             'pre_norm': x,
         }
 
+    def _grid(self, crops):
+        """(h, w) in patches of crops (B, n, H, W, 3)."""
+        return tuple(side // self.patch_size for side in crops.shape[2:4])
+
+    def _rotation(self, grids, segments, drop, scale, ids_keep):
+        """`rope.tables` of the tokens that attention sees; None without rotary positions."""
+        if self.pos_embed != 'rope':
+            return None
+        if ids_keep is not None:
+            raise errors.UserError(
+                "pos_embed='rope' is for whole images, not for some of their patches; use a method "
+                'that shows the encoder whole images, such as dinov3.'
+            )
+        if isinstance(drop, tuple):
+            kept = zip(segments, drop, strict=True)
+            segments = [s._replace(images=ids.shape[-1]) for s, ids in kept]
+        prefix = self.num_cls_tokens + self.num_register_tokens
+        return rope.tables(grids, prefix, segments, self.embed_dim // self.num_heads, scale)
+
+    @property
+    def has_table(self) -> bool:
+        """Whether positions are a table that is added to the tokens."""
+        return self.pos_embed in ('learned', 'sincos')
+
     def _window(self, images, ids_keep):
         """`blocks.Attention.window`; checks that the images are whole and of one size."""
         if len(images) > 1 or ids_keep is not None:
@@ -264,8 +302,7 @@ class ViT(nn.Module):
                 f'{self.num_cls_tokens} and {self.num_register_tokens}: set num_cls_tokens=1 and '
                 f'num_register_tokens=0.'
             )
-        grid = tuple(side // self.patch_size for side in images[0].shape[2:4])
-        return grid, self.img_size // self.patch_size, self.rel_resize
+        return self._grid(images[0]), self.img_size // self.patch_size, self.rel_resize
 
     def position_table(self) -> jax.Array:
         """Position table (1, C + M*M, D) in float32 for the native grid of M x M patches."""
@@ -305,6 +342,11 @@ def last_attention(vit: ViT, params: dict, images: jax.Array) -> jax.Array:
         q_bias, v_bias = (dense[name] for name in blocks_lib.QKV_BIASES)
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
     qkv = ops.dense(*(a.astype(vit.dtype) for a in (x, dense['kernel'], bias)))
+    if vit.pos_embed == 'rope':
+        grid = tuple(side // vit.patch_size for side in images.shape[1:3])
+        prefix, head_dim = x.shape[1] - grid[0] * grid[1], vit.embed_dim // vit.num_heads
+        tables = rope.tables([grid], prefix, [Segment(1, x.shape[1])], head_dim)
+        qkv = rope.rotate(qkv.reshape(-1, qkv.shape[-1]), vit.num_heads, *tables)
     q, k, _ = jnp.split(qkv.reshape(*x.shape[:2], 3 * vit.num_heads, -1), 3, axis=2)
     logits = jnp.einsum('bnhd,bmhd->bhnm', q, k, preferred_element_type=jnp.float32)
     logits = logits * q.shape[-1] ** -0.5

@@ -486,7 +486,8 @@ def _check(origin, src, dst):
         pairs = [pair for pair in pairs if pair[0] != 'rel_pos']
     scales = ['none' if v.layer_scale is None else 'some' for v in (src, dst)]
     pairs.append(('layer_scale', *scales))
-    if src.pos_embed == 'learned':  # fixed positions can become the start of learned ones
+    # Fixed positions can become the start of learned ones.
+    if src.pos_embed == 'learned' or 'rope' in (src.pos_embed, dst.pos_embed):
         pairs.append(('pos_embed', src.pos_embed, dst.pos_embed))
     differ = [f'{name} is {a} there and {b} here' for name, a, b in pairs if a != b]
     if differ:

@@ -27,11 +27,12 @@ RECIPES = [r for r in config_lib.recipes() if not config_lib.load(r).infer]
 SMALL = [r for r in RECIPES if 'scenes' in r or r in SHRINK_MORE]
 # Tracing takes seconds each: one recipe of every kind here, all others among the slow tests.
 FIRST = ('mae_vitb16', 'pixio_vit5b16', 'dinov2_vitl16_short', 'dino_vits16', 'splitmask_vitb16')
-FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16', *SMALL)
+FIRST += ('dinov2_vitb14_distill', 'pixio_vitl16_distill', 'beit_vitb16')
+FIRST += tuple(r for r in SMALL if r != 'scenes_dinov3')  # `test_dinov3` traces it in small
 FIRST += ('finetune_mae_vitb16', 'finetune_beit_vitb16')
 EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
 # Their methods share most with others of SMALL.
-LONG = ('scenes_distill', 'scenes_beit', 'scenes_pixio', 'dinov2_vitb14_distill')
+LONG = ('scenes_distill', 'scenes_beit', 'scenes_pixio', 'dinov2_vitb14_distill', 'scenes_dinov3')
 MOST = [pytest.param(r, marks=pytest.mark.slow) if r in LONG else r for r in SMALL]
 CROPS = ('scenes_dinov2', 'scenes_lejepa')  # their photometry compiles for long
 FEW = [pytest.param(r, marks=pytest.mark.slow) if r in CROPS else r for r in MOST]

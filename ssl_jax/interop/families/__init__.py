@@ -24,6 +24,12 @@ and, where it needs them:
   rename(w, key)          the name in the tables of a key of the file, None for a buffer
   buffers(w)              tensors of the official layout that are no parameters
   check(w, state_dict)    raises ValueError if a file contradicts its names
+  parts(w, state_dict)    {name in the tables: array} of what one tensor of the file holds together;
+                          `rename` gives None for such a tensor
+  joined(w, tensors)      its inverse: the tensors of a file of those that the tables name
+  foreign(hints, shapes)  '' or in words what close relatives are that are not read: 'those of X'
+  LICENCE                 a sentence on the licence of published weights, for imports and the model
+                          cards of what is made from them
   usage(w)                lines of Python that load an export, None for the common ones
 """
 
