@@ -2,6 +2,7 @@
 """The Gram stage of DINOv2: where the frozen teacher comes from, what it sees, when it changes."""
 
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,13 @@ import tiny
 from ssl_jax import config as config_lib
 from ssl_jax import methods, sharding, train
 from ssl_jax import step as step_lib
+from ssl_jax.augment import photometry
+from ssl_jax.data import sources
+from ssl_jax.methods import base
+from ssl_jax.models import vit as vit_lib
 from ssl_jax.objectives import gram
+from ssl_jax.run import checkpoint, errors, metrics, start, weights
 from ssl_jax.run import clock as clock_lib
-from ssl_jax.run import metrics, start, weights
 
 ON = dict(method__gram_weight=2.0, method__drop_path=0.0)
 
@@ -65,53 +70,52 @@ def test_student_and_frozen_teacher_see_the_same_flipped_crop():
 
 
 def test_colours_do_not_reach_the_frozen_teacher():
-    crops = {}
-    for prob in (0.0, 1.0):
-        _, method = made(method__jitter_prob=prob, method__n_local_crops=0)
-        batch = {**batch_of(method, 2), 'row': jnp.arange(2)}
-        crops[prob] = method.augment(batch, jax.random.key(0))
-    assert equal(crops[0.0][2], crops[1.0][2])
-    assert not np.allclose(crops[0.0][0], crops[1.0][0], atol=0.1)
+    fields = dict(method__grey_prob=1.0, method__flip=0.0, method__n_local_crops=0)
+    _, method = made(**fields)
+    batch = {**batch_of(method, 2), 'row': jnp.arange(2)}
+    small, _, plain = jax.jit(method.augment)(batch, jax.random.key(0))
+    np.testing.assert_allclose(plain, photometry.normalize(batch['global']), atol=1e-6)
+    grey = np.asarray(photometry.denormalize(small))
+    np.testing.assert_allclose(grey[..., 0], grey[..., 2], atol=1e-5)
 
 
 # The loss in the step.
 
 
-def test_the_term_is_that_of_the_masked_student_and_gradients_end_at_the_copy():
-    _, method = made(method__ibot_weight=0.5)
+def test_the_term_is_that_of_the_masked_student_and_the_copy():
+    _, method = made(method__depth=1, method__n_local_crops=0)
     params, extra = jax.jit(method.init)(jax.random.key(0))
-    extra['gram'] = method.init(jax.random.key(9))[0]['backbone']
+    extra['gram'] = jax.tree.map(lambda x: x[..., ::-1], params['backbone'])  # another network
     crops = jax.random.normal(jax.random.key(1), (8, 2, 32, 32, 3))
     plain = jax.random.normal(jax.random.key(2), (8, 2, 64, 64, 3))
     mask = jax.random.bernoulli(jax.random.key(3), 0.4, (8, 2, 16))
 
-    def loss(params, copy):
-        full = {**extra, 'gram': copy}
-        return method.objective(
-            params, full, crops, None, mask, temps=(0.1, 0.1), plain_crops=plain
+    @jax.jit
+    def run(params, extra):
+        more = dict(temps=(0.1, 0.1), plain_crops=plain)
+        total, (_, terms) = method.objective(params, extra, crops, None, mask, **more)
+        flat = crops.reshape(16, 32, 32, 3), plain.reshape(16, 64, 64, 3)
+        student = method.vit.apply(
+            {'params': params['backbone']}, flat[0], mask=mask.reshape(16, 16)
         )
+        anchor = gram.targets(method.vit, extra['gram'], flat[1], 4)
+        return total, terms, gram.loss(student['patch_tokens'], anchor)
 
-    run = jax.jit(jax.value_and_grad(loss, 1, has_aux=True))
-    (total, (_, terms)), grads = run(params, extra['gram'])
-    assert not any(np.any(g) for g in jax.tree.leaves(grads))
+    total, terms, want = run(params, extra)
     names = ('dino_global', 'dino_local', 'ibot', 'koleo', 'gram')
     assert float(total) == pytest.approx(float(sum(terms[k] for k in names)), rel=1e-5)
-    tokens = method.vit.apply(
-        {'params': params['backbone']}, crops.reshape(16, 32, 32, 3), mask=mask.reshape(16, 16)
-    )['patch_tokens']
-    anchor = gram.targets(method.vit, extra['gram'], plain.reshape(16, 64, 64, 3), 4)
-    want = 2 * float(gram.loss(tokens, anchor))
-    assert float(terms['gram']) == pytest.approx(want, rel=1e-4) and want > 1e-3
+    assert float(terms['gram']) == pytest.approx(2 * float(want), rel=1e-4) and want > 1e-3
 
 
 def test_the_copy_is_replaced_by_the_moving_average_at_its_steps():
     _, method = made(method__gram_every=2, method__gram_updates=1)
-    params, extra = jax.jit(method.init)(jax.random.key(0))
-    moved = jax.tree.map(lambda p: p + 1, params)
-    seen = []
+    shapes = jax.eval_shape(method.init, jax.random.key(0))
+    _, extra = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    moved, seen = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes[0]), []
+    after_update = jax.jit(method.after_update)
     for step in range(4):
         before = extra
-        extra = method.after_update(moved, extra, jnp.int32(step))
+        extra = after_update(moved, extra, step)
         seen.append(equal(extra['gram'], before['gram']))
         if step == 1:
             assert equal(extra['gram'], extra['teacher']['backbone'])
@@ -120,8 +124,9 @@ def test_the_copy_is_replaced_by_the_moving_average_at_its_steps():
 
 def test_runs_without_it_have_no_copy_and_exports_never_have_it():
     _, method = made()
-    params, extra = method.init(jax.random.key(0))
-    assert 'gram' in extra and 'gram' not in methods.make(tiny.dinov2()).init(jax.random.key(0))[1]
+    params, extra = jax.eval_shape(method.init, jax.random.key(0))
+    without = jax.eval_shape(methods.make(tiny.dinov2()).init, jax.random.key(0))[1]
+    assert {*extra} - {*without} == {'gram'}
     assert sorted(method.networks(params, extra)) == ['dino_head', 'encoder', 'ibot_head']
 
 
@@ -156,17 +161,22 @@ def first_state(config, workdir):
     """The first state of a run, without compiling its step."""
     method = methods.make(config, clock_lib.Clock.of(config))
     program = step_lib.make_program(config, method)
-    saved = train.checkpoint.Checkpointer(workdir / 'checkpoints')
+    saved = checkpoint.Checkpointer(workdir / 'checkpoints')
     with jax.set_mesh(program.mesh):
         return start.first_state(config, method, program, saved, None)[0]
 
 
-def test_a_stage_starts_with_the_whole_run_and_anchors_to_its_teacher(tmp_path, capsys):
-    config = tiny.dinov2()
-    tiny.save(config, tmp_path / 'run', seed=3)
-    run = weights.open_run(tmp_path / 'run')
-    stage = tiny.dinov2(**ON, init_from=str(tmp_path / 'run'), method__gram_every=3)
-    state = first_state(stage, tmp_path / 'stage')
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The workdir of a finished run."""
+    path = tmp_path_factory.mktemp('run')
+    tiny.save(tiny.dinov2(method__teacher_temp=0.03, method__momentum_teacher=0.9), path, seed=3)
+    return path
+
+
+def test_a_stage_starts_with_the_whole_run_and_anchors_to_its_teacher(run, tmp_path, capsys):
+    stage = tiny.dinov2(**ON, init_from=str(run), method__gram_every=3)
+    state, run = first_state(stage, tmp_path), weights.open_run(run)
     assert equal(run.params, state.params)  # heads and prototypes too
     assert equal(run.extra['teacher'], state.extra['teacher'])
     assert equal(run.extra['teacher']['backbone'], state.extra['gram'])
@@ -175,23 +185,31 @@ def test_a_stage_starts_with_the_whole_run_and_anchors_to_its_teacher(tmp_path, 
     assert 'random weights' not in said
 
 
-def test_the_frozen_teacher_may_be_another_run_and_no_run_is_one_sentence(tmp_path):
-    tiny.save(tiny.dinov2(), tmp_path / 'run', seed=3)
-    tiny.save(tiny.dinov2(), tmp_path / 'early', seed=4)
-    fields = {**ON, 'init_from': str(tmp_path / 'run')}
-    stage = tiny.dinov2(**fields, method__gram_from=str(tmp_path / 'early'))
-    state = first_state(stage, tmp_path / 'stage')
-    early = weights.open_run(tmp_path / 'early').extra['teacher']['backbone']
-    assert equal(early, state.extra['gram'])
-    with pytest.raises(ValueError, match='nowhere'):
-        first_state(tiny.dinov2(**fields, method__gram_from=str(tmp_path / 'nowhere')), tmp_path)
+def prepared(method, **more):
+    """What `prepare` makes of a copy of zeros."""
+    _, extra = jax.eval_shape(method.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), extra)
+    given = dict(
+        seed=0, fetch=jax.device_get, batches=None, open=weights.open_weights, tensors=None
+    )
+    return method.prepare(zeros, base.Start(**given, **more))
 
 
-def test_a_copy_of_random_weights_is_named(tmp_path, capsys):
-    first_state(tiny.dinov2(**ON), tmp_path)
-    assert 'a copy of random weights anchors nothing; give init_from' in capsys.readouterr().out
+def test_the_frozen_teacher_may_be_another_run_and_no_run_is_one_sentence(run):
+    extra, lines = prepared(made(method__gram_from=str(run), method__gram_updates=0)[1])
+    assert equal(weights.open_run(run).extra['teacher']['backbone'], extra['gram'])
+    assert lines == [f'gram: frozen teacher {run}, never replaced']
+    with pytest.raises(errors.UserError, match='nowhere'):
+        prepared(made(method__gram_from='nowhere')[1])
 
 
+def test_a_copy_of_random_weights_is_named():
+    _, method = made()
+    assert 'a copy of random weights anchors nothing; give init_from' in prepared(method)[1][1]
+    assert len(prepared(method, init_from='runs/mine')[1]) == 1
+
+
+@pytest.mark.slow
 def test_a_later_stage_without_it_takes_all_but_the_copy(tmp_path):
     tiny.save(tiny.dinov2(**ON), tmp_path / 'stage', seed=3)
     run = weights.open_run(tmp_path / 'stage')
@@ -201,9 +219,8 @@ def test_a_later_stage_without_it_takes_all_but_the_copy(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_restart_before_an_update_of_the_copy_ends_on_the_same_bits(tmp_path):
-    tiny.save(tiny.dinov2(), tmp_path / 'run', seed=3)
-    fields = {**ON, 'total_steps': 6, 'method__gram_every': 4, 'init_from': str(tmp_path / 'run')}
+def test_a_restart_before_an_update_of_the_copy_ends_on_the_same_bits(run, tmp_path):
+    fields = {**ON, 'total_steps': 6, 'method__gram_every': 4, 'init_from': str(run)}
     train.train(tiny.dinov2(**fields), tmp_path / 'whole')
     config = tiny.dinov2(**fields, checkpoint__every_steps=3)
     train.train(config, tmp_path / 'killed')
@@ -220,27 +237,24 @@ def test_a_restart_before_an_update_of_the_copy_ends_on_the_same_bits(tmp_path):
 # Recipe and checks.
 
 
-def test_the_repair_takes_network_and_losses_of_the_run_and_its_own_stage(tmp_path):
-    run = tiny.dinov2(method__teacher_temp=0.03, method__momentum_teacher=0.9)
-    tiny.save(run, tmp_path / 'run')
-    fields = [f'init_from={tmp_path / "run"}', 'data.train.source=scenes', 'data.train.n=64']
-    config = config_lib.load('repair_dinov2', [*fields, 'method.flip=0.1', 'data.train.size=32'])
-    source = train.sources.open_source(config.data.train)
-    m = start.complete(config, source).method
-    own = ('flip', 'momentum_teacher', 'final_momentum_teacher', 'gram_weight', 'gram_every')
-    own += ('group_size',)
-    for name in set(m) - {*own}:
-        assert m[name] == run.method[name], name
-    assert [m[name] for name in own] == [0.1, 0.999, 0.999, 2.0, 2500, 16]
+def test_the_repair_takes_network_and_losses_of_the_run_and_its_own_stage(run):
+    fields = [f'init_from={run}', 'data.train.source=scenes', 'data.train.n=64', 'method.flip=0.1']
+    config = config_lib.load('repair_dinov2', [*fields, 'data.train.size=32'])
+    m = start.complete(config, sources.open_source(config.data.train)).method
+    ran = weights.header(run).config.method
+    own = dict(flip=0.1, momentum_teacher=0.999, final_momentum_teacher=0.999)
+    own |= dict(gram_weight=2.0, gram_every=2500, group_size=2)  # 16 images on 8 devices
+    assert {k: m[k] for k in m if m[k] != ran[k]} == own
+    assert m.teacher_temp == 0.03 and m.dino_out_dim == 64
 
 
-def test_a_size_that_is_given_is_not_taken_from_the_weights(tmp_path):
-    tiny.save(tiny.config(), tmp_path / 'mae')
-    load = [f'init_from={tmp_path / "mae"}']
-    found = start.follow(config_lib.load('repair_dinov2', load)).method
-    assert (found.embed_dim, found.patch_size, found.img_size) == (32, 8, 32)
-    given = start.follow(config_lib.load('repair_dinov2', [*load, 'method.size=S'])).method
-    assert (given.embed_dim, given.patch_size) == (384, None)
+def test_of_other_weights_the_repair_takes_the_encoder_unless_a_size_is_given():
+    method = methods.make(config_lib.load('repair_dinov2'))
+    vit = vit_lib.ViT(embed_dim=32, depth=2, num_heads=4, patch_size=8, img_size=32)
+    found = method.follow(types.SimpleNamespace(method=None, vit=vit), {'img_size'})
+    assert method.follows and found['embed_dim'] == 32 and found['patch_size'] == 8
+    assert 'img_size' not in found and 'dino_out_dim' not in found
+    assert not methods.make(config_lib.load('repair_dinov2', ['method.size=S'])).follows
 
 
 @pytest.mark.parametrize(
