@@ -23,7 +23,7 @@ Command:
 
 Expected: `gram` in the log falls; `ssl_jax eval --tasks seg` of labelled maps does not fall behind
 the run's best, see `experiments/gram`. Not run at full size.
-Cost: of a step, 1.4 (ViT-S, 224 px) to 1.7 (64 px) times that of the run.
+Cost: 1.8 (ViT-S/14) to 2.1 (ViT-L/14) times the useful FLOPs per image of the run at 224 px.
 """
 
 import ml_collections
