@@ -15,9 +15,9 @@ for seed in "${@:-0}"; do
     weight=$([ $arm = gram ] && echo 2 || echo 0)
     ssl_jax pretrain --config repair_dinov2 --workdir "$out/${arm}_$seed" "init_from=$start" \
       $(scenes train 4096 96 train) $(scenes eval_train 4096 96 train) $(scenes eval_test 1000 96 test) \
-      batch_size=32 total_steps=200 warmup_steps=20 optim.lr=2e-4 optim.min_lr=2e-4 seed=$seed \
+      batch_size=32 total_steps=100 warmup_steps=20 optim.lr=2e-4 optim.min_lr=2e-4 seed=$seed \
       method.momentum_teacher=0.98 method.final_momentum_teacher=0.98 \
-      method.gram_weight=$weight method.gram_every=100 \
+      method.gram_weight=$weight method.gram_every=50 eval.every_steps=100 \
       eval.tasks.knn=None eval.tasks.accuracy=None eval.tasks.pictures=None eval.tasks.seg=None
   done
   for arm in start plain gram; do
