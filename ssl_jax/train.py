@@ -95,7 +95,7 @@ def train(config, workdir, programs=None, before: dict | None = None) -> dict:
         held = stack.enter_context(workdir_lib.lock(workdir))
         stop = stack.enter_context(preempt.Preemption())
         is_new = start.stored(workdir) is None
-        if config.infer or methods.get(config.method.name).follows:  # fields are left to decide
+        if config.infer or methods.make(config).follows:  # fields are left to decide
             config = start.continued(config, workdir)
         peers.at('listing images')
         with starting('listing'):

@@ -62,6 +62,7 @@ class Start(NamedTuple):
     batches: Callable  # () -> context manager of an endless iterator over host batches of the views
     open: Callable  # path -> `run.weights.Opened`
     tensors: Callable  # path of a file of weights -> {torch name: array}
+    init_from: str | None = None  # what the run starts from, loaded already; None: fresh weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Method:
     labels: ClassVar[bool] = False  # whether batches need batch['label'], int32 (B,)
     repeats: ClassVar[int] = 1  # consecutive rows of a batch that are crops of one image
     follows: ClassVar[bool] = False  # whether encoder fields are taken from `init_from`
+    remade: ClassVar[tuple] = ()  # entries of `extra` that `prepare` makes, never of `init_from`
     monitored: ClassVar[str] = 'cls'  # feature checked for collapse, see `evals.monitors`
     classes: ClassVar[tuple] = ()  # class names of a classifier
     mean: ClassVar[tuple] = photometry.MEAN  # per channel, for values in [0, 1]

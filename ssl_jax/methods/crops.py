@@ -15,6 +15,7 @@ from ssl_jax import fields
 from ssl_jax.augment import photometry
 from ssl_jax.data import host
 from ssl_jax.methods import base
+from ssl_jax.objectives import gram
 
 JITTER = ('brightness', 'contrast', 'saturation', 'hue', 'jitter_prob', 'grey_prob')
 
@@ -53,35 +54,51 @@ class MultiCrop(base.Method):
             choose('local_size', local, f'three sevenths of {size}, in whole patches')
         return size, patch
 
+    @property
+    def cut_size(self):
+        """Pixels of a global crop as the host cuts it; `img_size` or more."""
+        return self.img_size
+
     def views(self):
-        views = (host.View('global', self.img_size, count=2, scale=self.global_crops_scale),)
+        views = (host.View('global', self.cut_size, count=2, scale=self.global_crops_scale),)
         if self.n_local_crops:
             local = dict(count=self.n_local_crops, scale=self.local_crops_scale)
             views += (host.View('local', self.local_size, **local),)
         return views
 
-    def distort(self, rng, rows, crops, blur, solarize):
-        """Flips, distorts and normalises crops.
+    def flipped(self, rng, rows, crops):
+        """Crops (B, n, H, W, 3), each flipped or not, as `distort` does with the same key."""
+        keys, _ = _keys(rng, rows, crops.shape[1])
+        x = crops.reshape(-1, *crops.shape[2:])
+        return photometry.random_flip(keys, x, self.flip).reshape(crops.shape)
+
+    def distort(self, rng, rows, crops, blur, solarize, side=None):
+        """Flips, shrinks, distorts and normalises crops.
 
         Args:
           rng: key of the view.
           rows: (B,), of the samples.
           crops: uint8 (B, n, H, W, 3).
           blur: probability for each of the n crops; solarize: the same.
+          side: pixels of the result; None: those of the crops.
 
         Returns:
-          float32 (B, n, H, W, 3).
+          float32 (B, n, side, side, 3).
         """
         size, count = crops.shape[:2]
-        keys = jax.vmap(lambda k: jax.random.split(k, count))(photometry.sample_keys(rng, rows))
-        flip_keys, color_keys = jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))
-        x = crops.reshape(-1, *crops.shape[2:])
-        x = photometry.random_flip(flip_keys, x, self.flip)
+        x = self.flipped(rng, rows, crops).reshape(-1, *crops.shape[2:])
+        x = gram.shrink(x, side or x.shape[1])
         x = photometry.photometric(
-            color_keys,
+            _keys(rng, rows, count)[1],
             x,
             blur_prob=jnp.tile(jnp.asarray(blur), size) if any(blur) else 0.0,
             solarize_prob=jnp.tile(jnp.asarray(solarize), size) if any(solarize) else 0.0,
             **{name: getattr(self, name) for name in JITTER},
         )
-        return photometry.normalize(x).reshape(crops.shape)
+        return photometry.normalize(x).reshape(size, count, *x.shape[1:])
+
+
+def _keys(rng, rows, count):
+    """Keys of flips and of distortions, (B n,) each."""
+    keys = jax.vmap(lambda k: jax.random.split(k, count))(photometry.sample_keys(rng, rows))
+    return jax.vmap(jax.random.split, out_axes=1)(keys.reshape(-1))

@@ -3,7 +3,8 @@
 
 The teacher, a moving average of the student, sees two global crops; the student sees the same crops
 with masked patches and several local crops. DINO: class tokens of different crops agree. iBOT: the
-student's masked patches agree with the teacher's. KoLeo: class tokens spread out.
+student's masked patches agree with the teacher's. KoLeo: class tokens spread out. Gram anchoring
+(off by default): patches keep the similarities that they have in a frozen copy of the teacher.
 
 Differences from the official code:
 - Crops are stored per sample, (B, crops, H, W, 3), so that none moves between devices. Global and
@@ -23,7 +24,7 @@ References:
 import dataclasses
 import functools
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,22 @@ from ssl_jax.methods import base, crops
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import heads
 from ssl_jax.models import vit as vit_lib
-from ssl_jax.objectives import collapse, losses, masking
+from ssl_jax.objectives import collapse, gram, losses, masking
 from ssl_jax.run import clock as clock_lib
 
 PARAMS = {'encoder': 'backbone'}  # name of a network -> its key in `params`, where they differ
 CENTERS = {'class': 'dino_center', 'patch': 'ibot_center'}  # keys in `extra`
+# Fields of the encoder that weights of any method determine, see `DINOv2.follow` ...
+ENCODER = (
+    *('embed_dim', 'depth', 'num_heads', 'patch_size', 'img_size', 'mlp_ratio', 'eps', 'ffn'),
+    *('layer_scale', 'num_register_tokens', 'pos_resize'),
+)
+# ... and those of this method that each stage of a run has anew.
+OF_A_STAGE = (
+    *('group_size', 'momentum_teacher', 'final_momentum_teacher', 'warmup_teacher_temp_steps'),
+    *('warmup_teacher_temp_epochs', 'warmup_teacher_temp_examples', 'gram_weight', 'gram_size'),
+    *('gram_from', 'gram_every', 'gram_updates'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +58,8 @@ class DINOv2(crops.MultiCrop):
     """DINOv2; the defaults are those of its large runs."""
 
     removed = {'crop_ratio': (3 / 4, 4 / 3), 'koleo_per_group': False}
+    encoder_fields: ClassVar[tuple] = ENCODER
+    remade = ('gram',)
 
     ffn: Literal['mlp', 'swiglu'] = 'mlp'
     layer_scale: float | None = 1e-5  # initial factor of each residual branch; None: none
@@ -90,6 +104,14 @@ class DINOv2(crops.MultiCrop):
     momentum_teacher: fields.Probability = 0.992
     final_momentum_teacher: fields.Probability = 1.0
 
+    # Gram anchoring, see `objectives.gram`; 0: off.
+    gram_weight: Annotated[float, fields.Range(0.0, 1000.0)] = 0.0
+    gram_size: int | None = None  # pixels of the frozen teacher's crops; None: twice img_size
+    gram_from: str = ''  # weights of the frozen teacher, such as a run; '': this run's at its start
+    # It is replaced by the moving average after so many steps, and again, at most so often.
+    gram_every: Annotated[int, fields.Range(1, 10**9)] = 10_000
+    gram_updates: Annotated[int, fields.Range(0, 10**6)] = 3
+
     def check(self, run):
         yield from super().check(run)
         batch, group = run.batch_size // run.accum_steps, self.group_size
@@ -116,6 +138,37 @@ class DINOv2(crops.MultiCrop):
                 '0.'
             )
         clock_lib.duration('warmup_teacher_temp', self)
+        if self.gram_from and not self.gram_weight:
+            yield (
+                f'method.gram_from={self.gram_from} is used by Gram anchoring alone, which is off: '
+                f'set method.gram_weight=2, or leave gram_from out.'
+            )
+        size, patch = self.gram_pixels, self.patch_size
+        if self.gram_weight and (size % patch or size < self.img_size):
+            near = base.near_multiple(max(size, self.img_size), patch)
+            yield (
+                f'method.gram_size={size} must be a multiple of method.patch_size={patch} and at '
+                f'least method.img_size={self.img_size}: use gram_size={near}.'
+            )
+
+    @property
+    def gram_pixels(self):
+        """Side in pixels of the crops that the frozen teacher of Gram anchoring sees."""
+        return 2 * self.img_size if self.gram_size is None else self.gram_size
+
+    @property
+    def follows(self):
+        """Whether the network is that of `init_from`: where no size is given."""
+        return self.size is None and self.embed_dim is None
+
+    def follow(self, opened, fixed):
+        """Network and losses of a run of this method; of other weights the encoder."""
+        if type(opened.method) is type(self):
+            source, names = opened.method, {*fields.specs(type(self))} - {*OF_A_STAGE}
+        else:
+            source, names = opened.vit, self.encoder_fields
+        found = {name: getattr(source, name) for name in names}
+        return {**{k: v for k, v in found.items() if k not in fixed}, 'size': None}
 
     @property
     def min_images(self):
@@ -214,13 +267,42 @@ class DINOv2(crops.MultiCrop):
         start, end = 1 - self.momentum_teacher, 1 - self.final_momentum_teacher
         return optim.cosine(start, end, self.clock.total)(step)
 
+    def transform(self, size=None):
+        return super().transform(size or self.img_size)
+
+    @property
+    def cut_size(self):
+        return self.gram_pixels if self.gram_weight else self.img_size
+
     def init(self, rng):
         params = self.init_network(rng, self.vit)
         extra = {'teacher': params}
         if self.centering == 'centering':
             extra['dino_center'] = jnp.zeros((1, self.dino_head.out_dim))
             extra['ibot_center'] = jnp.zeros((1, self._patch_head()[1].out_dim))
+        if self.gram_weight:
+            extra['gram'] = params['backbone']
         return params, extra
+
+    def prepare(self, extra, start):
+        """The frozen teacher of Gram anchoring."""
+        if not self.gram_weight:
+            return {}, []
+        every, end = self.gram_every, min(self.gram_every * self.gram_updates, self.clock.total)
+        steps = ', '.join(f'{n:,}' for n in range(every, end + 1, every))
+        line = f'gram: frozen teacher {self.gram_from or "of this start"}, '
+        lines = [line + (f'replaced after steps {steps}' if steps else 'never replaced')]
+        if self.gram_from:
+            opened = start.open(self.gram_from)
+            copy = opened.encoder_for(self.vit, extra['gram'], 'method.gram_from')
+        else:
+            copy = start.fetch(extra['teacher']['backbone'])
+            if start.init_from is None:
+                lines.append(
+                    'gram: a copy of random weights anchors nothing; give init_from, a run to go '
+                    'on from, or method.gram_from.'
+                )
+        return {'gram': copy}, lines
 
     def init_network(self, rng, vit):
         """Fresh parameters of a backbone and the heads."""
@@ -248,7 +330,7 @@ class DINOv2(crops.MultiCrop):
         size = batch['global'].shape[0]
         groups = self.groups(size)
         crop_rng, mask_rng, drop_rng = jax.random.split(rng, 3)
-        global_crops, local_crops = self.augment(batch, crop_rng)
+        global_crops, local_crops, plain_crops = self.augment(batch, crop_rng)
         # The id of a group is its first row, unique among micro-batches.
         group_ids = batch['row'].reshape(groups, -1)[:, 0]
         masks = None
@@ -264,17 +346,26 @@ class DINOv2(crops.MultiCrop):
             temps=self.temps(step),
             drop=self.stochastic_depth(drop_rng, batch['row'], group_ids),
             pos_scale=self.pos_scale(rng),
+            plain_crops=plain_crops,
         )
 
     def augment(self, batch, rng):
-        """uint8 crops -> normalised float (B, 2, H, W, 3) and (B, V, h, w, 3) or None."""
+        """uint8 crops -> normalised float crops.
+
+        Returns:
+          global (B, 2, H, W, 3); local (B, V, h, w, 3), or None; of Gram anchoring the global ones
+          flipped alike, but larger and without photometry, (B, 2, S, S, 3), or None.
+        """
         global_rng, local_rng = jax.random.split(rng)
         rows, blur, solarize = batch['row'], photometry.BLUR[self.blur], self.solarize
-        out = self.distort(global_rng, rows, batch['global'], blur[:2], solarize[:2])
-        if not self.n_local_crops:
-            return out, None
-        n = self.n_local_crops
-        return out, self.distort(local_rng, rows, batch['local'], blur[2:] * n, solarize[2:] * n)
+        out = self.distort(global_rng, rows, batch['global'], blur[:2], solarize[:2], self.img_size)
+        local, plain, n = None, None, self.n_local_crops
+        if n:
+            crops = batch['local']
+            local = self.distort(local_rng, rows, crops, blur[2:] * n, solarize[2:] * n)
+        if self.gram_weight:
+            plain = photometry.normalize(self.flipped(global_rng, rows, batch['global']))
+        return out, local, plain
 
     def masks(self, keys, num_crops):
         """bool (groups, num_crops, N): masked patches of the global crops, a key per group."""
@@ -324,6 +415,7 @@ class DINOv2(crops.MultiCrop):
         drop=None,
         taken=None,
         pos_scale=None,
+        plain_crops=None,
     ):
         """The loss on given crops, masks and temperatures.
 
@@ -334,6 +426,7 @@ class DINOv2(crops.MultiCrop):
           drop: stochastic depth of the student, see `stochastic_depth`.
           taken: `masking.Masked`, patches of iBOT's loss if they are not those of `masks`.
           pos_scale: of the student's positions, see the method of that name.
+          plain_crops: (B, 2, S, S, 3), of Gram anchoring, see `augment`; None without it.
 
         Returns:
           loss, (rows for `with_centers`, metrics). The terms in the metrics include their weights
@@ -379,6 +472,11 @@ class DINOv2(crops.MultiCrop):
         if self.koleo_weight:
             values = [losses.koleo(tokens[0][:, i]) for i in (0, 1)]
             terms['koleo'] = self.koleo_weight * sum(values)
+        if plain_crops is not None:
+            plain = plain_crops.reshape(-1, *plain_crops.shape[2:])
+            anchor = gram.targets(self.vit, extra['gram'], plain, self.grid[0])
+            patches = outs[0]['patch_tokens'].reshape(anchor.shape)
+            terms['gram'] = self.gram_weight * gram.loss(patches, anchor)
         return sum(terms.values()), (rows_seen, {**terms, **stats})
 
     @jax.named_scope('teacher')
@@ -427,7 +525,11 @@ class DINOv2(crops.MultiCrop):
 
     def after_update(self, params, extra, step):
         extra = self.with_centers(extra)
-        return {**extra, 'teacher': self.average(extra['teacher'], params, step)}
+        extra['teacher'] = self.average(extra['teacher'], params, step)
+        if self.gram_weight:
+            new, plan = extra['teacher']['backbone'], (self.gram_every, self.gram_updates)
+            extra['gram'] = gram.replaced(extra['gram'], new, step + 1, *plan)
+        return extra
 
     def with_centers(self, extra):
         """`extra` with centres moved by extra['rows'], {kind: `losses.sum_rows`}, now left out."""
@@ -490,6 +592,8 @@ class DINOv2(crops.MultiCrop):
             count = 2 * self.num_patches * share  # mean number, without padding
             teacher += count * per_patch
             student += count * per_patch
+        if self.gram_weight:
+            teacher += 2 * gram.flops(vit, self.gram_pixels, self.grid[0])
         return batch_size * (teacher + 3 * student)  # backward costs twice the forward
 
 

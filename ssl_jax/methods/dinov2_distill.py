@@ -40,6 +40,8 @@ class DINOv2Distill(dinov2.DINOv2):
         yield from distill.teacher_rules(self)
         if self.drop_path:
             yield 'Distillation drops no blocks of the student: set method.drop_path=0.'
+        if self.gram_weight:
+            yield 'Distillation has no Gram anchoring: set method.gram_weight=0.'
 
     @functools.cached_property
     def teacher_vit(self):
@@ -68,7 +70,7 @@ class DINOv2Distill(dinov2.DINOv2):
         return {name: found[name] for name in names}, [f'teacher: {self.teacher}']
 
     def loss(self, params, extra, batch, rng, step):
-        crops = self.augment(batch, rng)
+        *crops, _ = self.augment(batch, rng)
         size, groups = crops[0].shape[0], self.groups(crops[0].shape[0])
         n = self.num_patches
         count = 2 * size // groups * n

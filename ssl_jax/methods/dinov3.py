@@ -43,6 +43,7 @@ class DINOv3(dinov2.DINOv2):
     """DINOv3; the defaults are those of its encoders, of DINOv2 where nothing is said here."""
 
     removed = {}
+    encoder_fields = (*(x for x in dinov2.ENCODER if x != 'pos_resize'), 'key_bias')
 
     size: Literal['Ti', 'S', 'S+', 'B', 'L', 'L+', 'H+', '7B'] | None = 'S'
     ffn: Literal['mlp', 'swiglu'] | None = None  # None: that of the size, else 'mlp'

@@ -65,7 +65,7 @@ def follow(config: ConfigDict) -> ConfigDict:
       UserError: an override contradicts the weights.
     """
     config = copy.deepcopy(config)
-    if methods.get(config.method.name).follows and config.init_from:
+    if methods.make(config).follows and config.init_from:
         names = [o.partition('=')[0].strip().removeprefix('config.') for o in config.overrides]
         fixed = {name.removeprefix('method.') for name in names if name.startswith('method.')}
         opened = weights.header(config.init_from)
@@ -238,4 +238,5 @@ def _inputs(config, method, program, source):
         batches=batches,
         open=weights.open_weights,
         tensors=lambda path: files.read(path).tensors,
+        init_from=config.init_from,
     )

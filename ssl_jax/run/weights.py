@@ -535,20 +535,23 @@ def _other_grid(opened, method, state, origin):
     """`load_into` of a run of the same method at another image size; None if it is not one.
 
     Centres (of DINO, iBOT) that it lacks, as imported weights do, stay fresh: they adapt within a
-    few steps.
+    few steps. So does what `prepare` makes of `extra`, which either may lack.
     """
     if opened.method is None or type(opened.method) is not type(method):
         return None
-    src = trees.named({'params': opened.params, 'extra': opened.extra})
+    remade = tuple(f'extra/{name}/' for name in method.remade)
+    found = trees.named({'params': opened.params, 'extra': opened.extra})
+    src = {k: x for k, x in found.items() if not k.startswith(remade)}
     fresh = {'params': state.params, 'extra': state.extra}
     dst = trees.named(fresh)
     centres = [k for k in dst if k.endswith('_center') and k not in src]
-    names = sorted({*src, *dst} - {*centres})
+    stay = {*centres, *(k for k in dst if k.startswith(remade))}
+    names = sorted({*src, *dst} - stay)
     differ = [k for k in names if _shape(src.get(k)) != _shape(dst.get(k))]
     tables = ('pos_embed', RELATIVE)
     if not all(k.endswith(tables) and k in src and k in dst for k in differ):
         return None
-    if not differ and not centres:
+    if not differ and found.keys() == dst.keys():
         return None
     vit, lines = opened.vit, []
     _check(origin, vit, method.vit)
@@ -566,11 +569,12 @@ def _other_grid(opened, method, state, origin):
         lines.append(_line('resized', name, f'to {new}x{new} patches, {rule}'))
         return jnp.copy(_place(value, like))
 
-    flat = [like if k in centres else fit(k, like) for k, like in dst.items()]
+    flat = [like if k in stay else fit(k, like) for k, like in dst.items()]
     model = jax.tree.unflatten(jax.tree.structure(fresh), flat)
     lines += [_line('fresh', k, 'the file has none') for k in centres]
     taken = [_line('taken', k, _count(tree)) for k, tree in model['params'].items()]
-    extra = {k: tree for k, tree in model['extra'].items() if f'extra/{k}' not in centres}
+    left = {*centres, *(f'extra/{name}' for name in method.remade)}
+    extra = {k: tree for k, tree in model['extra'].items() if f'extra/{k}' not in left}
     if extra:
         taken.append(_line('taken', 'extra', _count(extra)))
     return model['params'], model['extra'], taken + lines
