@@ -4,7 +4,7 @@
 Command:
   ssl_jax pretrain --config scenes_ijepa --workdir runs/scenes_ijepa
 
-Expected: TODO
+Expected: not run to the end here; TODO
 Cost: TODO
 """
 

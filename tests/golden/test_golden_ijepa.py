@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """I-JEPA against the official PyTorch code: forward, loss, every gradient, training."""
 
+import functools
 import types
 
 import jax
@@ -79,41 +80,47 @@ def context(method, params, x, m):
     return method.vit.apply({'params': params['encoder']}, x, ids_keep=m.context)['patch_tokens']
 
 
+@functools.cache
+def forward(f):
+    """(outputs, gradients) on the first batch of a file: one program for several tests."""
+    method, x, m = make_method(f.hyper), images(f)[0], masks(f, 0)
+
+    def run(params, extra):
+        targets = method.targets(extra, x)
+        out = dict(
+            target_encoder=method.vit.apply({'params': extra['target']}, x)['patch_tokens'],
+            target_normed=targets,
+            encoder_unmasked=method.vit.apply({'params': params['encoder']}, x)['patch_tokens'],
+            context=context(method, params, x, m),
+            targets=ijepa.blocks_of(targets, m.targets),
+            predictions=method.predict(params, x, m),
+        )
+        loss, _ = method.objective(params, extra, x, m)
+        return loss, {**out, 'loss': loss}
+
+    run = jax.jit(jax.grad(run, has_aux=True))
+    grads, out = run(*load(method, f.under('w')))
+    return out, grads
+
+
 def test_golden_ijepa_forward_matches_official(golden):
     f = golden('ijepa_forward')
-    method, x, m = make_method(f.hyper), images(f)[0], masks(f, 0)
-    params, extra = load(method, f.under('w'))
-
-    @jax.jit
-    def run(params, extra):
-        target = method.vit.apply({'params': extra['target']}, x)['patch_tokens']
-        targets = method.targets(extra, x)
-        whole = method.vit.apply({'params': params['encoder']}, x)['patch_tokens']
-        blocks = ijepa.blocks_of(targets, m.targets), method.predict(params, x, m)
-        loss, _ = method.objective(params, extra, x, m)
-        return target, targets, whole, context(method, params, x, m), blocks, loss
-
-    target, targets, whole, tokens, blocks, loss = run(params, extra)
-    f.check('out/target_encoder', target)
-    f.check('out/target_normed', targets)
-    f.check('out/encoder_unmasked', whole)
-    f.check('out/context', tokens)
-    f.check('out/targets', block_major(blocks[0]))
-    f.check('out/predictions', block_major(blocks[1]))
-    f.check('out/loss', loss)
-    f.check('out/loss_l2', np.square(blocks[0] - blocks[1]).mean())
+    out, _ = forward(f)
+    for name in ('target_encoder', 'target_normed', 'encoder_unmasked', 'context', 'loss'):
+        f.check(f'out/{name}', out[name])
+    for name in ('targets', 'predictions'):
+        f.check(f'out/{name}', block_major(out[name]))
+    f.check('out/loss_l2', np.square(out['targets'] - out['predictions']).mean())
 
 
 def test_golden_ijepa_forward_every_gradient_matches(golden):
     f = golden('ijepa_forward')
-    method, x, m = make_method(f.hyper), images(f)[0], masks(f, 0)
-    params, extra = load(method, f.under('w'))
-    grads = jax.jit(jax.grad(lambda p: method.objective(p, extra, x, m)[0]))(params)
+    method, (_, grads) = make_method(f.hyper), forward(f)
     trained = [row for row in rows(method) if not row[0].startswith('target_')]
     grads = tables.to_torch(trained, grads, fixed(method))
     want = f.under('grad')
-    tables_ = {key for _, key, how in trained if how == 'fixed'}
-    assert set(grads) - set(want) == tables_, 'a trainable parameter has no gradient'
+    constant = {key for _, key, how in trained if how == 'fixed'}
+    assert set(grads) - set(want) == constant, 'a trainable parameter has no gradient'
     for name in want:
         f.check(f'grad/{name}', grads[name])
 
@@ -136,13 +143,12 @@ def test_golden_ijepa_forward_every_epsilon_matches(golden):
     f.check('out/eps_probe/target_normed', jax.jit(method.targets)(extra, x))
 
 
-def test_golden_ijepa_train_trajectory_matches(golden):
-    """All steps with the project's step, optimizer, decay groups, forms of schedules and average.
+def training(f):
+    """(config, method, schedule) of a file.
 
-    Of `config.optim` only the start of the warm-up cannot be given; and official schedules are one
-    step ahead (quirk J2), those of the average are not.
+    The official schedules are one step ahead (quirk J2); and the warm-up starts above zero there,
+    which `config.optim` cannot say.
     """
-    f = golden('ijepa_train')
     h = f.hyper
     total, warmup = int(h['ipe_scale'] * h['num_epochs'] * h['ipe']), h['warmup'] * h['ipe']
     c = config_lib.default('ijepa')
@@ -150,12 +156,32 @@ def test_golden_ijepa_train_trajectory_matches(golden):
     c.optim.update(weight_decay=h['wd'], weight_decay_end=h['final_wd'])
     c.update(total_steps=total, warmup_steps=warmup, batch_size=h['batch'])
     clock = clock_lib.Clock.of(c)
-    method, ours = make_method(h, clock), optim.schedule(c, clock)
+    ours = optim.schedule(c, clock)
 
     def schedule(step):
         now = ours(step + 1)
         start = h['start_lr'] * jnp.clip(1 - (step + 1) / warmup, 0, 1)
         return {**now, 'lr': now['lr'] + start}
+
+    return c, make_method(h, clock), schedule
+
+
+def test_golden_ijepa_train_schedules_match(golden):
+    f = golden('ijepa_train')
+    _, method, schedule = training(f)
+    for i, momentum in enumerate(f['out/momentum']):
+        now = schedule(i)
+        np.testing.assert_allclose(now['lr'], f['out/lr'][i], rtol=1e-6)
+        np.testing.assert_allclose(now['weight_decay'], f['out/wd'][i], rtol=1e-12)
+        extra = method.after_update({'encoder': 0.0}, {'target': 1.0}, i)
+        np.testing.assert_allclose(extra['target'], momentum, rtol=1e-12)
+
+
+@pytest.mark.slow  # contexts of the file have seven lengths, and each compiles anew
+def test_golden_ijepa_train_trajectory_matches(golden):
+    """All steps with the project's step, optimizer, decay groups, schedules and average."""
+    f = golden('ijepa_train')
+    c, method, schedule = training(f)
 
     def loss(params, extra, batch, rng, step):  # images and masks come from the file
         found = ijepa.Masks(batch['context'], batch['targets'])
@@ -169,9 +195,6 @@ def test_golden_ijepa_train_trajectory_matches(golden):
     state = step_lib.TrainState.create(params, extra, tx)
     losses = []
     for i, x in enumerate(images(f)):
-        now = schedule(jnp.asarray(i))
-        for name, key in (('lr', 'lr'), ('weight_decay', 'wd')):
-            np.testing.assert_allclose(now[name], f[f'out/{key}'][i], rtol=1e-5)
         m = masks(f, i)
         batch = {'image': x, 'context': jnp.asarray(m.context), 'targets': jnp.asarray(m.targets)}
         state, metrics = step(state, batch)
@@ -185,13 +208,3 @@ def test_golden_ijepa_train_trajectory_matches(golden):
             d = len(want) // 3
             got = np.concatenate([got[:d], want[d : 2 * d], got[2 * d :]])
         f.check(f'final/{name}', got)
-
-
-def test_golden_ijepa_train_momentum_matches(golden):
-    f = golden('ijepa_train')
-    h = f.hyper
-    total = int(h['ipe_scale'] * h['num_epochs'] * h['ipe'])
-    method = make_method(h, clock_lib.Clock(total, 0, h['batch'], h['batch']))
-    for i, momentum in enumerate(f['out/momentum']):
-        extra = method.after_update({'encoder': 0.0}, {'target': 1.0}, i)
-        np.testing.assert_allclose(extra['target'], momentum, rtol=1e-6)
