@@ -178,40 +178,31 @@ class IJEPA(base.OneView):
           shared: ((h, w) of the target blocks, (h, w) of the context) for all images of a step, or
             None to draw them.
         """
-        side, cells = self.grid[0], jnp.arange(self.num_patches)
-        shapes = jnp.asarray(self.shapes)
-        row, column = cells // side, cells % side
+        side, n, m = self.grid[0], self.num_patches, self.num_targets
+        # One draw, as many small ones are mostly latency.
+        u = jax.random.uniform(key, (n + TRIES * 2 * (m + 2),))
+        order, u = u[:n], u[n:].reshape(TRIES, 2, m + 2)
+        if shared is None:
+            shapes, (low, high) = jnp.asarray(self.shapes), self.context_scale
+            block = shapes[(u[:, 0, 0] * len(shapes)).astype(jnp.int32)].T  # h, w (TRIES,)
+            square = jnp.round(jnp.sqrt((low + u[:, 1, 0] * (high - low)) * n)).astype(jnp.int32)
+            square = [jnp.clip(square, 1, side)] * 2
+        else:
+            target, context = shared
+            block, square = ([jnp.full(TRIES, x) for x in shape] for shape in (target, context))
+        cells, inside = jnp.arange(n), True
+        for axis, line in enumerate((cells // side, cells % side)):  # rows, columns
+            length = jnp.stack([square[axis], *[block[axis]] * m], axis=1)  # (TRIES, 1 + M)
+            places = side - length + (shared is None)  # the official bound excludes the last
+            start = jnp.minimum((u[:, axis, 1:] * places).astype(jnp.int32), places - 1)[..., None]
+            inside = inside & (line >= start) & (line < start + length[..., None])
 
-        def inside(key, h, w):  # bool (N,)
-            # The official bound excludes the last place.
-            ends = [side - n + (shared is None) for n in (h, w)]
-            top, left = (
-                jax.random.randint(k, (), 0, jnp.maximum(end, 1))
-                for k, end in zip(jax.random.split(key), ends, strict=True)
-            )
-            return (row >= top) & (row < top + h) & (column >= left) & (column < left + w)
-
-        def place(key):
-            target_key, shape_key, context_key, size_key = jax.random.split(key, 4)
-            if shared is None:
-                block = shapes[jax.random.randint(shape_key, (), 0, len(shapes))]
-                low, high = self.context_scale
-                area = jax.random.uniform(size_key, minval=low, maxval=high) * self.num_patches
-                square = [jnp.clip(jnp.round(jnp.sqrt(area)).astype(jnp.int32), 1, side)] * 2
-            else:
-                block, square = shared
-            keys = jax.random.split(target_key, self.num_targets)
-            targets = jax.vmap(lambda k: inside(k, *block))(keys)  # (M, N)
-            return targets, inside(context_key, *square) & ~targets.any(axis=0)
-
-        tries, pick = jax.random.split(key)
-        targets, context = jax.vmap(place)(jax.random.split(tries, TRIES))
+        targets = inside[:, 1:]  # (TRIES, M, N)
+        context = inside[:, 0] & ~targets.any(axis=1)
         best = jnp.argmax(jnp.minimum(context.sum(axis=1), self.kept))
         targets, context = targets[best], context[best]
-        if shared is None:
-            order = jax.random.uniform(pick, (self.num_patches,))
-        else:
-            order = cells / self.num_patches
+        if shared is not None:
+            order = cells / n
         order = order + jnp.where(context, 0, jnp.where(targets.any(axis=0), 2, 1))
         ids = jnp.sort(jnp.argsort(order)[: self.kept])
         blocks = jax.vmap(lambda t: jnp.nonzero(t, size=self.area)[0])(targets)
