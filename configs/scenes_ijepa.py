@@ -4,8 +4,10 @@
 Command:
   ssl_jax pretrain --config scenes_ijepa --workdir runs/scenes_ijepa
 
-Expected: not run to the end here; TODO
-Cost: TODO
+Expected: no collapse to a constant (target_std 0.51, target_std_images 0.45, loss 0.06), and no
+features yet: a linear probe of 11.7 % of 10 classes (untrained 11.1, raw pixels 18.7) where
+`scenes_mae` has 29.6, RankMe 9 of 128. At optim.lr=1e-3 RankMe is 4.8 after 500 steps.
+Cost: 16 minutes on a share of 2 busy CPU cores (75 images/s).
 """
 
 from ssl_jax import config
