@@ -24,6 +24,7 @@ def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
     size = next((name for name, x in vit_lib.SIZES.items() if x == widths), '')
     heads = {k: getattr(w, k) for k in ('dino_head', 'ibot_head')}
     beside = ' and decoder' if w.decoder is not None else ''
+    beside = ' and predictor' if w.predictor is not None else beside
     beside = ' and projection heads' if w.dino_head is not None else beside
     beside = ' and layer to visual words' if w.vocab else beside
     beside = ' and classifier' if w.num_classes else beside
@@ -50,6 +51,9 @@ def describe(w: layouts.Weights, params, num_tensors: int) -> list[str]:
     if w.decoder is not None:
         d = w.decoder
         parts['decoder'] = f'{d.depth} blocks of {d.embed_dim} channels, {d.num_heads} heads'
+    if w.predictor is not None:
+        p = w.predictor
+        parts['predictor'] = f'{p.depth} blocks of {p.embed_dim} channels, {p.num_heads} heads'
     for name, head in heads.items():
         if head is not None:
             parts[name] = f'{head.out_dim:,} prototypes of {head.bottleneck_dim} channels, '

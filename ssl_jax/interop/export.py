@@ -37,10 +37,10 @@ def export(opened, to, out, *, what='backbone', dtype='float32', evaluation=(), 
       opened: `run.weights.Opened` of a run or of imported weights.
       to: 'official', 'hf', 'timm', 'onnx' or 'jax'.
       out: a folder, local or in a bucket: new, empty or an earlier export.
-      what: 'backbone', or 'full' with the decoder of a MAE or Pixio, with the projection heads
-        of DINOv2 (official names; the teacher, of a distillation the student's average), or with
-        BEiT's layer to visual words (the tokenizer that names them stays behind), or with the
-        classifier of a fine-tuned run (official names).
+      what: 'backbone', or 'full' with the decoder of a MAE or Pixio, with the predictor of I-JEPA
+        (official names), with the projection heads of DINOv2 (official names; the teacher, of a
+        distillation the student's average), or with BEiT's layer to visual words (the tokenizer
+        that names them stays behind), or with the classifier of a fine-tuned run (official names).
       dtype: 'float32' or 'bfloat16'.
       evaluation: lines of a table for the model card.
       trained_heads: folders of heads for dense prediction, written beside the encoder of a library
@@ -153,8 +153,8 @@ def _weights(opened, to, what):
     whole, left = layouts.of_networks(networks, layout, opened.weights and opened.weights.family)
     if what == 'full' and len(left) == len(networks) - 1:
         raise errors.UserError(
-            "what=full needs a decoder, projection heads or BEiT's layer to visual words in names "
-            'that others know, and this checkpoint has none; use what=backbone.'
+            "what=full needs a decoder, a predictor, projection heads or BEiT's layer to visual "
+            'words in names that others know, and this checkpoint has none; use what=backbone.'
         )
     can = layouts.refusals(whole)
     words = whole.vocab and "no graph is made of BEiT's layer to visual words"

@@ -37,9 +37,11 @@ SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.npz')
 DTYPES = {name: dtype for (_, _, name), dtype in torch_pickle.DTYPES.items()}
 # Where the weights are in a training checkpoint; the first that is there is taken.
 WRAPPERS = (
-    *('teacher', 'model', 'state_dict', 'student', 'module'),
+    *('target_encoder', 'teacher', 'model', 'state_dict', 'student', 'module'),
     *('model_ema', 'state_dict_ema', 'ema'),
 )
+# Parts that belong to the weights in another, with names that differ from theirs.
+BESIDE = {'target_encoder': ('predictor',)}
 PREFIXES = ('module.', '_orig_mod.', 'backbone.')
 OPTIMIZER = ('optimizer', 'optimizer_states', 'param_groups', 'state')
 
@@ -261,7 +263,8 @@ def _read_one(path, part):
             stored, taken = _unwrap(parts[named[0]], path, tuple(named[0].split('/')))
         else:
             stored, taken = _unwrap(tree, path)
-        others = [k for k in parts if not f'{taken}/'.startswith(f'{k}/')]
+        used = (taken, *(() if named else BESIDE.get(taken, ())))
+        others = [k for k in parts if not any(f'{x}/'.startswith(f'{k}/') for x in used)]
         return stored, {}, taken, tuple(others)
     if path.suffix == '.safetensors' or start[8:9] == b'{':
         return *_safetensors(path), '', ()
@@ -330,7 +333,10 @@ def _unwrap(tree, path, taken=()):
     stored = {k: v for k, v in tree.items() if isinstance(v, stored_lib.Stored)}
     inner = next((k for k in WRAPPERS if isinstance(tree.get(k), dict)), None)
     if inner and len(taken) < 3:
-        return _unwrap(tree[inner], path, (*taken, inner))
+        found, name = _unwrap(tree[inner], path, (*taken, inner))
+        for part in (tree.get(k) for k in BESIDE.get(inner, ())):
+            found = {**_unwrap(part, path)[0], **found} if isinstance(part, dict) else found
+        return found, name
     if stored:
         return {str(k): v for k, v in stored.items()}, '/'.join(taken)
     keys = [stored_lib.show(k) for k in tree if not isinstance(k, torch_pickle.Opaque)]

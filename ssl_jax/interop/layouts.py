@@ -2,8 +2,9 @@
 """Layouts of weights in other code: keys and config, both ways.
 
 Our tree is {'encoder': …} for a backbone; whole weights have 'decoder' beside it (MAE, Pixio),
-'dino_head' and maybe 'ibot_head' (DINOv2, DINO, iBOT) or 'head' (BEiT). A layout is a table of
-renames (`tables`) that the family of the weights (`families`) gives; this file knows no family.
+'predictor' (I-JEPA), 'dino_head' and maybe 'ibot_head' (DINOv2, DINO, iBOT) or 'head' (BEiT). A
+layout is a table of renames (`tables`) that the family of the weights (`families`) gives; this file
+knows no family.
 
 For other image sizes weights keep the rule of the library that they come from (`ViT.pos_resize`,
 `ViT.rel_resize`). Libraries differ in that; `other_sizes` says where an export will.
@@ -26,6 +27,7 @@ from ssl_jax.models import pos_embed
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.models.decoder import Decoder
 from ssl_jax.models.heads import DINOHead
+from ssl_jax.models.predictor import Predictor
 from ssl_jax.models.vit import ViT
 from ssl_jax.run import errors, trees
 
@@ -57,10 +59,16 @@ RULES = {
     'bilinear': 'bilinear',
 }
 KNOWN = (
-    'MAE, Pixio, DINOv2, DINOv3, BEiT, plain ViTs, in the names of their authors, transformers or '
-    'timm'
+    'MAE, Pixio, DINOv2, DINOv3, BEiT, I-JEPA, plain ViTs, '
+    'in the names of their authors, transformers or timm'
 )
-PARTS = {'decoder': Decoder, 'dino_head': DINOHead, 'ibot_head': DINOHead}  # fields of `Weights`
+# Fields of `Weights`:
+PARTS = {
+    'decoder': Decoder,
+    'predictor': Predictor,
+    'dino_head': DINOHead,
+    'ibot_head': DINOHead,
+}
 NORM = ['encoder/norm/scale', 'encoder/norm/bias']
 NOT_SAVED = ('dtype', 'remat', 'parent', 'name')  # how a module computes, not what it is
 
@@ -71,11 +79,12 @@ class Weights:
 
     family: str  # a file of `families`: 'mae', 'dinov2', ..., or 'vit' for a plain ViT
     layout: str  # 'official', 'hf' or 'timm'
-    # 'backbone', or 'full' with the decoder (MAE and Pixio), the heads (DINOv2), the linear layer
-    # to visual words (BEiT) or the classifier (fine-tuned models).
+    # 'backbone', or 'full' with the decoder (MAE and Pixio), the predictor (I-JEPA), the heads
+    # (DINOv2), the linear layer to visual words (BEiT) or the classifier (fine-tuned models).
     what: str
     vit: ViT  # the encoder, every field set
     decoder: Decoder | None = None  # the decoder of 'full', else None
+    predictor: Predictor | None = None  # that of I-JEPA's 'full', else None
     # dino_head, ibot_head: the heads of 'full', else None; without the second, patches share the
     # first.
     dino_head: DINOHead | None = None
@@ -311,14 +320,16 @@ def fixed(m) -> dict[str, np.ndarray]:
     """The sin-cos tables that are no parameters of ours: {our path: (1, C + N, D) float32}.
 
     Args:
-      m: anything with a `vit` and a `decoder`, which may be None.
+      m: anything with a `vit`, maybe with a `decoder` or a `predictor`.
     """
-    vit, dec = m.vit, m.decoder
+    vit, dec, predictor = m.vit, getattr(m, 'decoder', None), getattr(m, 'predictor', None)
     grid, c, found = vit.img_size // vit.patch_size, vit.num_cls_tokens, {}
     if vit.pos_embed == 'sincos':
         found['encoder/pos_embed'] = pos_embed.sincos(vit.embed_dim, grid, c)
     if dec is not None and dec.pos_embed == 'sincos':
         found['decoder/decoder_pos_embed'] = pos_embed.sincos(dec.embed_dim, grid, c)
+    if predictor is not None:
+        found['predictor/pos_embed'] = pos_embed.sincos(predictor.embed_dim, grid, 0)
     return found
 
 
@@ -330,6 +341,9 @@ def abstract(weights: Weights) -> dict:
         latent = jnp.zeros((1, w.vit.num_cls_tokens + 1, w.vit.embed_dim))
         ids = jnp.zeros((1, w.decoder.num_patches), jnp.int32)
         tree['decoder'] = jax.eval_shape(w.decoder.init, key, latent, ids)['params']
+    if w.predictor is not None:
+        tokens, ids = jnp.zeros((1, 1, w.vit.embed_dim)), jnp.zeros((1, 1), jnp.int32)
+        tree['predictor'] = jax.eval_shape(w.predictor.init, key, tokens, ids, ids[None])['params']
     for name in ('dino_head', 'ibot_head'):
         if (head := getattr(w, name)) is not None:
             tokens = jnp.zeros((1, w.vit.embed_dim))

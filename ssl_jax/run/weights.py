@@ -34,7 +34,7 @@ ENCODER = (
     *('ffn', 'mlp_ratio', 'rel_pos', 'key_bias'),
 )
 NOT_COMPARED = ('dtype', 'remat', 'parent', 'name', 'eps', 'num_patches')  # of other networks
-TAKEN = ('decoder',)  # networks that a run takes besides the encoder
+TAKEN = ('decoder', 'predictor')  # networks that a run takes besides the encoder
 RELATIVE = 'rel_pos_bias'  # tables of relative positions, see `blocks.relative_index`
 
 
@@ -271,10 +271,10 @@ def _to_ours(path, file, w):
 def import_weights(path, workdir, *, log=print, **hints) -> layouts.Weights:
     """Writes foreign weights as a checkpoint of step 0.
 
-    With the decoder of a MAE or Pixio, or the projection heads of DINOv2 (DINO, iBOT), it holds
-    the whole method, else only the encoder (and BEiT's layer to words). Heads come from a teacher
-    checkpoint: student and teacher both start from it. `open_weights`, `ssl_jax eval`, `ssl_jax
-    export` and `config.init_from` take it.
+    With the decoder of a MAE or Pixio, the predictor of I-JEPA, or the projection heads of DINOv2
+    (DINO, iBOT), it holds the whole method, else only the encoder (and BEiT's layer to words).
+    Heads and predictors come from a teacher checkpoint: student and teacher both start from it.
+    `open_weights`, `ssl_jax eval`, `ssl_jax export` and `config.init_from` take it.
 
     Args:
       path, hints: see `open_weights`.
@@ -405,8 +405,8 @@ def load_into(path: str, method: Any, state: Any, abstract: Any) -> tuple[Any, A
     A checkpoint with all parameters of this method in these sizes is taken whole, with its `extra`.
     So is one that differs only in the image size, with its position tables resized (the
     high-resolution stage). From other weights the encoder is taken (by `method.with_networks`), and
-    the decoder of a MAE or Pixio if it fits. A position table of another grid is resized by the
-    rule of the source encoder, relative positions by that of BEiT.
+    the decoder of a MAE or Pixio or the predictor of I-JEPA if it fits. A position table of another
+    grid is resized by the rule of the source encoder, relative positions by that of BEiT.
 
     Args:
       path: see `open_weights`.

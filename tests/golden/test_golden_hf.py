@@ -128,3 +128,18 @@ def test_golden_hf_ViTMAEForPreTraining_predicts_and_loses_the_same(golden):
     f.check('out/encoder_last_hidden_state', out['latent'])
     f.check('out/logits', out['pred'])
     f.check('out/loss', losses.masked_mse(out['pred'], method.target(images), mask.mask))
+
+
+@checks(check_back, check_recognised)
+def test_golden_hf_IJepaModel(golden, check):
+    check(golden('hf_IJepaModel'))
+
+
+def test_golden_hf_IJepaModel_gives_the_same_tokens(golden):
+    f = golden('hf_IJepaModel')
+    found, params = build(f)
+    assert found.family == 'ijepa'
+    out = run(found.vit, params, f, 'in/pixel_values')
+    f.check('out/last_hidden_state', out['patch_tokens'])
+    for i, block in enumerate(out['blocks']):
+        f.check(f'out/hidden_states/{i + 1}', block)
