@@ -62,7 +62,7 @@ class Predictor(nn.Module):
             self.depth,
             remat=self.remat,
             name='blocks',
-            shared_bias=bool(bias),
+            shared=len(bias),
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
             eps=self.eps,
