@@ -91,7 +91,8 @@ def _parser():
 
     p = command(pretrain, help='train an encoder on your images')
     data(p, 'folder of images, tar, Parquet or ArrayRecord files')
-    p.add_argument('--method', help='mae (the default), pixio, dinov2, splitmask or beit')
+    names = 'mae (the default), pixio, dinov2, dinov3, ijepa, lejepa, splitmask, beit or qb_heat'
+    p.add_argument('--method', help=names)
     p.add_argument('--config', help='a recipe instead of the inferred one, e.g. scenes_mae')
     p.add_argument('--workdir', required=True, help='folder of the run; start again to continue')
     compiled(p)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from ssl_jax import fields, sharding
 from ssl_jax.augment import photometry
-from ssl_jax.methods import beit
+from ssl_jax.methods import base, beit
 from ssl_jax.models import blocks as blocks_lib
 from ssl_jax.models import vit as vit_lib
 from ssl_jax.objectives import losses
@@ -145,6 +145,11 @@ class SplitMask(beit.Words):
     @property
     def min_images(self):
         return 2 if self.w_nce else 1
+
+    def warnings(self, batch_size, ways, accum_steps=1):
+        """InfoNCE sees micro-batches."""
+        if self.w_nce:
+            yield from base.micro_batches('InfoNCE', batch_size, accum_steps)
 
     @functools.cached_property
     def vit(self):
