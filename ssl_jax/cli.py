@@ -16,11 +16,14 @@
     ssl_jax plan --config RECIPE --topology v5e:4x4          # will it fit, how fast
     ssl_jax check --workdir W --data DIR                     # this machine or pod, in two minutes
     ssl_jax demo                                             # a few minutes on rendered scenes
+    ssl_jax methods                                          # what there is to train with,
+    ssl_jax recipes                                          # and the runs of the papers
 
 Each command imports its modules when it runs, so that `ssl_jax --help` is quick.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -67,6 +70,8 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog='ssl_jax', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    version = importlib.metadata.version('ssl_jax')
+    parser.add_argument('--version', action='version', version=f'ssl_jax {version}')
     commands = parser.add_subparsers(dest='command', required=True)
 
     def command(run, help):
@@ -266,6 +271,9 @@ def _parser():
 
     p = command(demo, help='train on rendered scenes for a few minutes, then evaluate')
     p.add_argument('--workdir', default='runs/demo')
+
+    command(methods, help='the methods, a line each')
+    command(recipes, help='the recipes, a line each')
 
     return parser
 
@@ -591,6 +599,22 @@ def demo(args):
     for path in show_lib.predictions(args.workdir, rows[0]['step']):
         print(path)
     print(f'pictures: {os.path.join(args.workdir, "pictures")}')
+
+
+def methods(args):
+    """`ssl_jax methods`."""
+    from ssl_jax import listing
+
+    del args
+    print('\n'.join(listing.method_names()))
+
+
+def recipes(args):
+    """`ssl_jax recipes`."""
+    from ssl_jax import listing
+
+    del args
+    print('\n'.join(listing.recipes()))
 
 
 def _on_cpu():

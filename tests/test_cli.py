@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command as a stranger types it: a folder of images in, numbers and pictures out."""
 
+import importlib.metadata
 import json
 from unittest import mock
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from ssl_jax import cli, plan
+from ssl_jax import config as config_lib
 from ssl_jax.data import scenes
 
 SMALL = (
@@ -134,3 +136,21 @@ def test_plan_takes_recipe_topology_and_fields_from_the_command_line(monkeypatch
     assert (config, topology, fields) == ('scenes_mae', 'v5e:2x2', ['batch_size=8'])
     none = dict(mesh=None, out=None, save=None, images=None)
     assert options == dict(slices=2, search=False, xla_alone=False, **none)
+
+
+def test_methods_and_recipes_are_listed_with_what_they_are(capsys):
+    cli.main(['methods'])
+    said = capsys.readouterr().out
+    assert 'ijepa            I-JEPA: predict the features' in said
+    assert '--method takes beit, dinov2,' in said and 'pixio' in said
+    assert said.rstrip().endswith('a recipe: classifier, dinov2_distill, distill.')
+    cli.main(['recipes'])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(config_lib.recipes())
+    assert all(line.split(maxsplit=1)[1:] for line in lines), 'a recipe without a docstring'
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        cli.main(['--version'])
+    assert capsys.readouterr().out == f'ssl_jax {importlib.metadata.version("ssl_jax")}\n'
