@@ -203,10 +203,11 @@ def explain(
 
     Args:
       model: any encoder.
-      images: see `Model.__call__`; an image's maps do not depend on the others.
+      images: see `Model.__call__`. Each has masks of its own: with the same ones, what the draw
+        happened to favour would show in all maps and look like a finding.
       of: the embedding: a feature of `make_forward` such as 'cls' or 'patch', or (row, column) of
         one patch. Default: 'cls', without class tokens 'patch'.
-      seed: of the masks.
+      seed: of the masks; those of image i, counted from 0, come from it and i.
       repeats: number of estimates, each with masks of its own. The maps are their means.
       settings: fields of `objectives.relax.Settings`, e.g. num_masks=500, fast=True.
 
@@ -227,8 +228,9 @@ def explain(
         of = tuple(map(int, of))
     of = of or ('cls' if vit.num_cls_tokens else 'patch')
     _check_explained(vit, grid, of, settings, repeats)
-    keys, found = jax.random.split(jax.random.key(seed), repeats), []
-    for image in images:
+    found = []
+    for i, image in enumerate(images):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), repeats)
         run = functools.partial(_explain, vit, model.params, image, model.mean, model.std)
         maps = [run(of, settings, key) for key in keys]
         importance, uncertainty = (jnp.stack(x) for x in zip(*maps, strict=True))

@@ -105,7 +105,7 @@ def explanations(model: encoder.Model, images: np.ndarray, out, masks: int) -> l
     note += '; attention: of the class token in the last block, mean of the heads.' if cls else '.'
     found, start = [], time.monotonic()
     for i, image in enumerate(images):
-        maps = jax.device_get(encoder.explain(model, image[None], num_masks=masks))
+        maps = jax.device_get(encoder.explain(model, image[None], seed=i, num_masks=masks))
         kept = maps['uncertainty'] <= np.nanmedian(maps['uncertainty'])
         columns = {
             'importance': maps['importance'],
