@@ -42,6 +42,11 @@ def models(workdir):
 def maps(workdir, images, masks):
     """Yields (name, maps (B, h, w), seconds per image)."""
     found = models(workdir)
+    for name, model in found.items():
+        yield f'attention: {name}', encoder.attention(model, images).mean(axis=1), None
+    middle = (np.arange(images.shape[1]) + 0.5) / images.shape[1] - 0.5
+    distance = np.hypot(middle[:, None], middle)
+    yield 'the middle of the image', np.broadcast_to(-distance, images.shape[:3]), None
     kinds = [
         ('trained, class token', 'trained', 'cls', {}),
         ('trained, mean patch', 'trained', 'patch', {}),
@@ -57,11 +62,6 @@ def maps(workdir, images, masks):
         yield f'importance: {name}', x['importance'], seconds
         if not settings:
             yield f'U-RELAX: {name}', x['u_relax'], None
-    for name, model in found.items():
-        yield f'attention: {name}', encoder.attention(model, images).mean(axis=1), None
-    middle = (np.arange(images.shape[1]) + 0.5) / images.shape[1] - 0.5
-    distance = np.hypot(middle[:, None], middle)
-    yield 'the middle of the image', np.broadcast_to(-distance, images.shape[:3]), None
 
 
 def main():
