@@ -141,6 +141,10 @@ def _parser():
     data(p, "images to reconstruct; default: the run's training set")
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
     p.add_argument('--num', type=_positive, default=8, help='number of images')
+    p.add_argument(
+        '--explain', type=_positive, nargs='?', const=3000, metavar='MASKS',
+        help='also which pixels the features depend on; masks per image, default: 3000',
+    )  # fmt: skip
 
     p = command(rank, help='numbers of every checkpoint of a run, without labels')
     p.add_argument('--workdir', required=True)
@@ -402,7 +406,10 @@ def show(args):
     """`ssl_jax show`."""
     from ssl_jax.viz import show as show_lib
 
-    for path in show_lib.show(args.workdir, data=_data(args), out=args.out, num=args.num):
+    paths = show_lib.show(
+        args.workdir, data=_data(args), out=args.out, num=args.num, explain=args.explain
+    )
+    for path in paths:
         print(path)
 
 

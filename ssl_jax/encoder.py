@@ -18,6 +18,7 @@ import numpy as np
 from ssl_jax.augment import photometry
 from ssl_jax.models import patches as patches_lib
 from ssl_jax.models import vit as vit_lib
+from ssl_jax.objectives import relax
 from ssl_jax.run import errors, weights
 
 MAX_GRID = 8192  # numbers per image: a million images in 32 GiB
@@ -185,6 +186,113 @@ def _attention(vit, params, images, mean, std):
     weights = vit_lib.last_attention(vit, params, images)[:, :, :c, first:].mean(axis=2)
     grid = (side // vit.patch_size for side in images.shape[1:3])
     return weights.reshape(*weights.shape[:2], *grid)
+
+
+def explain(
+    model: Model,
+    images: jax.Array | np.ndarray,
+    of: str | tuple[int, int] = '',
+    *,
+    seed: int = 0,
+    repeats: int = 1,
+    **settings,
+) -> dict[str, jax.Array]:
+    """Which pixels an embedding depends on, and how certain that is (RELAX).
+
+    Every image costs as many forward passes as there are masks, in batches of bounded memory.
+
+    Args:
+      model: any encoder.
+      images: see `Model.__call__`. Each has masks of its own: with the same ones, what the draw
+        happened to favour would show in all maps and look like a finding.
+      of: the embedding: a feature of `make_forward` such as 'cls' or 'patch', or (row, column) of
+        one patch. Default: 'cls', without class tokens 'patch'.
+      seed: of the masks; those of image i, counted from 0, come from it and i.
+      repeats: number of estimates, each with masks of its own. The maps are their means.
+      settings: fields of `objectives.relax.Settings`, e.g. num_masks=500, fast=True.
+
+    Returns:
+      dict of float32 (B, H, W)
+        importance: mean similarity to the whole image while the pixel is shown;
+        uncertainty: the variance of that similarity;
+        u_relax: the importance where the uncertainty is at most its median, else 0;
+        spread, important: with several repeats, see `relax.agreement`.
+
+    Raises:
+      UserError: images, `of` or a setting are wrong, or the encoder cannot drop patches (fast).
+    """
+    _check(model.vit, images)
+    vit, settings = model.vit, relax.Settings(**settings)
+    grid = tuple(side // vit.patch_size for side in images.shape[1:3])
+    if not isinstance(of, str):
+        of = tuple(map(int, of))
+    of = of or ('cls' if vit.num_cls_tokens else 'patch')
+    _check_explained(vit, grid, of, settings, repeats)
+    found = []
+    for i, image in enumerate(images):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), repeats)
+        run = functools.partial(_explain, vit, model.params, image, model.mean, model.std)
+        maps = [run(of, settings, key) for key in keys]
+        importance, uncertainty = (jnp.stack(x) for x in zip(*maps, strict=True))
+        out = {'importance': importance.mean(axis=0), 'uncertainty': uncertainty.mean(axis=0)}
+        out['u_relax'] = relax.certain(**out)
+        found.append(out if repeats == 1 else {**out, **relax.agreement(importance)})
+    return jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+
+def _check_explained(vit, grid, of, settings, repeats):
+    known = ['patch', *(['cls', 'cls_pre', 'cls_patch'] if vit.num_cls_tokens else [])]
+    if isinstance(of, str):
+        if of not in known:
+            raise errors.UserError(f'There is no feature {of!r}{errors.nearest(of, known)}')
+    elif not all(0 <= i < n for i, n in zip(of, grid, strict=True)):
+        raise errors.UserError(f'There is no patch {of}: the grid is {grid[0]}x{grid[1]}.')
+    if repeats < 1:
+        raise errors.UserError(f'repeats={repeats}: use 1 or more.')
+    if settings.fast and (vit.pos_embed == 'rope' or vit.rel_pos):
+        raise errors.UserError(
+            'This encoder has rotary or relative positions and cannot drop patches: use fast=False.'
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
+def _explain(vit, params, image, mean, std, of, settings, key):
+    """`relax.estimate` of one image (H, W, 3): importance and uncertainty, (H, W)."""
+    if image.dtype == jnp.uint8:
+        image = photometry.normalize(image, mean, std)
+    size, p = image.shape[:2], vit.patch_size
+    grid = tuple(side // p for side in size)
+    number = None if isinstance(of, str) else of[0] * grid[1] + of[1]
+    kept = min(max(round(settings.keep * grid[0] * grid[1]), 1), grid[0] * grid[1])
+
+    def embed(images, ids=None):
+        tokens = vit.apply({'params': params}, images, ids_keep=ids)
+        if number is None:
+            return pooled(vit, tokens)[of]
+        if ids is None:
+            return tokens['patch_tokens'][:, number]
+        where = (ids == number).argmax(axis=1)[:, None, None]
+        return jnp.take_along_axis(tokens['patch_tokens'], where, axis=1)[:, 0]
+
+    def distances(masks):
+        if settings.fast:
+            images = jnp.broadcast_to(image, (len(masks), *image.shape))
+            found = embed(images, relax.kept_ids(masks, kept))
+        else:
+            found = embed(image * masks[..., None])
+        return relax.distance(found, whole, settings.similarity)
+
+    def draw(key):
+        if settings.fast:
+            return relax.patch_mask(key, grid, kept, settings.cells, number)
+        return relax.soft_mask(key, size, settings.cells, settings.keep, settings.shift)
+
+    whole = embed(image[None])
+    mean, variance = relax.estimate(distances, draw, key, settings.num_masks, settings.batch)
+    importance = -mean if settings.similarity == 'l2' else 1 - mean
+    if settings.fast:
+        importance, variance = (jnp.kron(x, jnp.ones((p, p))) for x in (importance, variance))
+    return importance, variance
 
 
 def make_forward(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loaded encoder answers as the run's own, and a file of features survives its writer."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 
 import cv2
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,8 @@ from ssl_jax.data import host, scenes, sources
 from ssl_jax.data import transform as transform_lib
 from ssl_jax.evals import feature_file
 from ssl_jax.evals import features as features_lib
-from ssl_jax.run import weights
+from ssl_jax.objectives import relax
+from ssl_jax.run import errors, weights
 
 
 @pytest.fixture(scope='module')
@@ -129,6 +132,82 @@ def test_wrong_images_are_one_sentence(model, images, says):
 def test_a_block_that_is_not_there_is_one_sentence(model):
     with pytest.raises(ValueError, match='There is no block 2: this encoder has 0 to 1.'):
         model(pixels(), blocks=(2,))
+
+
+# Importance of pixels
+
+FEW = dict(num_masks=48, batch=16)
+
+
+@pytest.fixture(scope='module')
+def explained(model):
+    return jax.device_get(encoder.explain(model, pixels(2), seed=5, **FEW))
+
+
+def test_it_is_the_estimate_of_the_class_token_of_masked_normalised_images(model, explained):
+    key = jax.random.split(jax.random.fold_in(jax.random.key(5), 1), 1)[0]
+    keys = [jax.random.fold_in(key, n) for n in range(48)]
+    draw = jax.jit(lambda key: relax.soft_mask(key, (32, 32)))
+    masks = np.stack([draw(key) for key in keys])
+    image = np.asarray(photometry.normalize(pixels(2)))[1]
+    whole = np.asarray(model(image[None])['cls'][0], np.float64)
+    some = np.asarray(model(image * masks[..., None])['cls'], np.float64)
+    s = some @ whole / np.linalg.norm(some, axis=1) / np.linalg.norm(whole)
+    want = np.einsum('nyx,n->yx', masks, s) / masks.sum(axis=0)
+    np.testing.assert_allclose(explained['importance'][1], want, atol=1e-5)
+    around = (s[:, None, None] - want) ** 2
+    want = (masks * around).sum(axis=0) / masks.sum(axis=0)
+    np.testing.assert_allclose(explained['uncertainty'][1], want, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_maps_and_each_image_has_masks_of_its_own(model, explained):
+    twice = np.repeat(pixels(1), 2, axis=0)
+    again = encoder.explain(model, twice, seed=5, **FEW)
+    np.testing.assert_array_equal(again['importance'][0], explained['importance'][0])
+    assert np.abs(again['importance'][0] - again['importance'][1]).max() > 1e-4
+
+
+def test_patches_are_dropped_where_that_is_asked_for(model):
+    """The map of one patch, which every mask shows: 16 patches of one value each."""
+    fast = encoder.explain(model, pixels(1), (1, 2), fast=True, cells=4, seed=5, **FEW)
+    x = np.asarray(fast['importance'][0])
+    np.testing.assert_array_equal(x, np.kron(x[::8, ::8], np.ones((8, 8))))
+    key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0), 1)[0]
+    draw = jax.jit(lambda key: relax.patch_mask(key, (4, 4), 8, 4, 6))
+    masks = np.stack([draw(jax.random.fold_in(key, n)) for n in range(48)])
+    ids = np.stack([np.flatnonzero(mask) for mask in masks])
+    repeated = np.repeat(photometry.normalize(pixels(1)), 48, axis=0)
+    tokens = model.vit.apply({'params': model.params}, repeated, ids_keep=ids)['patch_tokens']
+    some = np.asarray(tokens)[np.arange(48), (ids == 6).argmax(axis=1)]
+    whole = np.asarray(model(pixels(1))['patch_tokens'])[0, 6]
+    s = some @ whole / np.linalg.norm(some, axis=1) / np.linalg.norm(whole)
+    want = np.einsum('nyx,n->yx', masks, s) / masks.sum(axis=0)
+    np.testing.assert_allclose(x[::8, ::8], want, atol=1e-5)
+
+
+def test_repeats_are_estimates_with_masks_of_their_own(model):
+    out = encoder.explain(model, pixels(1), 'patch', repeats=2, **FEW)
+    assert out['spread'].max() > 1e-4
+    assert set(np.unique(out['important'])) <= {0, 0.5, 1}
+
+
+@pytest.mark.parametrize(
+    'of,settings,message',
+    [
+        ('clss', {}, "did you mean 'cls'"),
+        ((4, 0), {}, 'the grid is 4x4'),
+        ('cls', dict(repeats=0), 'use 1 or more'),
+    ],
+)
+def test_what_cannot_be_explained_is_a_sentence(model, of, settings, message):
+    with pytest.raises(errors.UserError, match=message):
+        encoder.explain(model, pixels(1), of, **settings)
+
+
+def test_an_encoder_that_cannot_drop_patches_says_so(model):
+    rotary = dataclasses.replace(model, vit=model.vit.clone(pos_embed='rope'))
+    with pytest.raises(errors.UserError, match='fast=False'):
+        encoder.explain(rotary, pixels(1), fast=True)
 
 
 # A file of features

@@ -205,6 +205,30 @@ def depth_rows(
     _sheet(list(zip(*columns, strict=True)), names, path, note=note, bar=bar)
 
 
+def importance_rows(images: np.ndarray, maps: dict[str, np.ndarray], path, note: str = '') -> None:
+    """Draws images beside maps of any unit, from dark (low) to bright (high).
+
+    Args:
+      images: (B, H, W, 3) uint8 or in [0, 1].
+      maps: {header: (B, h, w)}, H and W multiples of h and w; each map spans the colours from its
+        1st to its 99th percentile. What is not finite is white.
+      path: of the PNG.
+      note: a line below.
+    """
+    images, columns = uint8(images), []
+    for values in maps.values():
+        values = np.asarray(values, np.float32)
+        column = np.full((*values.shape, 3), 255, np.uint8)
+        for x, tile in zip(values, column, strict=True):
+            known = np.isfinite(x)
+            if known.any():
+                tile[known] = heat(x[known], *np.percentile(x[known], (1, 99)))
+        columns.append(_enlarge(column, images.shape[1:3]))
+    bar = ('low: 1st percentile of a map', 'high: 99th')
+    rows = list(zip(images, *columns, strict=True))
+    _sheet(rows, ['image', *maps], path, note=note, bar=bar)
+
+
 def class_colours(count: int) -> np.ndarray:
     """uint8 (256, 3) by class index: CLASSES, then lighter, then darker ones; the rest white.
 

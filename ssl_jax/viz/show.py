@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run: crops, reconstructions, features, attention, predictions, curves."""
 
+import time
+
 import jax
 import numpy as np
 from etils import epath
@@ -13,8 +15,17 @@ from ssl_jax.run import errors, launch, storage, weights
 from ssl_jax.viz import draw
 from ssl_jax.viz import tokens as tokens_lib
 
+EXPLAINED = 8  # images in a picture of importance
+IMPORTANCE = (
+    'importance: mean cosine of the {feature} to that of the whole image while the pixel is shown, '
+    'over {masks:,} random masks; uncertainty: the variance of that cosine; U-RELAX: importance '
+    'where the uncertainty is at most its median, white elsewhere'
+)
 
-def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
+
+def show(
+    workdir, data=None, out=None, num: int = 8, explain: int | None = None
+) -> list[epath.Path]:
     """Writes the pictures of a run and returns their paths: `ssl_jax show`.
 
     Args:
@@ -22,6 +33,7 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
       data: images to show, a path or spec; default the training set of the run.
       out: folder; default workdir/pictures.
       num: number of images.
+      explain: masks per image of pictures of importance, see `encoder.explain`; None for none.
     """
     run = weights.open_run(workdir)
     if run.method is None and not data:
@@ -38,6 +50,8 @@ def show(workdir, data=None, out=None, num: int = 8) -> list[epath.Path]:
     images = pictures.spread_images(source, transform, num)
     model = encoder.Model(vit, jax.device_put(params), transform, str(workdir))
     paths = _features(model, images, source, out)
+    if explain:
+        paths += explanations(model, images, out, explain)
     paths += predictions(workdir, run.step, out)
     if run.method is not None:
         if transform['size'] != run.method.img_size:
@@ -72,6 +86,44 @@ def _mean_tokens(model, images, batch_size):
         filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
         total += np.asarray(model(filled)['patch_tokens'], np.float32)[: len(batch)].sum(axis=0)
     return total / len(images)
+
+
+def explanations(model: encoder.Model, images: np.ndarray, out, masks: int) -> list[epath.Path]:
+    """Draws which pixels the features of images depend on (RELAX), EXPLAINED images a picture.
+
+    Args:
+      model: its class token is explained, without one the mean of its patches.
+      images: uint8 (B, H, W, 3).
+      out: folder of the pictures.
+      masks: per image; each is a forward pass.
+
+    Returns:
+      Paths of the pictures.
+    """
+    cls = model.vit.num_cls_tokens
+    note = IMPORTANCE.format(feature='class token' if cls else 'mean patch', masks=masks)
+    note += '; attention: of the class token in the last block, mean of the heads.' if cls else '.'
+    found, start = [], time.monotonic()
+    for i, image in enumerate(images):
+        maps = jax.device_get(encoder.explain(model, image[None], seed=i, num_masks=masks))
+        kept = maps['uncertainty'] <= np.nanmedian(maps['uncertainty'])
+        columns = {
+            'importance': maps['importance'],
+            'uncertainty': maps['uncertainty'],
+            'U-RELAX': np.where(kept, maps['u_relax'], np.nan),
+        }
+        if cls:
+            columns['attention'] = np.asarray(encoder.attention(model, image[None]).mean(axis=1))
+        found.append(columns)
+        seconds = (time.monotonic() - start) / (i + 1)
+        launch.log(f'explained {i + 1} of {len(images)} images, {seconds:.1f} s an image')
+    paths = []
+    for i in range(0, len(images), EXPLAINED):
+        some = found[i : i + EXPLAINED]
+        maps = {name: np.concatenate([x[name] for x in some]) for name in some[0]}
+        paths.append(out / f'importance_{i // EXPLAINED}.png')
+        draw.importance_rows(images[i : i + EXPLAINED], maps, paths[-1], note)
+    return paths
 
 
 def predictions(workdir, step: int, out=None) -> list[epath.Path]:

@@ -180,6 +180,17 @@ def test_attention_is_drawn_beside_its_image_with_its_largest_value_white(tmp_pa
     np.testing.assert_array_equal(tile(sheet, 1, 3, 128)[::64, ::64, 0], [[0, 128], [255, 64]])
 
 
+def test_maps_span_the_colours_and_what_is_not_known_is_white(tmp_path):
+    values = np.arange(16.0).reshape(1, 4, 4)
+    values[0, 3, 3] = np.nan
+    draw.importance_rows(images(1), {'a': values, 'b': -values}, tmp_path / 'a.png', 'a note')
+    sheet = read(tmp_path / 'a.png')
+    a, b = (tile(sheet, 0, column, 128) for column in (1, 2))
+    np.testing.assert_array_equal(a[-1, -1], 255)
+    np.testing.assert_array_equal(a[0, 0], draw.heat([0], 0, 1)[0])
+    np.testing.assert_array_equal(b[0, 0], draw.heat([1], 0, 1)[0])
+
+
 def test_curves_draw_the_panels_that_have_data(tmp_path):
     rows = [{'step': s, 'loss': 1 / s} for s in range(1, 9)]
     write_rows(tmp_path / 'm.jsonl', rows)

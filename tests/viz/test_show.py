@@ -61,3 +61,13 @@ def test_the_page_has_these_heads_and_they_predict_what_was_kept(run, tmp_path):
     assert look.heads[1].classes == ('background', *scenes.CLASSES)
     drawn = dict(views.predictions(look, views.picture(look, 0)))
     assert len(drawn) == 2 and all(x.shape[0] > 128 for x in drawn.values())
+
+
+def test_importance_is_drawn_eight_images_a_picture_beside_attention(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(show_lib, 'EXPLAINED', 2)
+    images = np.stack([scenes.Scenes(8, 32)[i]['image'] for i in range(3)])
+    paths = show_lib.explanations(encoder.load_model(run), images, tmp_path, 10)
+    assert [path.name for path in paths] == ['importance_0.png', 'importance_1.png']
+    width, height = PIL.Image.open(paths[0]).size
+    assert width == 2 * draw.MARGIN + 5 * 128 + 4 * draw.GAP  # with attention
+    assert height > PIL.Image.open(paths[1]).size[1] + 128
