@@ -5,6 +5,7 @@
     ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+    ssl_jax report --workdir W                               # all of a run as one HTML page
     ssl_jax rank --workdir W                                 # which checkpoint, without labels
     ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
@@ -136,6 +137,10 @@ def _parser():
     data(p, "images to reconstruct; default: the run's training set")
     p.add_argument('--out', help='folder for the pictures; default: WORKDIR/pictures')
     p.add_argument('--num', type=_positive, default=8, help='number of images')
+
+    p = command(report, help='all that is known of a run as one HTML page; several: a comparison')
+    p.add_argument('--workdir', required=True, action='append', help='of a run; may be repeated')
+    p.add_argument('--out', help='the HTML file; default: report.html in the (first) workdir')
 
     p = command(rank, help='numbers of every checkpoint of a run, without labels')
     p.add_argument('--workdir', required=True)
@@ -274,11 +279,14 @@ def _ask_buckets(args):
     """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
     names = ('out', 'model', 'path', 'data', 'test', 'pool')
     paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
-    workdir = getattr(args, 'workdir', None) or ''
-    if paths or ':' in workdir:
+    workdirs = getattr(args, 'workdir', None) or ()
+    workdirs = [workdirs] if isinstance(workdirs, str) else workdirs
+    workdirs = [workdir for workdir in workdirs if ':' in workdir]
+    if paths or workdirs:
         from ssl_jax.run import storage
 
-        storage.require_workdir(workdir)
+        for workdir in workdirs:
+            storage.require_workdir(workdir)
         storage.require(*paths)
 
 
@@ -396,6 +404,13 @@ def show(args):
 
     for path in show_lib.show(args.workdir, data=_data(args), out=args.out, num=args.num):
         print(path)
+
+
+def report(args):
+    """`ssl_jax report`."""
+    from ssl_jax import report as report_lib
+
+    print(report_lib.write(args.workdir, args.out))
 
 
 def rank(args):
