@@ -378,6 +378,7 @@ def finetune(args):
 
 def eval_(args):
     """`ssl_jax eval`."""
+    from ssl_jax import report as report_lib
     from ssl_jax.evals import command
     from ssl_jax.viz import show as show_lib
 
@@ -396,6 +397,7 @@ def eval_(args):
     if any('scores' in row for row in rows):
         for path in show_lib.predictions(args.workdir, rows[0]['step']):
             print(path)
+    report_lib.refresh(args.workdir)
 
 
 def show(args):
@@ -578,6 +580,7 @@ def check(args):
 
 def demo(args):
     """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
+    from ssl_jax import report as report_lib
     from ssl_jax import train
     from ssl_jax.evals import command
     from ssl_jax.viz import show as show_lib
@@ -605,6 +608,7 @@ def demo(args):
         print(f'{what}: {", ".join(numbers)}')
     for path in show_lib.predictions(args.workdir, rows[0]['step']):
         print(path)
+    report_lib.refresh(args.workdir)
     print(f'pictures: {os.path.join(args.workdir, "pictures")}')
 
 

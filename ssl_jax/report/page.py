@@ -55,14 +55,15 @@ table{border-collapse:collapse;font-size:14px}
 td,th{text-align:left;padding:4px 16px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td:first-child{white-space:nowrap}details td:first-child{white-space:normal}
 tr.own{font-weight:600}tr.base{color:var(--soft)}
 .facts td:first-child{color:var(--soft);white-space:nowrap}.facts td{overflow-wrap:anywhere}
 details td{overflow-wrap:anywhere}
 details{margin:8px 0}summary{cursor:pointer;color:var(--soft);font-size:14px}
-.bar{display:flex;height:14px;border-radius:7px;overflow:hidden;margin:8px 0 12px;
+.bar{display:flex;height:14px;border-radius:7px;overflow:hidden;margin:8px 0 6px;
 background:var(--line)}.bar i{display:block}
-.b0{background:var(--c0)}.b1{background:var(--c4)}.b2{background:var(--c2)}
-.b3{background:var(--c3)}.b4{background:var(--c1)}.b5{background:var(--c5)}
+.b0{background:var(--c0)}.b1{background:var(--c1)}.b2{background:var(--c2)}
+.b3{background:var(--c3)}.b4{background:var(--c4)}.b5{background:var(--c5)}
 .pair{display:flex;flex-wrap:wrap;gap:10px 60px}.pair .scroll{min-width:0}
 pre{background:var(--card);border-radius:8px;padding:12px 14px;overflow-x:auto;font-size:13px;
 line-height:1.6}

@@ -17,8 +17,8 @@ TITLES = {
     'lr': 'Learning rate',
     'knn': 'kNN top-1, %',
     'seg/miou': 'Segmentation by kNN, mIoU, %',
-    'features/std': 'Spread of features (1: even, 0: all alike)',
-    'features/cosine': 'Mean cosine of two images (1: all alike)',
+    'features/std': 'Spread of features',
+    'features/cosine': 'Mean cosine of two images',
     'features/rankme': 'RankMe of features',
     'time/images_per_second': 'Images per second',
     'time/data_wait': 'Share of time waiting for data',
@@ -26,8 +26,20 @@ TITLES = {
     'time/goodput': 'Goodput since the start',
     'grad_norm': 'Gradient norm',
 }
+REMARKS = {
+    'features/std': '1 is even, 0 is all alike',
+    'features/cosine': '1 is all alike',
+    'features/rankme': 'the number of directions in use',
+}
 TIMES = ('time/images_per_second', 'time/data_wait', 'time/mfu', 'time/goodput')
 KINDS = {'loss': 'log', 'grad_norm': 'log', 'lr': 'zero', 'time/images_per_second': 'zero'}
+SHARES = {'time/data_wait', 'time/mfu', 'time/goodput'}
+ABOUT = {  # of the meta of a checkpoint
+    'images': 'number of images',
+    'data': 'fingerprint of the images',
+    'devices': 'number of devices',
+    'device': 'kind of device',
+}
 BEHIND = ('grad_norm', 'skipped_in_a_row', 'skipped_total', 'failed')  # not among the first charts
 esc = html.escape
 
@@ -72,9 +84,9 @@ def cards(run):
     knn = [run.last(key) for key in run.series if key.startswith('knn/')]
     seconds = run.ledger.get('seconds', {})
     total = sum(seconds.values())
-    done, _, word = state(run).partition(', ')
+    done, _, word = state(run).removeprefix('step ').partition(', ')
     shown = [
-        (word or 'state', done),
+        (f'steps, {word}' if word else 'state', done),
         ('loss', plots.number(run.last('loss'))),
         ('best kNN top-1', f'{max(knn):.1f} %' if knn else ''),
         ('images per second', plots.number(run.speed() and round(run.speed()))),
@@ -133,13 +145,20 @@ def _facts(run):
         'versions': ', '.join(f'{k} {v}' for k, v in meta.get('versions', {}).items()),
         'seed': f('seed'),
     }
-    return {label: text for label, text in found.items() if text not in (None, '', False)}
+    return {k: v for k, v in found.items() if v is not None and v is not False and v != ''}
 
 
 def _spec(spec):
     if not isinstance(spec, dict):
         return spec
-    return ', '.join(f'{k} {json.dumps(v) if isinstance(v, dict) else v}' for k, v in spec.items())
+    order = sorted(spec, key=lambda k: (k not in ('source', 'path'), k))
+    values = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in spec.items()}
+    return ', '.join(f'{k} {values[k]}' for k in order)
+
+
+def _value(x):
+    """A value as it is typed in FIELD=VALUE."""
+    return x if isinstance(x, str) else str(x) if x is None else json.dumps(x)
 
 
 def differences(runs):
@@ -148,12 +167,12 @@ def differences(runs):
     for run in runs:
         flat = config_lib.flatten(run.config)
         flat.pop('overrides', None)
-        about = {k: run.meta[k] for k in ('images', 'data', 'devices', 'device') if k in run.meta}
-        about |= {f'version of {k}': v for k, v in run.meta.get('versions', {}).items()}
-        flats.append(flat | {f'({k})': v for k, v in about.items()})
+        flat |= {name: run.meta[k] for k, name in ABOUT.items() if k in run.meta}
+        flat |= {f'version of {k}': v for k, v in run.meta.get('versions', {}).items()}
+        flats.append(flat)
     rows = []
     for key in sorted({key for flat in flats for key in flat}):
-        values = [json.dumps(flat[key]) if key in flat else '–' for flat in flats]
+        values = [_value(flat[key]) if key in flat else '–' for flat in flats]
         if len({*values}) > 1:
             rows.append((key, *values))
     if not rows:
@@ -163,14 +182,16 @@ def differences(runs):
 
 def curves(runs):
     """Charts of all metrics; those asked for first are open. One run: keys of a group together."""
-    panels = _grouped(runs[0].series) if len(runs) == 1 else _side_by_side(runs)
+    one = len(runs) == 1
+    panels = _grouped(runs[0].series) if one else _side_by_side(runs)
+    colours = None if one else {run.name: i for i, run in enumerate(runs)}
     first, more = [], []
     for title, lines in panels.items():
         group = title.partition('/')[0]
         is_first = title in ('loss', 'lr', TIMES[0]) or (
             any('/' in key for key in [title, *lines]) and group not in (*BEHIND, 'time')
         )
-        (first if is_first else more).append(_panel(title, lines))
+        (first if is_first else more).append(_panel(title, lines, colours))
     if not first and not more:
         return note('There are no metrics yet.')
     out = f'<div class="charts">{"".join(first)}</div>'
@@ -178,9 +199,9 @@ def curves(runs):
         out += details(f'{len(more)} more charts', f'<div class="charts">{"".join(more)}</div>')
     keys = [k for k in _order({k for run in runs for k in run.series}) if _is_shown(k)]
     rows = [(key, *(plots.number(run.last(key)) for run in runs)) for key in keys]
-    head = ('metric', *(run.name for run in runs)) if len(runs) > 1 else ('metric', 'last value')
+    head = ('metric', 'last value') if one else ('metric', *(run.name for run in runs))
     last = table(head, rows, range(1, len(head)))
-    return out + (details('Last value of every metric', last) if len(runs) == 1 else last)
+    return out + (details('Last value of every metric', last) if one else last)
 
 
 def _is_shown(key):
@@ -214,16 +235,21 @@ def _side_by_side(runs):
     return panels
 
 
-def _panel(title, found):
-    lines = [plots.Line(label, *np.asarray(xy)) for label, xy in found.items()]
+def _panel(title, found, colours=None):
+    colours = colours or {label: i for i, label in enumerate(found)}
+    lines = [plots.Line(label, *xy, colours[label]) for label, xy in found.items()]
     kind = KINDS.get(title, 'log' if title.endswith('loss') else '')
-    ends = [f'{line.label.removeprefix(title + "/")}: {plots.number(line.y[-1])}' for line in lines]
     if len(lines) > 1:
-        below = plots.legend(ends)
+        below = plots.legend({
+            line.colour: f'{line.label.removeprefix(title + "/")}: {plots.number(line.y[-1])}'
+            for line in lines
+        })  # fmt: skip
     else:
         at = f'{plots.number(lines[0].y[-1])} at step {lines[0].x[-1]:,.0f}'
         low = lines[0].y.argmin()
-        if kind == 'log':
+        if title in REMARKS:
+            at += f'; {REMARKS[title]}'
+        elif kind == 'log':
             at += f', lowest {plots.number(lines[0].y[low])} at {lines[0].x[low]:,.0f}'
         label = '' if lines[0].label == title else f'{lines[0].label}: '
         below = f'<p class="last">{esc(label + at)}</p>'
@@ -235,10 +261,7 @@ def pictures(runs):
     """Pictures over time, then the others; of several runs the newest of each kind side by side."""
     shown = []
     for run in runs:
-        found = run.pictures
-        if len(runs) > 1:
-            found = list({picture.name: picture for picture in found}.values())
-        for picture in found:
+        for picture in run.pictures:
             step = '' if picture.step is None else f', step {picture.step:,}'
             name = f'{run.name}: ' if len(runs) > 1 else ''
             caption = f'{name}{picture.name.replace("_", " ")}{step}'
@@ -284,19 +307,20 @@ def time(runs):
         total = sum(seconds.values())
         names = {'step': 'steps', **ledger.WORDS}
         speed = [
-            (TITLES[key], plots.number(float(np.median(run.series[key][1]))))
+            (TITLES[key], f'{x:.1%}' if key in SHARES else plots.number(x))
             for key in TIMES[:3]
             if key in run.series
+            for x in [float(np.median(run.series[key][1]))]
         ]
         bars = rows = ''
         if total:
             order = sorted(seconds, key=lambda k: (k != 'step', -seconds[k]))
             bars = ''.join(
-                f'<i class="b{min(i, plots.NUM_COLOURS - 1)}" '
+                f'<i class="b{i % plots.NUM_COLOURS}" '
                 f'style="width:{100 * seconds[k] / total:.2f}%"></i>'
                 for i, k in enumerate(order)
             )
-            bars = f'<div class="bar">{bars}</div>'
+            bars = f'<div class="bar">{bars}</div>{plots.legend(dict(enumerate(names.get(k, k) for k in order)))}'
             rows = table(
                 ('phase', 'time', 'share'),
                 [
@@ -367,7 +391,7 @@ def settings(runs):
     """Every field of the config, folded away."""
     parts = []
     for run in runs:
-        rows = [(k, json.dumps(v)) for k, v in sorted(config_lib.flatten(run.config).items())]
+        rows = [(k, _value(v)) for k, v in sorted(config_lib.flatten(run.config).items())]
         title = 'Every setting' + (f' of {run.name}' if len(runs) > 1 else '')
         parts.append(details(title, table((), rows)) if rows else note('config.json is absent.'))
     return ''.join(parts)

@@ -24,6 +24,7 @@ class Line:
     label: str
     x: np.ndarray  # steps, ascending
     y: np.ndarray  # finite
+    colour: int = 0  # a number beyond NUM_COLOURS is the same colour with dashes
 
 
 def number(x: float | None) -> str:
@@ -57,6 +58,7 @@ def chart(lines: Sequence[Line], kind: str = '') -> str:
         low, high = 0.0, high * 1.05
     first = min(float(line.x[0]) for line in lines)
     last = max(float(line.x[-1]) for line in lines)
+    steps = _ticks(first, last, 5) if last > first else [first]
     first, last = (first, last) if last > first else (first - 0.5, last + 0.5)
     if is_log:
         ticks = _log_ticks(low, high)
@@ -82,7 +84,7 @@ def chart(lines: Sequence[Line], kind: str = '') -> str:
         parts.append(
             f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>'
         )
-    for tick in _ticks(first, last, 5):
+    for tick in steps:
         at = float(across(tick))
         parts.append(
             f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
@@ -92,8 +94,8 @@ def chart(lines: Sequence[Line], kind: str = '') -> str:
     parts.append(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
     )
-    for i, line in enumerate(lines):
-        parts += _line(line, i, across, up)
+    for line in lines:
+        parts += _line(line, across, up)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{html.escape(", ".join(line.label for line in lines))} over steps">'
@@ -101,19 +103,19 @@ def chart(lines: Sequence[Line], kind: str = '') -> str:
     )
 
 
-def legend(labels: Sequence[str]) -> str:
-    """Labels beside the colours that `chart` gives to lines in this order."""
+def legend(labels: dict[int, str]) -> str:
+    """Labels beside the colours of lines, {colour: label}."""
     marks = (
         f'<span><svg class="key" viewBox="0 0 22 8">{_path("M0 4H22", i)}</svg>'
         f'{html.escape(x)}</span>'
-        for i, x in enumerate(labels)
+        for i, x in labels.items()
     )
     return f'<div class="legend">{"".join(marks)}</div>'
 
 
-def _line(line, i, across, up):
+def _line(line, across, up):
     """Elements of one line."""
-    x, y, parts = line.x, line.y, []
+    x, y, i, parts = line.x, line.y, line.colour, []
     if len(x) > SMOOTHED:  # noise stays visible behind the mean
         parts.append(_path(_points(*_thinned(x, y), across, up), i, ' faint'))
         width = len(x) // 50

@@ -108,14 +108,20 @@ def read_all(workdirs: Sequence[epath.PathLike]) -> list[Run]:
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise errors.UserError(f'{twice[0]} is given twice: give each --workdir once.')
     names = [path.rpartition('/')[2] or path for path in paths]
-    budget, found = PICTURE_BYTES // len(paths), []
+    budget, many, found = PICTURE_BYTES // len(paths), 1 if paths[1:] else OVER_TIME, []
     for path, name in zip(paths, names, strict=True):
-        found.append(read(path, name if names.count(name) == 1 else path, budget))
+        found.append(read(path, name if names.count(name) == 1 else path, budget, many))
     return found
 
 
-def read(workdir: str, name: str, budget: int = PICTURE_BYTES) -> Run:
-    """A run; `budget` is for the bytes of its pictures.
+def read(workdir: str, name: str, budget: int = PICTURE_BYTES, many: int = OVER_TIME) -> Run:
+    """A run.
+
+    Args:
+      workdir: of the run.
+      name: for the page.
+      budget: bytes of all its pictures.
+      many: pictures of a series at most, the newest among them.
 
     Raises:
       UserError: the workdir holds no run.
@@ -145,7 +151,7 @@ def read(workdir: str, name: str, budget: int = PICTURE_BYTES) -> Run:
         missing.append('There is no ledger.json: where the time went is not known.')
     steps = sorted(int(found[1]) for found in map(EVALUATION.fullmatch, names) if found)
     evaluations = {s: _json(workdir, names, f'eval_{s}.json', list, missing) for s in steps}
-    pictures, left_out = _pictures(workdir, budget, missing)
+    pictures, left_out = _pictures(workdir, budget, many, missing)
     return Run(
         workdir=workdir,
         name=name,
@@ -177,7 +183,7 @@ def _json(workdir, names, name, kind, missing):
     return kind()
 
 
-def _pictures(workdir, budget, missing):
+def _pictures(workdir, budget, many, missing):
     """([Picture], [names of those left out]); the newest of each kind come before older ones."""
     names = [name for name in storage.names(f'{workdir}/pictures') if name.endswith('.png')]
     kinds = {}
@@ -189,7 +195,7 @@ def _pictures(workdir, budget, missing):
     chosen = []
     for kind, files in kinds.items():
         files = sorted(files)
-        index = {round(i) for i in np.linspace(0, len(files) - 1, min(OVER_TIME, len(files)))}
+        index = {round(i) for i in np.linspace(len(files) - 1, 0, min(many, len(files)))}
         chosen += [(len(files) - 1 - i, kind, *files[i]) for i in index]
     pictures, left_out = [], []
     for _, kind, step, name in sorted(chosen):

@@ -19,6 +19,13 @@ NAMES = {
     'depth': 'Depth by a trained head',
     'classifier': 'Classifier of the run',
 }
+HEADS = {
+    'top1': 'top-1, %',
+    'top5': 'top-5, %',
+    'rankme': 'RankMe',
+    'rankme_max': 'of at most',
+    'std': 'spread',
+}
 
 
 def scores(runs):
@@ -35,7 +42,8 @@ def scores(runs):
         if older:
             notes.append(f'{run.name} was evaluated at steps {", ".join(map(str, older))} before.')
     out = ''
-    for kind in dict.fromkeys(row['eval'] for _, row in rows):
+    kinds = dict.fromkeys(row['eval'] for _, row in rows)
+    for kind in sorted(kinds, key='monitors'.__eq__):  # those last
         found = [(name, row) for name, row in rows if row['eval'] == kind]
         out += f'<h3>{parts.esc(NAMES.get(kind, kind))}</h3>{_table(found, len(runs) > 1)}'
     if rows:
@@ -61,7 +69,8 @@ def _values(row):
 def _table(found, with_run):
     values = [_values(row) for _, row in found]
     metrics = list(dict.fromkeys(key for v in values for key in v))
-    head = (*(['run'] if with_run else []), 'model', 'feature', *metrics, 'protocol')
+    shown = [HEADS.get(key, key) for key in metrics]
+    head = (*(['run'] if with_run else []), 'model', 'feature', *shown, 'protocol')
     lines, classes, protocols, remarks = [], [], {}, []
     for (name, row), v in zip(found, values, strict=True):
         model = str(row.get('model', '')).replace('_', ' ')
