@@ -320,7 +320,8 @@ def time(runs):
                 f'style="width:{100 * seconds[k] / total:.2f}%"></i>'
                 for i, k in enumerate(order)
             )
-            bars = f'<div class="bar">{bars}</div>{plots.legend(dict(enumerate(names.get(k, k) for k in order)))}'
+            shown = {i: names.get(k, k) for i, k in enumerate(order)}
+            bars = f'<div class="bar">{bars}</div>{plots.legend(shown)}'
             rows = table(
                 ('phase', 'time', 'share'),
                 [

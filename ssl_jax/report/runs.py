@@ -24,6 +24,7 @@ from ssl_jax.viz import draw
 
 EVALUATION = re.compile(r'eval_(\d+)\.json')
 STEP = re.compile(r'_(\d{4,})$')  # at the end of the name of a picture of a series
+MANY = 24  # pictures of a run at most
 OVER_TIME = 5  # pictures of a series that are shown
 PICTURE_BYTES = 3_300_000  # of all pictures of a page; base64 makes a third more of them
 LARGE = 300_000  # bytes of a picture from which on it becomes a JPEG
@@ -75,7 +76,7 @@ class Run:
         try:
             config = ml_collections.ConfigDict(self.config)
             return clock_lib.Clock.of(config, self.meta.get('images')).total
-        except (errors.UserError, AttributeError, TypeError):
+        except (errors.UserError, AttributeError, TypeError, ValueError):
             return None
 
     @property
@@ -184,7 +185,7 @@ def _json(workdir, names, name, kind, missing):
 
 
 def _pictures(workdir, budget, many, missing):
-    """([Picture], [names of those left out]); the newest of each kind come before older ones."""
+    """([Picture], [names of those left out]); the newest come first, series before others."""
     names = [name for name in storage.names(f'{workdir}/pictures') if name.endswith('.png')]
     kinds = {}
     for name in names:
@@ -196,9 +197,12 @@ def _pictures(workdir, budget, many, missing):
     for kind, files in kinds.items():
         files = sorted(files)
         index = {round(i) for i in np.linspace(len(files) - 1, 0, min(many, len(files)))}
-        chosen += [(len(files) - 1 - i, kind, *files[i]) for i in index]
+        chosen += [(len(files) - 1 - i, files[i][0] < 0, kind, *files[i]) for i in index]
     pictures, left_out = [], []
-    for _, kind, step, name in sorted(chosen):
+    for *_, kind, step, name in sorted(chosen):
+        if len(left_out) > 2 or len(pictures) == MANY:
+            left_out.append(name)
+            continue
         try:
             data, form, size = _small(storage.read(f'{workdir}/pictures/{name}'))
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
@@ -241,7 +245,9 @@ def _events(workdir, names, config, rows):
             found['collapse of features'] = suspect_features(numbers)
         for key in numbers:
             if key.startswith('failed/'):
-                found[key] = f'The evaluation {key.partition("/")[2]} failed, see the log.'
+                found[f'{key} failed'] = (
+                    f'The evaluation {key.partition("/")[2]} failed, see the log.'
+                )
         events += [(step, text) for key, text in found.items() if text and key not in active]
         active = (active - {*found}) | {key for key, text in found.items() if text}
         count = numbers.get('skipped_total', skipped)
