@@ -73,11 +73,8 @@ class Run:
     @property
     def total(self) -> int | None:
         """Steps of the whole run."""
-        try:
-            config = ml_collections.ConfigDict(self.config)
-            return clock_lib.Clock.of(config, self.meta.get('images')).total
-        except (errors.UserError, AttributeError, TypeError, ValueError):
-            return None
+        clock = _clock(self.config, self.meta)
+        return clock and clock.total
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -159,7 +156,7 @@ def read(workdir: str, name: str, budget: int = PICTURE_BYTES, many: int = OVER_
         config=config,
         meta=meta,
         series=draw.series_of(rows),
-        events=_events(workdir, names, config, rows),
+        events=_events(workdir, names, config, meta, rows),
         evaluations={s: found for s, found in evaluations.items() if found},
         pictures=pictures,
         left_out=left_out,
@@ -230,10 +227,10 @@ def _small(data):
         return file.getvalue(), 'jpeg', image.size
 
 
-def _events(workdir, names, config, rows):
+def _events(workdir, names, config, meta, rows):
     """[(step or None, sentence)] of what went wrong; of a streak only its start."""
     events, values, active, skipped = [], {}, set(), 0
-    suspect, suspect_features = _suspect(config), _suspect_features(config)
+    suspect, suspect_features = _suspect(config, meta), _suspect_features(config)
     for row in rows:
         step = int(row['step'])
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
@@ -262,17 +259,26 @@ def _events(workdir, names, config, rows):
     return events[:SENTENCES] + ([(None, f'And {more} more like these.')] if more > 0 else [])
 
 
-def _suspect(config):
-    """What the method says of its latest metrics; nothing where this version cannot make it."""
+def _clock(config, meta):
+    """The clock of a stored config, None where it has none."""
     try:
-        method = methods.make(config_lib.from_dict(config)[0])
+        return clock_lib.Clock.of(ml_collections.ConfigDict(config), meta.get('images'))
+    except (errors.UserError, AttributeError, TypeError, ValueError):
+        return None
+
+
+def _suspect(config, meta):
+    """What the method says of its latest metrics; nothing where this version cannot make it."""
+    clock = _clock(config, meta)
+    try:
+        method = clock and methods.make(config_lib.from_dict(config)[0], clock)
     except (errors.UserError, ValueError, KeyError, TypeError, AttributeError):
-        return lambda values, step: None
+        method = None
 
     def suspect(values, step):
         try:
-            return method.suspect(values, step)
-        except (KeyError, TypeError, ValueError):  # metrics of another version
+            return method and method.suspect(values, step)
+        except (KeyError, TypeError, ValueError, AttributeError):  # metrics of another version
             return None
 
     return suspect

@@ -7,11 +7,13 @@ import io
 import json
 import re
 import shutil
+import threading
 
 import numpy as np
 import PIL.Image
 import pytest
 
+import tiny
 from ssl_jax import cli, report
 from ssl_jax.report import page, plots, runs
 from ssl_jax.run import errors, uploads
@@ -257,6 +259,17 @@ def test_what_went_wrong_is_listed_with_its_step(tmp_path, sealed):
     assert all(event in text for _, event in events) and 'Nothing stands out' not in text
 
 
+def test_the_collapse_that_a_method_suspects_is_told_from_its_step_on(tmp_path, sealed):
+    healthy = {'teacher_entropy': 1.0, 'kl_uniform': 0.0, 'prototype_use': 0.5}
+    collapsed = {**healthy, 'teacher_entropy': 4.158}  # of at most log 64
+    found = {2: healthy, 30: healthy, 40: collapsed, 50: collapsed}
+    rows = [{'step': step, 'loss': 1.0, **values} for step, values in found.items()]
+    workdir = make(tmp_path / 'run', rows=rows)
+    (workdir / 'config.json').write_text(json.dumps(tiny.dinov2(total_steps=60).to_dict()))
+    ((step, sentence),) = runs.read_all([workdir])[0].events
+    assert step == 40 and sentence.startswith('Collapse to uniform suspected')
+
+
 def test_a_plan_is_shown_beside_what_was_measured(tmp_path, sealed):
     workdir = make(tmp_path / 'run')
     plan = dict(topology='v5e:2x2', command='ssl_jax plan', images_per_second=80.0, mfu=0.4)
@@ -325,6 +338,15 @@ def test_a_report_that_fails_is_a_line_and_no_error(tmp_path, sealed, monkeypatc
     monkeypatch.setattr(uploads, 'put', full)
     report.refresh(workdir, is_new=True)
     assert 'report.html is not written (OSError: No space' in capfd.readouterr().err
+
+
+def test_a_bucket_that_does_not_answer_delays_the_end_of_a_run_only_shortly(monkeypatch, capfd):
+    answered = threading.Event()
+    monkeypatch.setattr(uploads, 'CLOSE_SECONDS', 0.05)
+    monkeypatch.setattr(report, 'write', lambda workdirs: answered.wait(20))
+    report.refresh('gs://bucket/run', is_new=True)
+    assert not answered.is_set() and 'the bucket does not answer' in capfd.readouterr().err
+    answered.set()
 
 
 def test_other_commands_make_an_old_report_anew_and_no_new_one(tmp_path, sealed):
