@@ -285,9 +285,9 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
     if first < total:
         book.write(done, finished=done == total)
         uploads.close()
-        log(book.line())
         if not result['preempted']:  # else time is short; `ssl_jax report` makes it at any time
             report.refresh(run.workdir, is_new=True)
+        log(book.line())
     return result
 
 

@@ -347,6 +347,9 @@ def test_a_bucket_that_does_not_answer_delays_the_end_of_a_run_only_shortly(monk
     report.refresh('gs://bucket/run', is_new=True)
     assert not answered.is_set() and 'the bucket does not answer' in capfd.readouterr().err
     answered.set()
+    for thread in threading.enumerate():
+        if thread.name == 'report':
+            thread.join()
 
 
 def test_other_commands_make_an_old_report_anew_and_no_new_one(tmp_path, sealed):
