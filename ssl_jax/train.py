@@ -70,7 +70,7 @@ def train(config, workdir, programs=None, before: dict | None = None) -> dict:
 
     Args:
       config: see `ssl_jax.config`.
-      workdir: local folder or gs:// path; checkpoints/, metrics.jsonl, pictures/, report.html.
+      workdir: local folder or gs:// path; for checkpoints/, metrics.jsonl, report.html and more.
       programs: folder of compiled programs, see `run.compiled`; None keeps none.
       before: seconds that the start of this process took so far, by name.
 
