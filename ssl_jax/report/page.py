@@ -59,6 +59,8 @@ td:first-child{white-space:nowrap}details td:first-child{white-space:normal}
 tr.own{font-weight:600}tr.base{color:var(--soft)}
 .facts td:first-child{color:var(--soft);white-space:nowrap}.facts td{overflow-wrap:anywhere}
 details td{overflow-wrap:anywhere}
+.facts td:nth-child(2):not(:last-child),.facts td:nth-child(n+3){min-width:190px}
+tr.own td,tr.base td{white-space:nowrap}
 details{margin:8px 0}summary{cursor:pointer;color:var(--soft);font-size:14px}
 .bar{display:flex;height:14px;border-radius:7px;overflow:hidden;margin:8px 0 6px;
 background:var(--line)}.bar i{display:block}
