@@ -5,6 +5,7 @@
     ssl_jax finetune --model W --data LABELLED --test LABELLED --workdir W2   # a classifier
     ssl_jax eval --workdir W --data LABELLED                 # kNN and linear probe, with baselines
     ssl_jax show --workdir W --data DIR                      # reconstructions and curves
+    ssl_jax report --workdir W                               # all of a run as one HTML page
     ssl_jax rank --workdir W                                 # which checkpoint, without labels
     ssl_jax explore --model W --data DIR                     # the same and more on a local web page
     ssl_jax features --model W --data DIR --out F.parquet    # class and pooled features of images
@@ -146,6 +147,10 @@ def _parser():
         help='also which pixels the features depend on; masks per image, default: 3000',
     )  # fmt: skip
 
+    p = command(report, help='all that is known of a run as one HTML page; several: a comparison')
+    p.add_argument('--workdir', required=True, action='append', help='of a run; may be repeated')
+    p.add_argument('--out', help='the HTML file; default: report.html in the (first) workdir')
+
     p = command(rank, help='numbers of every checkpoint of a run, without labels')
     p.add_argument('--workdir', required=True)
     data(p, "images; default: the run's training set")
@@ -286,11 +291,14 @@ def _ask_buckets(args):
     """Refuses paths in buckets that are misspelled or cannot be read, before anything else."""
     names = ('out', 'model', 'path', 'data', 'test', 'pool')
     paths = [path for path in (getattr(args, name, None) for name in names) if path and ':' in path]
-    workdir = getattr(args, 'workdir', None) or ''
-    if paths or ':' in workdir:
+    workdirs = getattr(args, 'workdir', None) or ()
+    workdirs = [workdirs] if isinstance(workdirs, str) else workdirs
+    workdirs = [workdir for workdir in workdirs if ':' in workdir]
+    if paths or workdirs:
         from ssl_jax.run import storage
 
-        storage.require_workdir(workdir)
+        for workdir in workdirs:
+            storage.require_workdir(workdir)
         storage.require(*paths)
 
 
@@ -382,6 +390,7 @@ def finetune(args):
 
 def eval_(args):
     """`ssl_jax eval`."""
+    from ssl_jax import report as report_lib
     from ssl_jax.evals import command
     from ssl_jax.viz import show as show_lib
 
@@ -400,6 +409,7 @@ def eval_(args):
     if any('scores' in row for row in rows):
         for path in show_lib.predictions(args.workdir, rows[0]['step']):
             print(path)
+    report_lib.refresh(args.workdir)
 
 
 def show(args):
@@ -411,6 +421,13 @@ def show(args):
     )
     for path in paths:
         print(path)
+
+
+def report(args):
+    """`ssl_jax report`."""
+    from ssl_jax import report as report_lib
+
+    print(report_lib.write(args.workdir, args.out))
 
 
 def rank(args):
@@ -578,6 +595,7 @@ def check(args):
 
 def demo(args):
     """`ssl_jax demo`: the recipe scenes_mae, then the evaluation, both on rendered scenes."""
+    from ssl_jax import report as report_lib
     from ssl_jax import train
     from ssl_jax.evals import command
     from ssl_jax.viz import show as show_lib
@@ -605,6 +623,7 @@ def demo(args):
         print(f'{what}: {", ".join(numbers)}')
     for path in show_lib.predictions(args.workdir, rows[0]['step']):
         print(path)
+    report_lib.refresh(args.workdir)
     print(f'pictures: {os.path.join(args.workdir, "pictures")}')
 
 

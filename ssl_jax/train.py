@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 from ssl_jax import config as config_lib
-from ssl_jax import methods, sharding
+from ssl_jax import methods, report, sharding
 from ssl_jax import step as step_lib
 from ssl_jax.data import order, sources
 from ssl_jax.data import stream as stream_lib
@@ -70,7 +70,7 @@ def train(config, workdir, programs=None, before: dict | None = None) -> dict:
 
     Args:
       config: see `ssl_jax.config`.
-      workdir: local folder or gs:// path; checkpoints/, metrics.jsonl, pictures/, config.json.
+      workdir: local folder or gs:// path; for checkpoints/, metrics.jsonl, report.html and more.
       programs: folder of compiled programs, see `run.compiled`; None keeps none.
       before: seconds that the start of this process took so far, by name.
 
@@ -285,6 +285,8 @@ def loop(run: Run, state, starting: metrics.Timers, began: float) -> dict:
     if first < total:
         book.write(done, finished=done == total)
         uploads.close()
+        if not result['preempted']:  # else time is short; `ssl_jax report` makes it at any time
+            report.refresh(run.workdir, is_new=True)
         log(book.line())
     return result
 

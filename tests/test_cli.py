@@ -58,6 +58,9 @@ def test_pretrain_leaves_something_worth_opening(run):
     assert (run / 'pictures' / 'curves.png').stat().st_size > 1000
     rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
     assert rows[-1]['step'] == 4 and any('loss' in r for r in rows)
+    report = (run / 'report.html').read_text()
+    assert 'step 4 of 4, finished' in report and 'data:image/png' in report
+    assert 'could not be made' not in report
 
 
 def test_the_file_that_is_no_image_is_listed_with_its_reason(run):
@@ -74,6 +77,10 @@ def test_eval_prints_the_run_beside_the_untrained_encoder_and_raw_pixels(run, fo
     assert {r['eval'] for r in rows} >= {'knn', 'linear'}
     assert all(r['protocol'] for r in rows)
     assert 'untrained' in out and 'even, odd' in out
+    report = (run / 'report.html').read_text()
+    assert 'Linear probe' in report
+    assert all(row['protocol_id'] in report for row in rows)
+    assert 'could not be made' not in report
 
 
 def test_show_writes_pictures_of_other_images(run, folder, tmp_path, capsys):

@@ -20,6 +20,7 @@ ORDER = (
     ('run/weights', 'run/compiled'),
     ('run/start', 'encoder'),
     ('evals', 'plan', 'check'),
+    ('report',),
     ('train', 'viz/show', 'app', 'prepare', 'curate'),
     ('cli', '__init__'),
 )

@@ -234,7 +234,7 @@ def table(rows: list[dict]) -> str:
     for row in scored:
         top = f'{row["top1"]:.2f}', f'{row["top5"]:.2f}'
         names = row['model'], row['eval'], row['feature']
-        lines.append((*names, *top, row['protocol_id'], _brief(row)))
+        lines.append((*names, *top, row['protocol_id'], brief(row)))
     out = task_lib.aligned(lines, (3, 4))
     if scored:
         p = scored[0]['protocol']
@@ -260,7 +260,7 @@ def table(rows: list[dict]) -> str:
     return '\n'.join(out)
 
 
-def _brief(row):
+def brief(row):
     """The protocol of a row in one phrase."""
     p = row['protocol']
     kind = p['interpolation'].partition(',')[0]

@@ -190,7 +190,7 @@ def table(rows: list[dict]) -> str:
             lines.append((r['model'], name, r['feature'], *scores, r['protocol_id']))
         texts = aligned(lines, range(3, 3 + len(metrics)))
         protocols = {r['protocol_id']: r['protocol'] for r in found}
-        texts += [f'{key}: {_phrase(protocol)}' for key, protocol in protocols.items()]
+        texts += [f'{key}: {phrase(protocol)}' for key, protocol in protocols.items()]
         blocks.append('\n'.join(texts))
     return '\n\n'.join(blocks)
 
@@ -220,7 +220,7 @@ def _number(value):
     return f'{value:.2f}' if abs(value) >= 10 else f'{value:.4g}'
 
 
-def _phrase(protocol):
+def phrase(protocol):
     """A protocol in one line; what the table says already is left out."""
     words = []
     for key, value in protocol.items():

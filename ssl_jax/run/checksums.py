@@ -104,7 +104,7 @@ def _checksum(x, xp, start=0):
 
 
 def manifest(items: dict, sums: dict[str, int]) -> dict:
-    """Tensors with type and checksum, versions, PRNG settings, mesh, devices and processes."""
+    """Tensors with type and checksum, versions, PRNG settings, mesh, devices, processes."""
     tensors = trees.named(items)
     packages = ('ssl_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -116,6 +116,7 @@ def manifest(items: dict, sums: dict[str, int]) -> dict:
         'prng': prng(),
         'mesh': dict(meshes[0].shape) if meshes else {},
         'devices': jax.device_count(),
+        'device': jax.devices()[0].device_kind,
         'processes': jax.process_count(),
     }
 

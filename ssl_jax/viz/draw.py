@@ -380,8 +380,13 @@ def _scientific(x, _):
 
 def series(path) -> dict[str, np.ndarray]:
     """{key: (steps, values)} of all finite numbers, nested keys joined by '/', steps ascending."""
+    return series_of(metrics.read(path))
+
+
+def series_of(rows: list[dict]) -> dict[str, np.ndarray]:
+    """`series` of rows that were read already."""
     values = {}
-    for row in metrics.read(path):
+    for row in rows:
         for key, value in _flatten(row):
             if key != 'step':
                 values.setdefault(key, {})[int(row['step'])] = value

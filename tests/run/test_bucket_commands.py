@@ -66,6 +66,8 @@ COMMANDS = {
     'eval --workdir nowhere --out': (),
     'show --workdir': (),
     'show --workdir nowhere --out': (),
+    'report --workdir': (),
+    'report --workdir nowhere --out': (),
     'features --data nowhere --out f.parquet --model': (),
     'features --data nowhere --model nowhere --out': (),
     'eval --workdir nowhere --data': (),
