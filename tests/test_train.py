@@ -128,6 +128,7 @@ def test_a_killed_run_on_a_mixture_continues_to_the_bits_of_an_unbroken_one(
     assert seen[:3] == [(14, 2), (27, 5), (41, 7)] and seen[-1] == (110, 18)
 
 
+@pytest.mark.slow
 def test_a_kill_between_a_save_and_its_evaluation_costs_neither(tmp_path, monkeypatch):
     config = tiny.config(checkpoint__every_steps=4, eval__every_steps=4)
     train.train(config, tmp_path / 'unbroken')
@@ -158,6 +159,7 @@ def test_a_finished_run_is_left_as_it_is(unbroken):
     assert result['step'] == config.total_steps and rows(workdir) == before
 
 
+@pytest.mark.slow
 def test_other_loader_threads_and_seeds(unbroken, tmp_path):
     config, want = unbroken
     train.train(tiny.config(data__num_threads=4), tmp_path / 'threads')
@@ -204,7 +206,7 @@ def one_device():
         pytest.param(dict(devices=4), marks=pytest.mark.slow),
         dict(devices=8),
         pytest.param(dict(devices=8, fsdp=8, data=1), marks=pytest.mark.slow),
-        dict(devices=8, data=2, fsdp=2, tensor=2),
+        pytest.param(dict(devices=8, data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -279,7 +281,9 @@ def poisoned(method, at, what='both'):
     return Poisoned(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
-@pytest.mark.parametrize('what', ['loss', 'gradient', pytest.param('both', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'what', ['gradient', *(pytest.param(x, marks=pytest.mark.slow) for x in ('loss', 'both'))]
+)
 def test_a_non_finite_loss_or_gradient_leaves_weights_moments_and_extra_bit_for_bit(what):
     config = tiny.config()
     method = poisoned(methods.make(config), at=[1], what=what)

@@ -10,7 +10,7 @@ where libtpu's backend_config has `"estimated_cycles"` of most fusions, copies a
 has no estimate for
 
   transfers   collectives, and copies between HBM and VMEM that run beside the program
-  gathers     counted by the bytes they move
+  gathers     counted by the bytes they move, as are operations with the largest int64 as estimate
   kernels     Pallas: libtpu's schedule has the length of one grid step (`chips.compile_program`),
               the kernel's metadata the number of steps
 """
@@ -29,6 +29,7 @@ COLLECTIVES = (
     'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
     'collective-permute', 'collective-broadcast',
 )  # fmt: skip
+NO_ESTIMATE = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,16 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """libtpu's estimate."""
+        """libtpu's estimate; the largest int64, which stands for none, is None."""
+        cycles = self._stated_cycles()
+        return None if cycles == NO_ESTIMATE else cycles
+
+    @property
+    def is_beyond_estimate(self) -> bool:
+        """Whether libtpu says that it has no estimate."""
+        return self._stated_cycles() == NO_ESTIMATE
+
+    def _stated_cycles(self):
         return self.number(r'"estimated_cycles":"?(\d+)')
 
     @property
@@ -258,7 +268,9 @@ def operations(
                 names = module.computations[computation]
                 moved = sum(nbytes(names[n].shape) for n in set(i.operands())) + nbytes(i.shape)
             cycles = max(kernels[i.name], round(moved / bytes_per_cycle))
-        elif cycles is None and any(j.opcode == 'gather' for j in [i, *module.inside(i)]):
+        elif cycles is None and (
+            i.is_beyond_estimate or any(j.opcode == 'gather' for j in [i, *module.inside(i)])
+        ):
             cycles = round(2 * nbytes(i.shape) / bytes_per_cycle)  # each number is read and written
         if i.opcode == 'while':
             loops[i.called('body')[0]] = i.op_name

@@ -51,6 +51,7 @@ def test_the_default_runs_every_evaluation_there_is():
     assert list(base.load(config_lib.default().eval.tasks)) == base.names()
 
 
+@pytest.mark.slow
 def test_a_new_file_is_found_by_its_options(brightness, tmp_path):
     assert brightness in base.names() and 'helper' not in base.names()
     config = tiny.config(

@@ -154,7 +154,9 @@ def test_a_killed_training_continues_to_the_same_bits(module, settings, tmp_path
     jax.tree.map(np.testing.assert_array_equal, *loaded)
 
 
-@pytest.mark.parametrize('module, settings', [(seg_head, SEG), (depth, DEPTH)])
+@pytest.mark.parametrize(
+    'module, settings', [(seg_head, SEG), pytest.param(depth, DEPTH, marks=pytest.mark.slow)]
+)
 def test_eight_devices_give_the_numbers_of_one(module, settings, tmp_path):
     settings = dataclasses.replace(settings, steps=5)
     one = run(module, model(), settings, tmp_path / '1')

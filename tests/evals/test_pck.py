@@ -71,6 +71,7 @@ def test_the_parabola_finds_a_peak_between_patches():
     assert got == pytest.approx(peak, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_numbers_for_last_and_middle_layers(tmp_path):
     rows = {}
     for devices in (1, 8):

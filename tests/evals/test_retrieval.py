@@ -168,6 +168,7 @@ def coloured(n, seed, labelled=True):
     return sources.Arrays(images.astype(np.uint8), labels, 'rgb' if labelled else None)
 
 
+@pytest.mark.slow
 def test_class_images_are_found_alike_on_one_and_eight_devices(tmp_path):
     rows = {}
     for devices in (1, 8):

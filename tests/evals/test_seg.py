@@ -140,6 +140,7 @@ def test_settings_are_those_that_were_best_on_held_out_images(rows):
     assert 'mIoU on 2 training images' in knn['protocol']['selection']
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(rows, data, tmp_path):
     for one, eight in zip(rows, evaluated(tmp_path, data, devices=8), strict=True):
         assert one['protocol_id'] == eight['protocol_id']

@@ -67,6 +67,7 @@ def seen(monkeypatch):
 # One transform
 
 
+@pytest.mark.slow
 def test_eval_features_show_and_fine_tuning_see_what_the_folder_states(squeezed, tmp_path, seen):
     folder, workdir = squeezed
     want = processors.transform_of(0, SQUEEZED)

@@ -104,7 +104,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize('name', OTHERS)
+@pytest.mark.parametrize('name', ['dinov2_reg', pytest.param('beit', marks=pytest.mark.slow)])
 def test_an_imported_encoder_leaves_as_a_graph_with_its_tokens(name, tmp_path):
     vit = vit_lib.ViT(**OTHERS[name])
     workdir = imported(tmp_path, vit)
@@ -185,6 +185,7 @@ def test_a_mae_leaves_with_its_decoder_and_its_noise_as_an_input(trained, tmp_pa
     assert 'the 4 patches with the smallest numbers' in (out / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_large_weights_lie_in_a_second_file_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, 'ONE_FILE', 1000)
     workdir = imported(tmp_path, vit_lib.ViT(**tiny_weights.ENCODERS['pixio']))

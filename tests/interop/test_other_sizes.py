@@ -87,7 +87,7 @@ def test_on_a_device_the_tables_are_the_same_and_their_own_grid_is_left_alone(ho
     )
 
 
-@pytest.mark.parametrize('rel_pos', ['shared', 'layer'])
+@pytest.mark.parametrize('rel_pos', [pytest.param('shared', marks=pytest.mark.slow), 'layer'])
 def test_an_encoder_with_a_resized_table_is_the_encoder_at_another_size(rel_pos):
     vit = BEIT.clone(rel_pos=rel_pos, rel_resize='linear')
     params = tiny_weights.params(layouts.Weights('beit', 'official', 'backbone', vit))['encoder']

@@ -90,7 +90,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize('name', OTHERS)
+@pytest.mark.parametrize(
+    'name',
+    [x if x == 'dinov2_reg_odd' else pytest.param(x, marks=pytest.mark.slow) for x in OTHERS],
+)
 def test_an_imported_encoder_leaves_as_a_program_with_its_features(name, tmp_path):
     vit = vit_lib.ViT(**(OTHERS[name] or tiny_weights.ENCODERS[name]))
     w, _ = layouts.of_networks({'encoder': vit}, 'official')

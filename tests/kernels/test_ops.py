@@ -103,7 +103,12 @@ def test_the_tpu_kernels_of_attention_equal_float64(images, tokens, head_dim, he
 
 @pytest.mark.parametrize(
     'sizes',
-    [((2, 19), (3, 5)), ((11, 19, 5), (7, 5, 3)), ((3, 16), (2, 8)), ((1, 397, 3), (2, 5, 3))],
+    [
+        ((2, 19), (3, 5)),
+        pytest.param(((11, 19, 5), (7, 5, 3)), marks=pytest.mark.slow),
+        ((3, 16), (2, 8)),
+        ((1, 397, 3), (2, 5, 3)),
+    ],
 )
 def test_attention_of_images_of_several_sizes_is_that_of_each_size_by_itself(sizes):
     segments, batch = tuple(Segment(*s) for s in sizes), 3

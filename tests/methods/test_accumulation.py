@@ -69,7 +69,7 @@ def test_the_frequencies_of_words_move_as_with_the_whole_batch():
     np.testing.assert_allclose(parts['word_frequency'], whole['word_frequency'], atol=1e-7)
 
 
-@pytest.mark.parametrize('accum_steps', [1, 2, 4])
+@pytest.mark.parametrize('accum_steps', [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_change_is_the_mean_over_micro_batches_and_is_made_once(accum_steps):
     config = tiny.config()
     mae = methods.make(config, clock_lib.Clock.of(config))

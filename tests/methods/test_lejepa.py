@@ -62,6 +62,7 @@ def one_device(small):
     return small.run(small.batch)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_equal_on_one_device_and_on_eight(small, one_device):
     mesh = sharding.make_mesh(data=8)
     batch = sharding.to_global(small.batch, mesh, np.arange(16), 16)

@@ -34,8 +34,9 @@ EVERY = [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in R
 # Their methods share most with others of SMALL.
 LONG = ('scenes_distill', 'scenes_beit', 'scenes_pixio', 'dinov2_vitb14_distill', 'scenes_dinov3')
 MOST = [pytest.param(r, marks=pytest.mark.slow) if r in LONG else r for r in SMALL]
-CROPS = ('scenes_dinov2', 'scenes_lejepa')  # their photometry compiles for long
-FEW = [pytest.param(r, marks=pytest.mark.slow) if r in CROPS else r for r in MOST]
+# The photometry of crops compiles for long; the others are MAE's and I-JEPA's kind of program.
+HEAVY = ('scenes_dinov2', 'scenes_lejepa', 'scenes_ijepa', 'scenes_qb_heat')
+FEW = [pytest.param(r, marks=pytest.mark.slow) if r in HEAVY else r for r in MOST]
 CLOCK = clock_lib.Clock(total=1000, warmup=1, batch_size=16, num_examples=16_000)
 
 

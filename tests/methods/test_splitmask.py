@@ -241,7 +241,7 @@ def test_a_branch_predicts_what_it_does_not_see():
     [
         KINDS['block'],
         pytest.param(KINDS['uniform disjoint'], marks=pytest.mark.slow),
-        dict(KINDS['uniform complement'], tokenizer='pixel'),
+        pytest.param(dict(KINDS['uniform complement'], tokenizer='pixel'), marks=pytest.mark.slow),
     ],
     ids=str,
 )

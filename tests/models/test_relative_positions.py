@@ -148,7 +148,7 @@ def test_weights_of_others_start_a_run_on_larger_images(tmp_path):
     assert not any('pos_embed' in line for line in lines)
 
 
-@pytest.mark.parametrize('name', ['beit', 'splitmask'])
+@pytest.mark.parametrize('name', ['beit', pytest.param('splitmask', marks=pytest.mark.slow)])
 def test_a_whole_run_continues_on_larger_images_with_its_words(runs, name):
     workdir, want = runs(name)
     params, extra, lines = start(workdir, config(name, img_size=48))

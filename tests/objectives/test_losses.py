@@ -283,7 +283,13 @@ def whole(params, tokens, patches, valid):
 
 
 @pytest.mark.parametrize(
-    'sizes', [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str
+    'sizes',
+    [
+        pytest.param(dict(data=8), marks=pytest.mark.slow),
+        pytest.param(dict(data=1, fsdp=8), marks=pytest.mark.slow),
+        dict(data=2, fsdp=2, tensor=2),
+    ],
+    ids=str,
 )
 def test_every_term_and_its_gradient_is_of_the_global_batch_on_any_mesh(sizes):
     head = heads.DINOHead(32, hidden_dim=24, bottleneck_dim=16)

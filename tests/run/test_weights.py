@@ -348,6 +348,7 @@ def test_the_encoder_keeps_every_bit_while_it_waits_and_moves_after_the_switch(r
 
 
 @pytest.mark.parametrize('kill', [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_killed_around_the_switch_continues_to_the_same_bits(
     warm, tmp_path, monkeypatch, kill
 ):
