@@ -23,6 +23,8 @@ from ssl_jax.run import clock, start, trees
 MESH = {'data': 2, 'fsdp': 4, 'tensor': 1}
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden_plans.json'
 FAMILIES = ('scenes_mae', 'scenes_pixio', 'scenes_dinov2', 'scenes_splitmask')
+OTHERS = ('scenes_dinov3', 'scenes_ijepa', 'scenes_lejepa', 'scenes_qb_heat')
+EVERY = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 
 # As libtpu writes it, shortened: a loop of 24 trips around one fusion and an all-gather in pieces,
 # then a fusion that keeps a part of an all-reduce.
@@ -402,7 +404,7 @@ def test_what_does_not_fit_comes_with_a_change_that_does(monkeypatch):
 # What each family sends and where its arrays live
 
 
-@pytest.mark.parametrize('recipe', FAMILIES)
+@pytest.mark.parametrize('recipe', EVERY)
 def test_shardings_and_collectives_of_the_family_are_the_golden_ones(recipe, request):
     config = shrunk(recipe)
     method = methods.make(config, clock.Clock(1000, 1, config.batch_size, 4096))
