@@ -148,7 +148,7 @@ def test_plan_takes_recipe_topology_and_fields_from_the_command_line(monkeypatch
 def test_methods_and_recipes_are_listed_with_what_they_are(capsys):
     cli.main(['methods'])
     said = capsys.readouterr().out
-    assert 'ijepa            I-JEPA: predict the features' in said
+    assert 'I-JEPA: predict the features' in said
     assert '--method takes beit, dinov2,' in said and 'pixio' in said
     assert said.rstrip().endswith('a recipe: classifier, dinov2_distill, distill.')
     cli.main(['recipes'])

@@ -18,7 +18,7 @@ ORDER = (
     ('methods',),
     ('config', 'step', 'interop'),
     ('run/weights', 'run/compiled'),
-    ('run/start', 'encoder'),
+    ('run/start', 'encoder', 'listing'),
     ('evals', 'plan', 'check'),
     ('report',),
     ('train', 'viz/show', 'app', 'prepare', 'curate'),
