@@ -8,8 +8,9 @@ columns `image` (struct with `bytes`) and `label`. 8 x 8 patches of 4 px: target
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_ijepa --workdir runs/cifar10_ijepa
 
-Expected: not run here.
-Cost: not run here.
+Expected: not run to its end. After 1,432 steps (five minutes) linear probe 42 % (raw pixels 39, the
+encoder untrained 41), kNN of patches below the untrained encoder's: `experiments/methods`.
+Cost: about half an hour at the 305 images/s of two idle CPU cores.
 """
 
 from ssl_jax import config

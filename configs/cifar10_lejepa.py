@@ -8,8 +8,9 @@ those of `cifar10_dinov2`.
 Command:
   SSL_JAX_DATA=/data ssl_jax pretrain --config cifar10_lejepa --workdir runs/cifar10_lejepa
 
-Expected: TODO
-Cost: TODO
+Expected: not run to its end. After 373 steps (five minutes) linear probe 44 % (raw pixels 39, the
+encoder untrained 35), kNN of the class token 35 (untrained 27): `experiments/methods`.
+Cost: about an hour at the 160 images/s of two idle CPU cores.
 """
 
 from ssl_jax import config

@@ -108,7 +108,7 @@ class DINOv2(crops.MultiCrop):
     gram_weight: Annotated[float, fields.Range(0.0, 1000.0)] = 0.0
     gram_size: int | None = None  # pixels of the frozen teacher's crops; None: twice img_size
     gram_from: str = ''  # weights of the frozen teacher, such as a run; '': this run's at its start
-    # It is replaced by the moving average after so many steps, and again, at most so often.
+    # Every `gram_every` steps the moving average replaces the frozen teacher, `gram_updates` times.
     gram_every: Annotated[int, fields.Range(1, 10**9)] = 10_000
     gram_updates: Annotated[int, fields.Range(0, 10**6)] = 3
 

@@ -3,8 +3,8 @@
 
 The encoder sees one block of half the height and half the width. As a steady heat flow obeys
 z_xx + S z_yy = 0, features are taken to obey dz/dx = A z and dz/dy = B z with learned matrices that
-all images and places share: a step of one patch is z + A z. So many steps that the block moves by
-its own side fill the three hidden quarters, and a small decoder draws their pixels.
+all images and places share: a step of one patch is z + A z. Steps over the side of the block lead
+to the three hidden quarters, and a small decoder draws their pixels.
 
 This follows the abstract of the paper and summaries of it, which give the visible quarter, the two
 matrices, the linear extrapolation and the small decoder; there is no public code. All else is a

@@ -81,7 +81,7 @@ def assert_same_bits(got, want):
 
 
 def described(w):
-    """What a file tells of weights."""
+    """The `Weights` that are read from tensors."""
     return w.family, w.layout, w.what, w.vit, w.predictor
 
 
