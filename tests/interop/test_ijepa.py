@@ -81,7 +81,7 @@ def assert_same_bits(got, want):
 
 
 def described(w):
-    """The `Weights` that are read from tensors."""
+    """Fields of `Weights` to compare."""
     return w.family, w.layout, w.what, w.vit, w.predictor
 
 
