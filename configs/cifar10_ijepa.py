@@ -37,9 +37,7 @@ def get_config(arg=''):
     c.method.crop_scale = (0.4, 1.0)
 
     c.optim.lr = 5e-4
-    c.optim.b2 = 0.999
-    c.optim.weight_decay = 0.04
-    c.optim.weight_decay_end = 0.4
+    config.shared('ijepa').optim(c.optim)
 
     data.cifar10(c)
     c.eval.every_epochs = 2.0

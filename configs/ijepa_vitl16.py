@@ -22,32 +22,15 @@ from ssl_jax import config
 
 
 def get_config(arg=''):
-    data = config.shared('data')
     c = config.default('ijepa')
     c.name = 'ijepa_vitl16'
 
     c.total_epochs = 600.0
     c.warmup_epochs = 15.0
-    c.batch_size = 2048
-    c.dtype = 'bfloat16'
-    c.remat = 'dots'
-    c.mesh.data, c.mesh.fsdp = -1, -1
 
     c.method.size = 'L'
     c.method.patch_size = 16
-    c.method.img_size = 224
-    c.method.predictor_dim = 384
-    c.method.predictor_depth = 12
 
-    c.optim.lr = 1e-3
-    c.optim.min_lr = 1e-6
-    c.optim.b2 = 0.999
-    c.optim.weight_decay = 0.04
-    c.optim.weight_decay_end = 0.4
-
-    c.data.train, c.data.eval_train, c.data.eval_test = data.imagenet(arg)
-    c.eval.every_epochs = 20.0
-    c.eval.max_train = 130_000
-    c.eval.max_test = 10_000
+    config.shared('ijepa').imagenet(c, arg)
 
     return c

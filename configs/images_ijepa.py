@@ -32,9 +32,7 @@ def get_config(arg=''):
     c.method.predictor_dim = None
     c.method.predictor_depth = None
 
-    c.optim.b2 = 0.999
-    c.optim.weight_decay = 0.04
-    c.optim.weight_decay_end = 0.4
+    config.shared('ijepa').optim(c.optim)
 
     c.data.train = ml_collections.ConfigDict(dict(source='', path=''))
 

@@ -33,9 +33,7 @@ def get_config(arg=''):
     c.method.crop_scale = (0.4, 1.0)
 
     c.optim.lr = 5e-4  # at 1e-3 features lost rank
-    c.optim.b2 = 0.999
-    c.optim.weight_decay = 0.04
-    c.optim.weight_decay_end = 0.4
+    config.shared('ijepa').optim(c.optim)
 
     data.scenes(c)
     c.eval.every_steps = 500
